@@ -1,0 +1,10 @@
+"""Train vision-language models: vision encoder + projector + language model.
+
+The shape legend of the whole project, used in every docstring and trailing comment:
+
+B sequences, L tokens a sequence, T tiles in the batch (all samples, concatenated), P patches a tile,
+C vision width, S tokens a tile after pixel shuffle, D LLM width, V vocabulary, H W pixels,
+N supervised tokens in the batch.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,128 @@
+"""The command line: `python -m vlm_tune [VERB] key=value ...`. Without a verb it trains."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+
+from vlm_tune.config.parse import GROUPS, load_config, options
+from vlm_tune.errors import ConfigError, VlmTuneError
+
+USAGE = """\
+python -m vlm_tune [VERB] key=value ...
+
+  train      (default) run a stage        stage=finetune model=internvl2_2b data.path=my.jsonl
+  chat       talk to a trained model      ckpt=runs/latest image=photo.jpg
+  evaluate   score a test file            ckpt=runs/latest data.test=test.jsonl
+  export     write a merged model folder  ckpt=runs/latest out=my_model
+  configs    list stages, models, data
+
+All keys with their defaults: docs/configuration.md. VLM_TUNE_DEBUG=1 shows the traceback of an error.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb; return the exit code: 0, or 2 for an error of the input."""
+    given = sys.argv[1:] if arguments is None else arguments
+    verb, rest = (given[0], given[1:]) if given and "=" not in given[0] else ("train", given)
+    if verb in ("help", "--help", "-h"):
+        sys.stdout.write(USAGE)
+        return 0
+    quiet_libraries()
+    try:
+        if verb not in VERBS:
+            raise ConfigError(f"{verb}: no such verb. There are: {', '.join(VERBS)}")
+        return VERBS[verb](rest)
+    except VlmTuneError as error:
+        if os.environ.get("VLM_TUNE_DEBUG"):
+            raise
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped. Go on with resume=last\n")
+        return 130
+
+
+def train_verb(arguments: list[str]) -> int:
+    """Train one stage."""
+    config = load_config(arguments)
+    from vlm_tune.training.run import train  # late: torch takes seconds to import
+
+    train(config)
+    return 0
+
+
+def chat_verb(arguments: list[str]) -> int:
+    """Talk to a trained model in the terminal."""
+    own, overrides = split_own(arguments, {"ckpt": "runs/latest", "image": ""})
+    from vlm_tune.serve.chat import chat
+
+    chat(own["ckpt"], own["image"], overrides)
+    return 0
+
+
+def evaluate_verb(arguments: list[str]) -> int:
+    """Score a trained model on a test file."""
+    own, overrides = split_own(arguments, {"ckpt": "runs/latest", "out": ""})
+    from vlm_tune.evaluation.verb import evaluate
+
+    evaluate(own["ckpt"], own["out"], overrides)
+    return 0
+
+
+def export_verb(arguments: list[str]) -> int:
+    """Write a trained model as a folder of its own."""
+    own, overrides = split_own(arguments, {"ckpt": "runs/latest", "out": "", "layout": "auto", "dtype": "fp32"})
+    if not own["out"]:
+        raise ConfigError("out is not set. Give a folder for the exported model: out=FOLDER")
+    from vlm_tune.export.export import export
+
+    export(own["ckpt"], own["out"], own["layout"], own["dtype"], overrides)
+    return 0
+
+
+def configs_verb(arguments: list[str]) -> int:
+    """List what each configuration group offers."""
+    for group in GROUPS:
+        sys.stdout.write(f"{group:11} {', '.join(options(group))}\n")
+    return 0
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "train": train_verb,
+    "chat": chat_verb,
+    "evaluate": evaluate_verb,
+    "export": export_verb,
+    "configs": configs_verb,
+}
+
+
+def split_own(arguments: list[str], defaults: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Part a verb's own keys from overrides of the run's configuration."""
+    own, overrides = dict(defaults), []
+    for argument in arguments:
+        key, sign, value = argument.partition("=")
+        if not sign:
+            raise ConfigError(f"{argument}: keys are written key=value. This verb has: {', '.join(defaults)}")
+        if key in defaults:
+            own[key] = value
+        elif "." in key or key == "seed":
+            overrides.append(argument)
+        else:
+            raise ConfigError(
+                f"{key}: no such key. This verb has: {', '.join(defaults)}, and keys of the run (data.test=...)"
+            )
+    return own, overrides
+
+
+def quiet_libraries() -> None:
+    """Silence what other libraries say about themselves; our own lines and all errors remain."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads that spin take time from the data workers
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_TQDM", "1")
+    warnings.filterwarnings("ignore", module=r"(lightning|torch|transformers|peft|bitsandbytes|timm|tensorboard).*")
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "bitsandbytes", "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)

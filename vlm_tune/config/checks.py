@@ -1,0 +1,107 @@
+"""Faults between fields: each check names the keys, their values, and a way out."""
+
+from vlm_tune.config.schema import Config, Precision, Quantize, Strategy, Train
+
+PARTS = ("vision", "projector", "llm")
+
+
+def find_problems(config: Config) -> list[str]:
+    """List all contradictions of a configuration; an empty list means it can run."""
+    return [*_stage(config), *_numbers(config), *_lengths(config), *_devices(config)]
+
+
+def _stage(config: Config) -> list[str]:
+    stage = config.stage
+    trained = {part: getattr(stage.train, part) for part in PARTS}
+    problems = []
+    if all(how is Train.frozen for how in trained.values()):
+        problems.append(f"stage.train: stage {stage.name} trains nothing: set vision, projector or llm to full or lora")
+    for part, how in trained.items():
+        if how is Train.lora and stage.lora.rank < 1:
+            problems.append(
+                f"stage.train.{part}=lora but stage.lora.rank={stage.lora.rank}: set a rank of 1 or more, "
+                f"or stage.train.{part}=frozen"
+            )
+        if how is not Train.frozen and getattr(stage.lr, part) <= 0:
+            problems.append(f"stage.lr.{part}={getattr(stage.lr, part)} but the part is trained: set a rate above 0")
+    if stage.train.projector is Train.lora:
+        problems.append("stage.train.projector=lora: the projector is small and new; set it to full or frozen")
+    if stage.quantize is not Quantize.none and stage.train.llm is Train.full:
+        problems.append(
+            f"stage.quantize={stage.quantize.value} stores a frozen base but stage.train.llm=full: "
+            "set stage.train.llm=lora or stage.quantize=none"
+        )
+    return problems
+
+
+def _numbers(config: Config) -> list[str]:
+    stage, trainer, tiles = config.stage, config.trainer, config.model.tiles
+    ranges = {
+        "stage.warmup": (stage.warmup, 0, 1),
+        "stage.min_lr": (stage.min_lr, 0, 1),
+        "stage.lora.dropout": (stage.lora.dropout, 0, 0.99),
+        "data.val_share": (config.data.val_share, 0, 0.9),
+        "data.augment.crop": (config.data.augment.crop, 0.1, 1),
+    }
+    problems = [
+        f"{key}={value} is out of range: choose a value from {low} to {high}"
+        for key, (value, low, high) in ranges.items()
+        if not low <= value <= high
+    ]
+    positive = {
+        "trainer.global_batch": trainer.global_batch,
+        "trainer.micro_batch": trainer.micro_batch,
+        "trainer.devices": trainer.devices,
+        "trainer.nodes": trainer.nodes,
+        "trainer.log_every": trainer.log_every,
+        "trainer.val_every": trainer.val_every,
+        "trainer.save_every": trainer.save_every,
+        "trainer.keep": trainer.keep,
+        "model.tiles.size": tiles.size,
+        "model.tiles.min": tiles.min,
+        "model.projector.shuffle": config.model.projector.shuffle,
+        "data.max_length": config.data.max_length,
+        "stage.pack_length": stage.pack_length,
+        "stage.pack_tiles": stage.pack_tiles,
+    }
+    problems += [f"{key}={value}: set it to 1 or more" for key, value in positive.items() if value < 1]
+    if tiles.min > tiles.max:
+        problems.append(f"model.tiles.min={tiles.min} is above model.tiles.max={tiles.max}: lower it")
+    if stage.epochs <= 0 and stage.max_steps < 1:
+        problems.append(f"stage.epochs={stage.epochs} and stage.max_steps={stage.max_steps}: set one of them above 0")
+    if config.data.workers < 0:
+        problems.append(f"data.workers={config.data.workers}: set 0 or more")
+    return problems
+
+
+def _lengths(config: Config) -> list[str]:
+    stage, tiles = config.stage, config.model.tiles
+    if not stage.packing:
+        return []
+    problems = []
+    most = tiles.max + (tiles.thumbnail and tiles.max > 1)
+    if most > stage.pack_tiles:
+        problems.append(
+            f"model.tiles.max={tiles.max} makes up to {most} tiles of one picture, stage.pack_tiles is "
+            f"{stage.pack_tiles}: raise it or lower model.tiles.max"
+        )
+    return problems
+
+
+def _devices(config: Config) -> list[str]:
+    trainer = config.trainer
+    problems = []
+    slots = trainer.devices * trainer.nodes * trainer.micro_batch
+    if slots > 0 and trainer.global_batch % slots:
+        problems.append(
+            f"trainer.global_batch={trainer.global_batch} does not divide by devices*nodes*micro_batch={slots}: "
+            f"choose a multiple of {slots}"
+        )
+    if config.stage.quantize is not Quantize.none and config.strategy.name in (Strategy.fsdp, Strategy.zero3):
+        problems.append(
+            f"strategy={config.strategy.name.value} splits weights, stage.quantize={config.stage.quantize.value} "
+            "packs them: use strategy=ddp or strategy=zero2 with a quantized base"
+        )
+    if trainer.precision is Precision.fp16 and trainer.accelerator == "cpu":
+        problems.append("trainer.precision=fp16 needs a GPU: set trainer.precision=bf16 or fp32 on a CPU")
+    return problems

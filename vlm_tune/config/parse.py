@@ -1,0 +1,110 @@
+"""Compose the YAML groups and the command line with Hydra, check everything, and hand out plain dataclasses."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vlm_tune.config.checks import find_problems
+from vlm_tune.config.schema import Config
+from vlm_tune.errors import ConfigError
+
+PACKAGE = Path(__file__).resolve().parents[1]
+CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
+ConfigStore.instance().store("schema", Config)  # the base of conf/config.yaml: makes every knob a known key
+GROUPS = ("stage", "model", "data", "trainer", "strategy", "logger", "experiment")
+
+
+def options(group: str) -> list[str]:
+    """List the choices of one configuration group."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def load_config(overrides: list[str]) -> Config:
+    """Compose conf/ with the command line's `key=value` overrides into a checked configuration.
+
+    Raises ConfigError: Hydra and OmegaConf stop at their first fault, faults between fields are listed all at once.
+    """
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3", job_name="vlm_tune"):
+            raw = compose("config", overrides)
+        return to_config(raw)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(explain(error)) from error
+
+
+def to_config(raw: DictConfig | dict[str, Any]) -> Config:
+    """Check raw values against the schema: unknown keys, wrong types and contradictions are errors."""
+    try:
+        # through a plain dict, since a key that was forced in with "+key=" survives a merge of typed nodes
+        plain = OmegaConf.to_container(raw, resolve=True, enum_to_str=True) if isinstance(raw, DictConfig) else raw
+        config: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))  # type: ignore
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from error
+    if problems := find_problems(config):
+        raise ConfigError.from_problems(problems)
+    return config
+
+
+def read_config(path: Path, overrides: list[str] | None = None) -> Config:
+    """Read the resolved configuration of a run and lay `key=value` overrides over it."""
+    try:
+        raw = OmegaConf.load(path)
+        if overrides:
+            raw = OmegaConf.merge(raw, OmegaConf.from_dotlist(overrides))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file. Name a run folder, for example ckpt=runs/latest") from error
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {explain(error)}") from error
+    return to_config(raw)  # type: ignore[arg-type]
+
+
+def write_config(config: Config, path: Path) -> None:
+    """Write every resolved value, so that a run can be read and repeated from its folder alone."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+
+
+def explain(error: Exception) -> str:
+    """Say a Hydra or OmegaConf fault in this project's form: what, where, what to do."""
+    text = str(error).strip()
+    cause = str(error.__cause__).strip() if error.__cause__ is not None else ""
+    full = f"{text}\n{cause}"
+    if match := re.search(r"Key '([^']+)' (?:is not in struct|not in '(\w+)')", full):
+        key = re.search(r"full_key: (\S+)", full)
+        return f"{key[1] if key else match[1]}: no such key.{nearest(key[1] if key else match[1])}"
+    if match := re.search(r"Could not find '(\w+)/([^']+)'", full):
+        known = ", ".join(options(match[1]))
+        return f"{match[1]}={match[2]}: no such {match[1]}. There are: {known}"
+    if key := re.search(r"full_key: (\S+)", full):
+        if "missing mandatory value" in full:
+            return f"{key[1]} is not set. Give it on the command line: {key[1]}=VALUE"
+        reason = next(
+            (line for line in full.splitlines() if line.startswith(("Value", "Invalid"))), text.splitlines()[0]
+        )
+        return f"{key[1]}: {reason.rstrip('.')}. Give a value of the right kind (docs/configuration.md lists all keys)"
+    lines = [line for line in full.splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line]
+    return f"{' '.join(lines[:2])}. Keys are written key=value (docs/configuration.md lists all)"
+
+
+def nearest(key: str) -> str:
+    """Suggest the known key that looks most like `key`."""
+    from difflib import get_close_matches
+
+    known = list(flatten(OmegaConf.to_container(OmegaConf.structured(Config))))  # type: ignore[arg-type]
+    close = get_close_matches(key, known, n=1, cutoff=0.5)
+    return f" Did you mean {close[0]}?" if close else " docs/configuration.md lists all keys"
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Map dotted keys to values: {"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        flat |= flatten(value, f"{key}.") if isinstance(value, dict) else {key: value}
+    return flat

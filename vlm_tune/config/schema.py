@@ -1,0 +1,234 @@
+"""Every knob of a run, as dataclasses. Hydra composes the YAML, `parse` checks it, the code sees only these."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Train(Enum):
+    """How a part is trained."""
+
+    frozen = "frozen"
+    lora = "lora"
+    full = "full"
+
+
+class TileRule(Enum):
+    """How a picture becomes tiles."""
+
+    dynamic = "dynamic"  # InternVL: the grid of tiles whose aspect ratio is nearest, plus a thumbnail
+    area = "area"  # the same, but a picture is never enlarged to more tiles than its own area fills
+    resize = "resize"  # one tile, stretched to the square
+    pad = "pad"  # one tile, padded to a square with the mean colour (LLaVA 1.5)
+    anyres = "anyres"  # LLaVA-NeXT: best-fit resolution, padded, plus a base tile
+
+
+class BadSample(Enum):
+    """What to do with a faulty row."""
+
+    error = "error"
+    skip = "skip"
+
+
+class TooLong(Enum):
+    """What to do with a row of more than `data.max_length` tokens."""
+
+    error = "error"
+    skip = "skip"
+    fewer_tiles = "fewer_tiles"
+    trim_text = "trim_text"
+
+
+class LossWeight(Enum):
+    """Weight of one supervised token in a sample with x of them: 1, 1/x or 1/sqrt(x)."""
+
+    token = "token"
+    sample = "sample"
+    square = "square"
+
+
+class Quantize(Enum):
+    """Storage of the frozen base of the language model."""
+
+    none = "none"
+    nf4 = "nf4"
+    int8 = "int8"
+
+
+class Precision(Enum):
+    """Arithmetic of the forward and backward pass; trained weights are always kept in float32."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+@dataclass
+class TilesConfig:
+    size: int = 448  # pixels, side of a tile
+    min: int = 1
+    max: int = 12  # without the thumbnail; shared by the pictures of one sample
+    thumbnail: bool = True
+    rule: TileRule = TileRule.dynamic
+
+
+@dataclass
+class VisionConfig:
+    path: str | None = None  # folder, hub id or recipe:NAME; null = the part inside model.path
+    select_layer: int = -1  # index into the hidden states (0 = embeddings); later layers are not run
+    normalize: str = "imagenet"  # imagenet | clip | siglip | half
+    targets: list[str] = field(default_factory=lambda: ["qkv", "proj", "fc1", "fc2"])
+
+
+@dataclass
+class ProjectorConfig:
+    kind: str = "mlp"  # mlp (LayerNorm, Linear, GELU, Linear) | mlp2x_gelu (LLaVA 1.5) | linear (LLaVA)
+    shuffle: int = 2  # pixel shuffle: r x r patches become one token; 1 = none
+    shuffle_version: str = "v2"  # v1 = transposed token order, as in the first InternVL 1.5
+
+
+@dataclass
+class LlmConfig:
+    path: str | None = None
+    targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+
+
+@dataclass
+class ModelConfig:
+    name: str = "demo"
+    path: str | None = None  # a whole checkpoint: folder or hub id; null = built from vision.path and llm.path
+    template: str = "chatml"  # a name of data/templates.yaml
+    system: str | None = None  # system prompt; null = the template's own
+    tiles: TilesConfig = field(default_factory=TilesConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    llm: LlmConfig = field(default_factory=LlmConfig)
+
+
+@dataclass
+class ImageConfig:
+    root: str | None = None  # folder of relative picture paths; null = the folder of the data file
+    exif: bool = False  # honour the EXIF orientation (the reference implementations ignore it)
+    max_pixels: int = 100_000_000
+
+
+@dataclass
+class AugmentConfig:
+    flip: bool = False  # mirror half of the pictures
+    crop: float = 1.0  # smallest share of the picture's sides that a random crop keeps; 1 = no crop
+    jpeg: bool = False  # re-encode with a random JPEG quality of 75 to 100 (InternVL's data_augment)
+
+
+@dataclass
+class DataConfig:
+    path: str = "???"  # file, folder or recipe:NAME/FILE
+    val: str = "auto"  # file; auto = the file beside data.path with "train" read as "val", else a split; none
+    val_share: float = 0.02  # of the rows, when data.val=auto finds no file
+    test: str = "auto"  # file for `evaluate` and the sample answers; auto = test.jsonl beside data.path; none
+    format: str = "auto"  # dialect of the rows; auto = recognised from the first row
+    on_bad_sample: BadSample = BadSample.error
+    on_too_long: TooLong = TooLong.error
+    max_length: int = 8192  # tokens of one sample, image tokens counted
+    image: ImageConfig = field(default_factory=ImageConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    workers: int = 2
+
+
+@dataclass
+class TrainParts:
+    vision: Train = Train.frozen
+    projector: Train = Train.full
+    llm: Train = Train.frozen
+
+
+@dataclass
+class LearningRates:
+    vision: float = 2e-6
+    projector: float = 1e-3
+    llm: float = 2e-4
+
+
+@dataclass
+class LoraConfig:
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.05
+    rslora: bool = False
+    dora: bool = False
+
+
+@dataclass
+class StageConfig:
+    name: str = "finetune"
+    init_from: str = "auto"  # run folder or checkpoint to start from; auto = newest run of init_stage; none
+    init_stage: str | None = None  # stage that `auto` looks for; null = start from the base weights
+    train: TrainParts = field(default_factory=TrainParts)
+    lr: LearningRates = field(default_factory=LearningRates)
+    weight_decay: float = 0.0  # not on norms, biases and other vectors
+    warmup: float = 0.03  # share of the optimizer steps
+    min_lr: float = 0.0  # share of the learning rate that is left at the end of the cosine
+    clip: float = 1.0  # norm of the gradient; 0 = off
+    epochs: float = 1.0
+    max_steps: int = -1  # optimizer steps; -1 = from epochs
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    quantize: Quantize = Quantize.none
+    loss: LossWeight = LossWeight.token
+    evaluate: bool = True  # score the test file before and after training
+    packing: bool = True  # concatenate samples without padding; false = pad to the longest
+    pack_length: int = 4096  # tokens of one pack
+    pack_tiles: int = 48  # tiles of one pack
+
+
+@dataclass
+class TrainerConfig:
+    accelerator: str = "auto"
+    devices: int = 1
+    nodes: int = 1
+    precision: Precision = Precision.auto
+    global_batch: int = 16  # packs (samples when stage.packing=false) in one optimizer step, over all devices
+    micro_batch: int = 1  # of them, in one forward pass of one device
+    log_every: int = 1  # optimizer steps
+    val_every: int = 200
+    max_val_rows: int = 512
+    save_every: int = 200
+    keep: int = 2  # newest checkpoints kept, beside the best
+    chat_every: int = 200  # sample answers; 0 = only before and after
+    num_chats: int = 6  # fixed questions
+    max_test_rows: int = 500  # scored before and after training
+
+
+class Strategy(Enum):
+    """How several devices share the work."""
+
+    auto = "auto"
+    ddp = "ddp"
+    fsdp = "fsdp"
+    zero1 = "zero1"
+    zero2 = "zero2"
+    zero3 = "zero3"
+
+
+@dataclass
+class StrategyConfig:
+    name: Strategy = Strategy.auto
+
+
+@dataclass
+class LoggerConfig:
+    names: list[str] = field(default_factory=lambda: ["tensorboard"])  # beside metrics.csv, which every run writes
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    stage: StageConfig = field(default_factory=StageConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    seed: int = 0
+    resume: str | None = None  # last, a run folder or a checkpoint
+    resume_allow: list[str] = field(default_factory=list)  # keys that may differ from the interrupted run's
+    runs: str = "runs"  # folder of the run folders

@@ -1,0 +1,93 @@
+"""(4) Examples -> Batch: packed without padding, or padded to the longest; counts are checked for each sample."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from vlm_tune.config.schema import LossWeight
+from vlm_tune.data.encode import NO_LOSS, Example
+
+
+@dataclass
+class Batch:
+    """What one forward pass needs. N counts the supervised tokens, T the tiles of all samples."""
+
+    input_ids: Tensor  # (B, L)
+    position_ids: Tensor  # (B, L), restarting at 0 with each sample
+    segments: list[int] | None  # lengths of the samples of a pack (B = 1); None: each row is one sample, padded right
+    tiles: Tensor  # (T, H, W, 3) uint8
+    predicting: Tensor  # (N,) flat positions whose next token is supervised
+    targets: Tensor  # (N,) that next token
+    weights: Tensor  # (N,) its share in the loss of the optimizer step
+    sample_ids: list[str]
+    num_tokens: int  # without padding
+    cursor: tuple[int, int, int] = (0, 0, 0)  # where the stream goes on after this batch's optimizer step
+
+    @property
+    def tile_size(self) -> int:
+        """Pixels of a tile's side."""
+        return int(self.tiles.shape[1])
+
+    def to(self, device: torch.device, non_blocking: bool = True) -> "Batch":
+        """Copy the tensors to a device."""
+        moved: dict[str, Any] = {
+            field.name: getattr(self, field.name).to(device, non_blocking=non_blocking)
+            for field in fields(self)
+            if isinstance(getattr(self, field.name), Tensor)
+        }
+        return replace(self, **moved)
+
+    def pin_memory(self) -> "Batch":
+        """Pin the tensors, so that the copy to the device overlaps with the step."""
+        pinned: dict[str, Any] = {
+            field.name: getattr(self, field.name).pin_memory()
+            for field in fields(self)
+            if isinstance(getattr(self, field.name), Tensor)
+        }
+        return replace(self, **pinned)
+
+
+def token_weight(num_supervised: npt.NDArray[np.int32], weight: LossWeight) -> npt.NDArray[np.float64]:
+    """Weigh each supervised token of a sample that has x of them: 1, 1/x or 1/sqrt(x).
+
+    Source: InternVL `internvl_chat_finetune.py` (loss_reduction token | sample | square).
+    """
+    powers = {LossWeight.token: 0.0, LossWeight.sample: -1.0, LossWeight.square: -0.5}
+    return num_supervised.astype(np.float64) ** powers[weight]
+
+
+def collate(examples: list[Example], tiles: list[npt.NDArray[np.uint8]], weights: list[float], packing: bool) -> Batch:
+    """Join examples: `tiles` holds one array (T_i, H, W, 3) an example, `weights` the weight of each one's tokens."""
+    for example, pixels in zip(examples, tiles, strict=True):
+        assert sum(example.num_tiles) == len(pixels), (
+            f"{example.where} ({example.id}): {sum(example.num_tiles)} tiles were counted, {len(pixels)} made"
+        )
+    lengths = [len(example.input_ids) for example in examples]
+    width = sum(lengths) if packing else max(lengths)
+    starts = np.cumsum([0, *lengths[:-1]]) if packing else np.arange(len(lengths)) * width
+    ids = np.zeros(width if packing else width * len(lengths), dtype=np.int64)  # any pad id: no loss, no attention
+    positions = np.zeros_like(ids)
+    predicting, targets, token_weights = [], [], []
+    for example, start, length, weight in zip(examples, starts, lengths, weights, strict=True):
+        ids[start : start + length] = example.input_ids
+        positions[start : start + length] = np.arange(length)
+        supervised = np.flatnonzero(example.labels[1:] != NO_LOSS)
+        predicting.append(start + supervised)
+        targets.append(example.labels[1:][supervised])
+        token_weights.append(np.full(len(supervised), weight, dtype=np.float32))
+    shape = (1, -1) if packing else (len(examples), -1)
+    return Batch(
+        input_ids=torch.from_numpy(ids).view(shape),
+        position_ids=torch.from_numpy(positions).view(shape),
+        segments=lengths if packing else None,
+        tiles=torch.from_numpy(np.concatenate(tiles)),
+        predicting=torch.from_numpy(np.concatenate(predicting)),
+        targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
+        weights=torch.from_numpy(np.concatenate(token_weights)),
+        sample_ids=[example.id for example in examples],
+        num_tokens=sum(lengths),
+    )

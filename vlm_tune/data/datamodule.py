@@ -1,0 +1,191 @@
+"""Lightning's view of the data: a training stream that goes on from a checkpoint, and a fixed validation pass."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from vlm_tune.config.schema import AugmentConfig, BadSample, Config
+from vlm_tune.data.batch import Batch, collate, token_weight
+from vlm_tune.data.dataset import Conversations, PictureSettings, find_file, sibling
+from vlm_tune.data.encode import Encoder
+from vlm_tune.data.index import Findings, Index, build_index, refuse_faults, write_faults
+from vlm_tune.data.stream import BatchStream, Cursor, MicroBatch, StreamSettings
+from vlm_tune.errors import CheckpointError, DataError
+
+
+class MicroBatches(Dataset[Batch]):
+    """Make the batch that a MicroBatch names. Random augmentation depends on (seed, epoch, row) alone."""
+
+    def __init__(self, data: Conversations, index: Index, settings: StreamSettings, is_training: bool) -> None:
+        self.data = data
+        self.index = index
+        self.settings = settings
+        self.is_random = is_training and data.pictures.augment != AugmentConfig()
+
+    def __getitem__(self, item: MicroBatch) -> Batch:
+        examples, tiles = [], []
+        for entry in item.rows:
+            row = int(self.index.rows[entry])
+            sample = self.data.sample(row)
+            example = self.data.encode_sample(sample)
+            generator = np.random.default_rng((self.settings.seed, item.epoch, row)) if self.is_random else None
+            examples.append(example)
+            tiles.append(self.data.make_tiles(sample, example, generator))
+        counts = np.array([example.num_supervised for example in examples], dtype=np.int32)
+        weights = token_weight(counts, self.settings.loss) / item.step_weight
+        batch = collate(examples, tiles, weights.tolist(), self.settings.packing)
+        batch.cursor = item.after
+        return batch
+
+
+@dataclass
+class Part:
+    """One opened data file with its sizes."""
+
+    data: Conversations
+    index: Index
+    findings: Findings
+
+
+class DataModule(L.LightningDataModule):
+    """Open, measure and serve the training and validation rows of a run."""
+
+    def __init__(self, config: Config, encoder: Encoder) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = encoder
+        self.cursor: Cursor = (0, 0, 0)
+        self.train: Part | None = None
+        self.val: Part | None = None
+
+    def setup(self, stage: str = "fit") -> None:
+        """Open the files, find every faulty row, and split off a validation part where there is no file for it."""
+        if self.train is not None:
+            return
+        config = self.config.data
+        self.train = self._open(find_file(config.path))
+        if len(self.train.index) == 0:
+            raise DataError("no usable rows are left. Run `python -m vlm_tune check` on it", str(self.train.data.path))
+        if config.val == "none":
+            return
+        val = sibling(config.path, "val") if config.val == "auto" else find_file(config.val)
+        if val is not None:
+            self.val = self._open(val)
+            limit = min(len(self.val.index), self.config.trainer.max_val_rows)
+            self.val.index = self.val.index.take(np.arange(limit))
+        else:
+            self._split()
+
+    def _open(self, path: Path) -> Part:
+        settings = PictureSettings(
+            self.config.model.tiles, self.config.model.vision.normalize, self.config.data.augment
+        )
+        data = Conversations(path, self.config.data, self.encoder, settings)
+        index, findings = build_index(data)
+        if self.config.data.on_bad_sample is BadSample.error:
+            refuse_faults(findings, path)
+        return Part(data, index, findings)
+
+    def write_quarantine(self, path: Path) -> None:
+        """List the rows that were left out, with the reason of each."""
+        parts = {id(part.findings): part for part in (self.train, self.val) if part is not None}
+        faults = [fault for part in parts.values() for fault in part.findings.faults]
+        if faults:
+            write_faults(faults, path)
+
+    def _split(self) -> None:
+        assert self.train is not None
+        total = len(self.train.index)
+        num_val = min(int(total * self.config.data.val_share), self.config.trainer.max_val_rows)
+        if num_val == 0:
+            return
+        order = np.random.default_rng(0).permutation(total)  # the split belongs to the data, not to the run's seed
+        self.val = Part(self.train.data, self.train.index.take(np.sort(order[:num_val])), self.train.findings)
+        self.train = Part(self.train.data, self.train.index.take(np.sort(order[num_val:])), self.train.findings)
+
+    def settings(self, groups_per_step: int) -> StreamSettings:
+        """What decides the order of training."""
+        stage, trainer = self.config.stage, self.config.trainer
+        return StreamSettings(
+            packing=stage.packing,
+            budget=(stage.pack_length, stage.pack_tiles),
+            micro_batch=trainer.micro_batch,
+            groups_per_step=groups_per_step,
+            loss=stage.loss,
+            seed=self.config.seed,
+        )
+
+    def stream(self, rank: int = 0, world: int = 1) -> BatchStream:
+        """The training stream of one rank, from the cursor on."""
+        assert self.train is not None
+        groups = self.config.trainer.global_batch // self.config.trainer.micro_batch
+        return BatchStream(self.train.index, self.settings(groups), self.cursor, (rank, world))
+
+    def max_steps(self) -> int:
+        """Optimizer steps of the run."""
+        if self.config.stage.max_steps > 0:
+            return self.config.stage.max_steps
+        stream = self.stream()
+        groups = stream.groups_per_epoch() * self.config.stage.epochs
+        return max(1, round(groups / stream.settings.groups_per_step))
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Serve the endless stream; the trainer stops it by its number of steps."""
+        assert self.train is not None
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        stream = self.stream(rank, world)
+        return self._loader(MicroBatches(self.train.data, self.train.index, stream.settings, True), stream)
+
+    def val_dataloader(self) -> list[DataLoader[Batch]]:
+        """Serve the validation rows in packs, in their order."""
+        if self.val is None:
+            return []
+        settings = self.settings(1)
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        packs = validation_packs(self.val.index, settings)[rank::world]
+        return [self._loader(MicroBatches(self.val.data, self.val.index, settings, False), packs)]
+
+    def _loader(self, dataset: MicroBatches, sampler: Any) -> DataLoader[Batch]:
+        workers = self.config.data.workers
+        return DataLoader(
+            dataset,
+            batch_size=None,  # the sampler names whole batches
+            sampler=sampler,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=workers > 0,
+            prefetch_factor=4 if workers else None,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Say where the stream goes on, and on which data."""
+        return {"cursor": list(self.cursor), "num_rows": len(self.train.index) if self.train else 0}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint's place in the stream."""
+        rows = len(self.train.index) if self.train else 0
+        if rows and state_dict["num_rows"] != rows:
+            raise CheckpointError(
+                f"the interrupted run had {state_dict['num_rows']} training rows, data.path now has {rows}: its order "
+                "cannot be continued. Restore the data, or start a new run with stage.init_from=RUN"
+            )
+        epoch, window, group = state_dict["cursor"]
+        self.cursor = (epoch, window, group)
+
+
+def validation_packs(index: Index, settings: StreamSettings) -> list[MicroBatch]:
+    """Cut the rows, in their order, into batches within the budget; weights stay unnormalised (step_weight = 1)."""
+    packs: list[list[int]] = [[]]
+    tokens = tiles = 0
+    for row in range(len(index)):
+        tokens, tiles = tokens + int(index.tokens[row]), tiles + int(index.tiles[row])
+        if packs[-1] and (tokens > settings.budget[0] or tiles > settings.budget[1]):
+            packs.append([])
+            tokens, tiles = int(index.tokens[row]), int(index.tiles[row])
+        packs[-1].append(row)
+    return [MicroBatch(tuple(pack), 0, 1.0, (0, 0, 0)) for pack in packs if pack]

@@ -1,0 +1,118 @@
+"""One data file as examples: a row is parsed, measured, encoded and cut into tiles when it is asked for."""
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from vlm_tune.config.schema import AugmentConfig, DataConfig, TilesConfig
+from vlm_tune.data.augment import augment
+from vlm_tune.data.encode import Encoder, Example
+from vlm_tune.data.formats import parse_record, recognise
+from vlm_tune.data.images import ImageReader
+from vlm_tune.data.recipe import run_recipe
+from vlm_tune.data.rows import open_rows
+from vlm_tune.data.sample import Sample
+from vlm_tune.data.tiles import make_tiles, picture_tiles, tile_limits
+from vlm_tune.errors import DataError
+
+
+@dataclass(frozen=True)
+class PictureSettings:
+    """How pictures become tiles."""
+
+    tiles: TilesConfig
+    normalization: str
+    augment: AugmentConfig
+
+
+class Conversations:
+    """Read the rows of one data file as Samples and Examples.
+
+    Workers share nothing but the file: an object costs its row offsets, not its rows.
+    """
+
+    def __init__(self, path: Path, config: DataConfig, encoder: Encoder, pictures: PictureSettings) -> None:
+        self.path = path
+        self.rows = open_rows(path)
+        self.encoder = encoder
+        self.pictures = pictures
+        root = Path(config.image.root) if config.image.root else path if path.is_dir() else path.parent
+        self.reader = ImageReader(config.image, root)
+        self.format = config.format if config.format != "auto" else recognise(self.rows[0])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def sample(self, row: int) -> Sample:
+        """Parse one row."""
+        return parse_record(self.rows[row], self.format, self.rows.where(row), row)
+
+    def encode(self, row: int) -> Example:
+        """Encode one row; its pictures' sizes come from their headers alone."""
+        return self.encode_sample(self.sample(row))
+
+    def encode_sample(self, sample: Sample) -> Example:
+        """Count the tiles of a sample's pictures and build its ids and labels."""
+        return self.encoder.encode(sample, self.tiling(sample))
+
+    def tiling(self, sample: Sample) -> "Tiling":
+        """Measure a sample's pictures once; tile counts under any limit follow."""
+        sizes = [self.reader.read_size(picture, sample.where, sample.id) for picture in sample.pictures]
+        return Tiling(sizes, [picture.is_frame for picture in sample.pictures], self.pictures.tiles)
+
+    def make_tiles(
+        self, sample: Sample, example: Example, generator: np.random.Generator | None = None
+    ) -> npt.NDArray[np.uint8]:
+        """Cut all pictures of a sample into tiles (T, H, W, 3); a generator turns augmentation on."""
+        tiles, settings = self.pictures.tiles, self.pictures
+        limits = tile_limits([picture.is_frame for picture in sample.pictures], tiles, example.max_tiles)
+        made = [np.zeros((0, tiles.size, tiles.size, 3), dtype=np.uint8)]
+        kept = len(example.num_tiles)  # trimming a long row may leave out its last turns, pictures and all
+        for picture, limit in zip(sample.pictures[:kept], limits, strict=False):
+            image = self.reader.open_picture(picture, sample.where, sample.id)
+            if generator is not None:
+                image = augment(image, settings.augment, generator)
+            made.append(make_tiles(image, tiles, limit, settings.normalization))
+        return np.concatenate(made)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Give the tiles of each picture of a sample under a limit."""
+
+    sizes: list[tuple[int, int]]
+    is_frame: list[bool]
+    tiles: TilesConfig
+
+    def __call__(self, max_tiles: int) -> tuple[int, ...]:
+        return picture_tiles(self.sizes, self.is_frame, self.tiles, max_tiles)
+
+
+def find_file(path: str) -> Path:
+    """Turn a path, or recipe:NAME/FILE, into a local path; the recipe is run the first time it is named."""
+    if path.startswith("recipe:"):
+        name, _, file = path.removeprefix("recipe:").partition("/")
+        found = run_recipe(name) / file
+    else:
+        found = Path(path).expanduser()
+    if not found.exists():
+        near = (
+            get_close_matches(found.name, [p.name for p in found.parent.glob("*")], n=1)
+            if found.parent.is_dir()
+            else []
+        )
+        hint = f"Did you mean {found.with_name(near[0])}?" if near else "Give an existing file: data.path=FILE"
+        raise DataError(f"no such file. {hint}", path)
+    return found
+
+
+def sibling(path: str, part: str) -> Path | None:
+    """Find the validation or test file beside a training file: x_train.jsonl -> x_val.jsonl, or test.jsonl."""
+    train = find_file(path)
+    for name in (train.name.replace("train", part), f"{part}{train.suffix}"):
+        if name != train.name and train.with_name(name).is_file():
+            return train.with_name(name)
+    return None

@@ -1,0 +1,338 @@
+"""(3) Turn a Sample into token ids and labels, built together, turn by turn, in one pass."""
+
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tokenizers import Encoding
+
+from vlm_tune.config.schema import TooLong
+from vlm_tune.data.pieces import Item, drop_last_space, keys_of, lay_out
+from vlm_tune.data.sample import Picture, Sample
+from vlm_tune.data.templates import Template, render
+from vlm_tune.data.tokens import PlainKey, TextTokenizer
+from vlm_tune.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NO_LOSS = -100  # label of a token that is not supervised
+
+Tiling = Callable[[int], Sequence[int]]
+"""Tiles of each picture of a sample, in the order of the text, when the sample may have that many in all."""
+
+
+def no_pictures(max_tiles: int) -> tuple[int, ...]:
+    """Be the tiling of a sample without pictures."""
+    return ()
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderSettings:
+    """Say how pictures stand in the token sequence, and how long that may be."""
+
+    image_start: str = "<img>"  # "" = none (LLaVA: the image token alone, repeated)
+    image_context: str = "<IMG_CONTEXT>"  # replaced by one feature each; "" = the model takes no pictures
+    image_end: str = "</img>"
+    tokens_per_tile: int = 256
+    max_tiles: int = 12
+    max_length: int = 8192
+    on_too_long: TooLong = TooLong.error
+    system: str | None = None  # system prompt where the row has none; None = the template's own
+    add_bos: bool | None = None  # None = what the tokenizer itself does
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Hold one encoded sample of L tokens."""
+
+    id: str
+    where: str
+    input_ids: np.ndarray  # (L,) int32
+    labels: np.ndarray  # (L,) int32, each at its own token's position (not shifted); -100 = no loss
+    num_tiles: tuple[int, ...] = ()  # of each picture; fewer than the sample's pictures where trim_text left turns out
+    max_tiles: int = 0  # the limit that `num_tiles` was made with
+    note: str = ""  # what data.on_too_long did to the row: "fewer_tiles: 13 -> 7 tiles"
+
+    @property
+    def num_supervised(self) -> int:
+        """Count the tokens that carry loss."""
+        return int(np.count_nonzero(self.labels != NO_LOSS))
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Hold what an index needs of an encoded sample, without its tokens."""
+
+    num_tokens: int
+    num_supervised: int
+    num_tiles: tuple[int, ...] = ()
+    max_tiles: int = 0
+    note: str = ""
+
+
+class SkippedSample(DataError):
+    """Report a row that data.on_too_long=skip leaves out."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    """The tiles of a sample that fits into max_length, or `is_long` where its text must be trimmed."""
+
+    num_tiles: tuple[int, ...]
+    max_tiles: int
+    note: str = ""
+    is_long: bool = False
+
+
+class Encoder:
+    """Encode samples for one tokenizer, template and set of limits."""
+
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", template: Template, settings: EncoderSettings | None = None
+    ) -> None:
+        self.template = template
+        self.settings = settings or EncoderSettings()
+        self._tokens = TextTokenizer(tokenizer, self.settings.add_bos)
+        name = tokenizer.name_or_path
+        self.stop_ids = self._find_stop_ids(name)
+        self.context_id = self._find_token(self.settings.image_context, name)  # None = takes no pictures
+        self._start_ids = self._image_edge(self.settings.image_start, name)
+        self._end_ids = self._image_edge(self.settings.image_end, name)
+
+    def encode(self, sample: Sample, tiling: Tiling = no_pictures) -> Example:
+        """Encode a sample for training: ids and labels (L,).
+
+        `tiling(max_tiles)` gives the tiles of each picture. It is called with settings.max_tiles, and with smaller
+        limits where data.on_too_long=fewer_tiles needs them.
+
+        Raises DataError for a row without a supervised token or too long, SkippedSample where the policy is `skip`.
+        """
+        items = self._lay_out(sample)
+        encodings = self._tokens.plain(keys_of(items))
+        num_fixed, num_supervised = self._count(items, encodings)
+        self._check(sample, num_supervised)
+        fit = self._fit(sample, num_fixed, tiling)
+        if fit.is_long:
+            return self._trim(sample, fit)
+        return self._assemble(sample, items, encodings, fit)
+
+    def encode_prompt(self, sample: Sample, tiling: Tiling = no_pictures) -> Example:
+        """Encode the question for generation: ids (L,) end after the header of the answer to the last question.
+
+        Up to there they are those of `encode`; answers after the last question are left out. No label carries loss.
+        Raises DataError for a prompt that is too long (its text is never trimmed).
+        """
+        items = self._lay_out(sample, for_generation=True)
+        encodings = self._tokens.plain(keys_of(items))
+        num_fixed, _ = self._count(items, encodings)
+        fit = self._fit(sample, num_fixed, tiling)
+        if fit.is_long:
+            raise self._too_long(sample, num_fixed, fit.num_tiles)
+        return self._assemble(sample, items, encodings, fit)
+
+    def encode_lengths(self, samples: Sequence[Sample], tilings: Sequence[Tiling]) -> list[Lengths | DataError]:
+        """Count the tokens of many samples at once, equal to `encode` one by one, in a fraction of its time.
+
+        A faulty sample gives its error in place of its lengths, so that it does not stop the others.
+        """
+        layouts = [self._lay_out(sample) for sample in samples]
+        encodings = self._tokens.plain(key for items in layouts for key in keys_of(items))
+        results: list[Lengths | DataError] = []
+        for sample, items, tiling in zip(samples, layouts, tilings, strict=True):
+            try:
+                results.append(self._lengths(sample, items, encodings, tiling))
+            except DataError as error:
+                results.append(error)
+        return results
+
+    def _lengths(
+        self, sample: Sample, items: list[Item], encodings: dict[PlainKey, Encoding], tiling: Tiling
+    ) -> Lengths:
+        num_fixed, num_supervised = self._count(items, encodings)
+        self._check(sample, num_supervised)
+        fit = self._fit(sample, num_fixed, tiling)
+        if fit.is_long:
+            trimmed = self._trim(sample, fit)
+            return Lengths(
+                len(trimmed.input_ids), trimmed.num_supervised, trimmed.num_tiles, fit.max_tiles, trimmed.note
+            )
+        num_tokens = num_fixed + self.settings.tokens_per_tile * sum(fit.num_tiles)
+        return Lengths(num_tokens, num_supervised, fit.num_tiles, fit.max_tiles, fit.note)
+
+    def _lay_out(self, sample: Sample, for_generation: bool = False) -> list[Item]:
+        segments = render(self.template, sample, self.settings.system, for_generation=for_generation)
+        items = lay_out(segments, self._tokens, splits_at_pictures=not self._start_ids)
+        if for_generation and self.template.assistant.endswith(" "):
+            items = drop_last_space(items)
+        return items
+
+    def _count(self, items: list[Item], encodings: dict[PlainKey, Encoding]) -> tuple[int, int]:
+        """Count the tokens without those of the tiles, and the supervised ones."""
+        num_fixed = num_supervised = 0
+        for item in items:
+            if isinstance(item, Picture):
+                num_fixed += len(self._start_ids) + len(self._end_ids)
+            elif isinstance(item, tuple):
+                num_fixed += 1
+                num_supervised += item[1]
+            else:
+                done = 0
+                for text, supervised in item.cuts():
+                    end = len(encodings[item.opens, text])
+                    if supervised:
+                        num_supervised += max(0, end - done)
+                    done = max(done, end)
+                num_fixed += end
+        return num_fixed, num_supervised
+
+    def _assemble(self, sample: Sample, items: list[Item], encodings: dict[PlainKey, Encoding], fit: _Fit) -> Example:
+        """Put ids and labels together, each token beside its label."""
+        ids, labels = array("i"), array("i")
+
+        def add(tokens: Sequence[int], supervised: bool) -> None:
+            ids.extend(tokens)
+            labels.extend(tokens if supervised else [NO_LOSS] * len(tokens))
+
+        num_tiles = iter(fit.num_tiles)
+        for item in items:
+            if isinstance(item, Picture):
+                num_context = self.settings.tokens_per_tile * next(num_tiles)
+                add((*self._start_ids, *[self.context_id or 0] * num_context, *self._end_ids), False)
+            elif isinstance(item, tuple):
+                add(item[:1], item[1])
+            else:
+                tokens = encodings[item.opens, item.text].ids
+                done = 0
+                for text, supervised in item.cuts():
+                    # A token across the border belongs to the part before it, as in the references, which count.
+                    end = len(encodings[item.opens, text])
+                    add(tokens[done:end], supervised)
+                    done = max(done, end)
+        return Example(
+            id=sample.id,
+            where=sample.where,
+            input_ids=np.frombuffer(ids, dtype=np.int32),  # (L,)
+            labels=np.frombuffer(labels, dtype=np.int32),  # (L,)
+            num_tiles=fit.num_tiles,
+            max_tiles=fit.max_tiles,
+            note=fit.note,
+        )
+
+    def _check(self, sample: Sample, num_supervised: int) -> None:
+        if num_supervised == 0:
+            raise _fault(sample, "no supervised token: the row needs an answer with text whose loss flag is not off")
+
+    def _fit(self, sample: Sample, num_fixed: int, tiling: Tiling) -> _Fit:
+        """Choose the tiles of each picture so that the sample fits, as data.on_too_long says."""
+        settings = self.settings
+        num_tiles = self._tile(sample, tiling, settings.max_tiles)
+        room = settings.max_length - num_fixed
+        if settings.tokens_per_tile * sum(num_tiles) <= room:
+            return _Fit(num_tiles, settings.max_tiles)
+        if settings.on_too_long is TooLong.trim_text:
+            return _Fit(num_tiles, settings.max_tiles, is_long=True)
+        if settings.on_too_long is TooLong.skip:
+            num_tokens = num_fixed + settings.tokens_per_tile * sum(num_tiles)
+            raise SkippedSample(
+                f"left out: {num_tokens} tokens, data.max_length={settings.max_length}, data.on_too_long=skip",
+                sample.where,
+                sample.id,
+            )
+        if settings.on_too_long is TooLong.fewer_tiles and num_tiles:
+            for max_tiles in range(settings.max_tiles - 1, 0, -1):
+                fewer = self._tile(sample, tiling, max_tiles)
+                if settings.tokens_per_tile * sum(fewer) <= room:
+                    return _Fit(fewer, max_tiles, f"fewer_tiles: {sum(num_tiles)} -> {sum(fewer)} tiles")
+                num_tiles = min(num_tiles, fewer, key=sum)
+        raise self._too_long(sample, num_fixed, num_tiles)
+
+    def _tile(self, sample: Sample, tiling: Tiling, max_tiles: int) -> tuple[int, ...]:
+        num_pictures = len(sample.pictures)
+        if num_pictures and self.context_id is None:
+            raise _fault(sample, f"{num_pictures} pictures in the row, but this model takes none: remove them")
+        num_tiles = tuple(tiling(max_tiles))
+        assert len(num_tiles) == num_pictures, f"the tiling gives {len(num_tiles)} pictures, the row has {num_pictures}"
+        return num_tiles
+
+    def _too_long(self, sample: Sample, num_fixed: int, num_tiles: tuple[int, ...]) -> DataError:
+        settings = self.settings
+        num_image = settings.tokens_per_tile * sum(num_tiles)
+        parts, remedies = "", ["raise data.max_length"]
+        if num_image:
+            parts = f" ({num_fixed} of text, {num_image} of {sum(num_tiles)} tiles)"
+            if settings.on_too_long is not TooLong.fewer_tiles:
+                remedies += ["lower model.tiles.max"]
+        fit = {TooLong.error: ("skip", "fewer_tiles", "trim_text"), TooLong.fewer_tiles: ("skip", "trim_text")}
+        choices = [each for each in fit.get(settings.on_too_long, ("skip",)) if num_image or each != "fewer_tiles"]
+        remedies.append(f"set data.on_too_long={' or '.join(choices)}")
+        least = " even with the fewest tiles" if num_image and settings.on_too_long is TooLong.fewer_tiles else ""
+        return _fault(
+            sample,
+            f"{num_fixed + num_image} tokens{parts}{least}, but data.max_length={settings.max_length}: "
+            + ", ".join(remedies[:-1])
+            + f" or {remedies[-1]}",
+        )
+
+    def _trim(self, sample: Sample, fit: _Fit) -> Example:
+        """Leave out last turns, and where one turn alone is too long, the tail of its text."""
+        max_length = self.settings.max_length
+        answers = [index for index, message in enumerate(sample.messages) if message.role == "assistant"]
+        shortest: Example | None = None
+        for num_turns in range(len(answers), 0, -1):
+            shorter = replace(sample, messages=sample.messages[: answers[num_turns - 1] + 1])
+            kept = replace(fit, num_tiles=fit.num_tiles[: len(shorter.pictures)])
+            items = self._lay_out(shorter)
+            example = self._assemble(shorter, items, self._tokens.plain(keys_of(items)), kept)
+            if example.num_supervised == 0:
+                break
+            left_out = len(answers) - num_turns
+            shortest = replace(example, note=f"trim_text: {left_out} of {len(answers)} turns left out")
+            if len(example.input_ids) <= max_length:
+                return shortest
+        assert shortest is not None  # `encode` found a supervised token
+        num_cut = len(shortest.input_ids) - max_length
+        note = f"{shortest.note}, {num_cut} tokens cut"
+        cut = replace(
+            shortest, input_ids=shortest.input_ids[:max_length], labels=shortest.labels[:max_length], note=note
+        )
+        num_image = np.count_nonzero(shortest.input_ids == self.context_id)
+        if cut.num_supervised == 0 or np.count_nonzero(cut.input_ids == self.context_id) != num_image:
+            first = int(np.argmax(shortest.labels != NO_LOSS))
+            raise _fault(
+                sample,
+                f"{first} tokens before the first answer ({num_image} of pictures), but data.max_length={max_length}: "
+                "no text to train on is left after trimming. Raise data.max_length, lower model.tiles.max "
+                "or set data.on_too_long=skip",
+            )
+        return cut
+
+    def _find_stop_ids(self, tokenizer_name: str) -> tuple[int, ...]:
+        """Return the tokens that end generation: the template's, then the tokenizer's own."""
+        stop = self.template.stop
+        parts = self._tokens.control(stop) if stop else ()
+        if stop and not isinstance(parts[-1], int):
+            raise ConfigError(
+                f"model.template={self.template.name} ends an answer with {stop!r}, which is not one token of the "
+                f"tokenizer {tokenizer_name}: choose the template of this language model, or model.template=tokenizer"
+            )
+        ids = [part for part in (*parts[-1:], self._tokens.eos_id) if isinstance(part, int)]
+        return tuple(dict.fromkeys(ids))
+
+    def _find_token(self, content: str, tokenizer_name: str) -> int | None:
+        if not content:
+            return None
+        token_id = self._tokens.token_id(content)
+        if token_id is None:
+            raise ConfigError(f"the tokenizer {tokenizer_name} has no special token {content!r} for pictures: add it")
+        return token_id
+
+    def _image_edge(self, content: str, tokenizer_name: str) -> tuple[int, ...]:
+        token_id = self._find_token(content, tokenizer_name)
+        return () if token_id is None else (token_id,)
+
+
+def _fault(sample: Sample, reason: str) -> DataError:
+    return DataError(reason, sample.where, sample.id)

@@ -1,0 +1,201 @@
+"""Dialects of the user's rows: raw record -> Sample. A new dialect is one function and one line of DIALECTS.
+
+A reader turns a `Row` into messages; everything around it (ids, order, faults) is here, and the parts that readers
+share are in `formats_row`. Nothing is repaired: a row becomes a Sample that says what the row says, or a DataError.
+"""
+
+import difflib
+import functools
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+from vlm_tune.data.formats_chat import LLAVA_ROLES, read_llava, read_openai, read_sharegpt, read_xtuner
+from vlm_tune.data.formats_row import IMAGE_MARK, Record, Row, check_answered, kind_of
+from vlm_tune.data.formats_table import CAPTION_FIELDS, IMAGE_FIELDS, read_caption, read_vqa
+from vlm_tune.data.formats_text import (
+    read_alpaca,
+    read_alpaca_zh,
+    read_msagent,
+    read_oasst1,
+    read_openorca,
+    read_text,
+)
+from vlm_tune.data.sample import Message, Part, Picture, Sample
+from vlm_tune.errors import ConfigError, DataError
+
+Reader = Callable[[Row], list[Message]]
+
+DIALECTS: dict[str, Reader] = {
+    "llava": read_llava,
+    "sharegpt": read_sharegpt,
+    "openai": read_openai,
+    "xtuner": read_xtuner,
+    "alpaca": read_alpaca,
+    "alpaca_zh": read_alpaca_zh,
+    "oasst1": read_oasst1,
+    "openorca": read_openorca,
+    "msagent": read_msagent,
+    "text": read_text,
+    "caption": read_caption,
+    "vqa": read_vqa,
+}
+_TEXT_ONLY = ("alpaca", "alpaca_zh", "oasst1", "openorca", "msagent", "text")
+
+# What a user's own function may raise: everything but a request to stop and what a class of its own says.
+_USER_FAULTS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+def parse_record(record: object, fmt: str, where: str, index: int, image_root: Path = Path()) -> Sample:
+    """Turn one raw record into a Sample.
+
+    `fmt` is a name of DIALECTS, `auto` (recognised from this record), or `file.py:function`, a function of the user's
+    own: it takes the record and returns a Sample, or a record of a known dialect. That code runs, so the name may only
+    come from the command line, never from a data set, a meta file or a checkpoint.
+
+    `index` stands in for an id that the record does not have; `image_root` is where relative video folders are.
+
+    Raise DataError for every fault of the record, and ConfigError for an unknown dialect.
+    """
+    if not isinstance(record, dict):
+        raise DataError(f"a row must be an object, not {kind_of(record)}. Write {{...}}.", where)
+    if ":" in fmt:
+        return _parse_by_user(record, fmt, where, index, image_root)
+    name = recognise(record, where) if fmt == "auto" else fmt
+    reader = DIALECTS.get(name)
+    if reader is None:
+        raise unknown_dialect(name)
+    row = Row(record, where, _sample_id(record, where), image_root)
+    media = [key for key in ("image", "images", "video") if record.get(key)] if name in _TEXT_ONLY else []
+    if media:
+        raise row.fault(f'"{media[0]}" is given, but rows of {name} are text only. Use data.format=sharegpt or llava.')
+    messages = reader(row)
+    check_answered(row, messages)
+    return Sample(row.sample_id if row.sample_id is not None else str(index), tuple(messages), where)
+
+
+def _sample_id(record: Record, where: str) -> str | None:
+    """Return the record's own id, under any of the names that data sets use."""
+    for key in ("id", "question_id", "qid"):
+        value = record.get(key)
+        if value is None or value == "":
+            continue
+        if isinstance(value, str) and value.isprintable():
+            return value
+        if isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1:
+            return str(int(value))  # a table with gaps stores whole numbers as floats
+        raise DataError(f'"{key}" is {value!r:.80}. Write an id as one line of text or a whole number.', where)
+    return None
+
+
+def recognise(record: Record, where: str = "") -> str:
+    """Return the name of the dialect that a record is written in; used on the first row where data.format=auto.
+
+    Raise DataError for a record that fits none.
+    """
+    keys = record.keys()
+    has_picture = any(record.get(key) for key in ("image", "images", "video", *IMAGE_FIELDS))
+    if "messages" in keys:
+        return "sharegpt" if has_picture and _has_marks(record["messages"]) else "openai"
+    if "conversations" in keys:
+        turns = str(record["conversations"])
+        if isinstance(record["conversations"], str) or "<|startofthink|>" in turns:
+            return "msagent"
+        return "llava" if has_picture and _is_llava(record["conversations"]) else "sharegpt"
+    if "conversation" in keys or isinstance(record.get("input"), dict):
+        return "xtuner"
+    if "question" in keys and "answer" in keys:
+        return "vqa"
+    if has_picture and any(key in keys for key in CAPTION_FIELDS):
+        return "caption"
+    by_keys = {
+        "alpaca_zh": ("instruction_zh", "output_zh"),
+        "alpaca": ("instruction", "output"),
+        "openorca": ("question", "response"),
+        "xtuner": ("input", "output"),
+        "text": ("text",),
+    }
+    for name, needed in by_keys.items():
+        if all(key in keys for key in needed):
+            return "oasst1" if name == "text" and "### Human:" in str(record["text"]) else name
+    shown = ", ".join(f'"{key}"' for key in list(keys)[:8]) or "no fields"
+    reason = f"no known dialect has the fields {shown}. Known: {', '.join(DIALECTS)}"
+    raise DataError(f"{reason}. Name one with data.format=NAME, or your own with data.format=file.py:function.", where)
+
+
+def _has_marks(messages: object) -> bool:
+    turns = messages if isinstance(messages, list) else []
+    return any(isinstance(turn, dict) and IMAGE_MARK in str(turn.get("content", turn.get("value"))) for turn in turns)
+
+
+def _is_llava(turns: object) -> bool:
+    return isinstance(turns, list) and all(isinstance(turn, dict) and turn.get("from") in LLAVA_ROLES for turn in turns)
+
+
+def unknown_dialect(name: str) -> ConfigError:
+    """Return the error to raise for a data.format that is not there, with the nearest name."""
+    near = difflib.get_close_matches(name, DIALECTS, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return ConfigError(f"data.format={name} is unknown: {hint}Known: auto, {', '.join(DIALECTS)}, or file.py:function.")
+
+
+@functools.cache
+def user_function(name: str) -> Callable[[Record], object]:
+    """Load `file.py:function` by path. Raise ConfigError for a file or function that is not there or does not load."""
+    path, _, function = name.rpartition(":")
+    spec = importlib.util.spec_from_file_location(f"vlm_tune_user_{Path(path).stem}", path)
+    if spec is None or spec.loader is None or not Path(path).is_file():
+        raise ConfigError(f"data.format={name}: {path} is not a Python file that is there. Write file.py:function.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (*_USER_FAULTS, SyntaxError, ImportError) as error:
+        raise ConfigError(f"data.format={name}: {path} does not load: {type(error).__name__}: {error}") from error
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise ConfigError(f"data.format={name}: {path} has no function {function}.")
+    return cast(Callable[[Record], object], found)
+
+
+def _parse_by_user(record: Record, fmt: str, where: str, index: int, image_root: Path) -> Sample:
+    own_id = _sample_id(record, where)
+    try:
+        result = user_function(fmt)(record)
+    except DataError as error:
+        raise DataError(error.reason, where, own_id) from error
+    except _USER_FAULTS as error:
+        reason = f"{fmt} failed: {type(error).__name__}: {error}. Mend the function or the row."
+        raise DataError(reason, where, own_id) from error
+    if isinstance(result, Sample):
+        check_answered(Row(record, where, own_id, image_root), result.messages)
+        return Sample(result.id or str(index), result.messages, where)
+    if isinstance(result, dict):
+        return parse_record(result, "auto", where, index, image_root)
+    raise DataError(f"{fmt} returned {kind_of(result)}, not a Sample or a record. Mend the function.", where, own_id)
+
+
+def image_first(sample: Sample) -> Sample:
+    """Move each turn's pictures to its front, a line end behind each, as LLaVA and XTuner do before they encode.
+
+    Not done by default: InternVL keeps a picture where the user put it.
+    """
+    moved = []
+    for message in sample.messages:
+        pictures = [part for part in message.parts if isinstance(part, Picture)]
+        if pictures:
+            parts: list[Part] = [part for shown in pictures for part in (shown, "\n")][:-1]
+            text = message.text.strip()
+            message = Message(message.role, (*parts, f"\n{text}") if text else tuple(parts), message.supervised)
+        moved.append(message)
+    return Sample(sample.id, tuple(moved), sample.where)

@@ -1,0 +1,246 @@
+"""Dialects of conversations: LLaVA and InternVL, ShareGPT, OpenAI messages, XTuner."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from vlm_tune.data.formats_row import (
+    VIDEO_MARK,
+    Row,
+    check_order,
+    conversation,
+    kind_of,
+    picture,
+    place_pictures,
+    row_pictures,
+)
+from vlm_tune.data.sample import Message, Part, Picture, Role
+
+LLAVA_ROLES: Mapping[str, Role] = {"human": "user", "gpt": "assistant", "system": "system"}
+_SHAREGPT_ROLES: Mapping[str, Role] = {
+    **LLAVA_ROLES,
+    "user": "user",
+    "assistant": "assistant",
+    "observation": "user",
+    "tool": "user",
+    "function_call": "assistant",
+}
+_OPENAI_ROLES: Mapping[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "tool": "user",
+    "assistant": "assistant",
+}
+_FRAME_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+def read_llava(row: Row) -> list[Message]:
+    """Read LLaVA and InternVL rows: conversations of human, gpt and system; image, images or video."""
+    messages = _turns(row, "conversations", LLAVA_ROLES)
+    return _with_media(row, messages)
+
+
+def read_sharegpt(row: Row) -> list[Message]:
+    """Read ShareGPT rows: as LLaVA, and tools; also with "messages" of role and content, as LLaMA-Factory and swift do.
+
+    observation and tool speak on the user's side, function_call on the assistant's. A "system" field of the row stands
+    for a first turn of the system.
+    """
+    key = "messages" if row.record.get("conversations") is None and "messages" in row.record else "conversations"
+    messages = _turns(row, key, _SHAREGPT_ROLES)
+    system = row.optional("system")
+    if row.optional("tools").strip():
+        raise row.fault('"tools" is not read. Write the tools into the system text as your model expects them.')
+    if system.strip():
+        if messages and messages[0].role == "system":
+            raise row.fault('both "system" and a first turn of the system. Keep one of them.')
+        messages.insert(0, Message("system", (system,)))
+    return _with_media(row, messages)
+
+
+def _turns(row: Row, key: str, roles: Mapping[str, Role]) -> list[Message]:
+    """Read a list of {"from", "value"} or {"role", "content"} in order, still without pictures."""
+    messages: list[Message] = []
+    for number, turn in enumerate(_turn_list(row, key), 1):
+        name_key, text_key = ("from", "value") if "from" in turn else ("role", "content")
+        role = _role(row, turn.get(name_key), number, roles, name_key)
+        text = _spoken(row, turn.get(text_key), number, role, text_key)
+        messages.append(Message(role, (text,), supervised=role == "assistant" and _has_loss(row, turn, number)))
+    check_order(row, messages)
+    return conversation(messages)
+
+
+def _turn_list(row: Row, key: str) -> Sequence[Mapping[str, object]]:
+    turns = row.required(key)
+    if not isinstance(turns, list):
+        raise row.fault(f'"{key}" is {kind_of(turns)}, not a list of turns. Write [{{...}}, {{...}}].')
+    if not turns:
+        raise row.fault(f'the conversation is empty: "{key}" holds no turns. Write some, or remove the row.')
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict):
+            raise row.fault(f"turn {number} is {kind_of(turn)}, not an object. Write {{...}}.")
+    return turns
+
+
+def _role(row: Row, name: object, number: int, roles: Mapping[str, Role], key: str) -> Role:
+    role = roles.get(name) if isinstance(name, str) else None
+    if role is None:
+        known = ", ".join(roles)
+        raise row.fault(f'turn {number}: unknown role {name!r} in "{key}". Known here: {known}.')
+    return role
+
+
+def _spoken(row: Row, value: object, number: int, role: Role, key: str) -> str:
+    name = f'turn {number}, "{key}"'
+    if role == "system":
+        return row.text(value, name)  # may be empty: it is left out
+    return row.answer(value, name) if role == "assistant" else row.question(value, name)
+
+
+def _has_loss(row: Row, turn: Mapping[str, object], number: int) -> bool:
+    """Read a turn's loss flag: "loss" (true, false or their names, as XTuner) or OpenAI's "weight" (0 or 1)."""
+    value = turn.get("loss", turn.get("weight"))
+    if value is None:
+        return True
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if isinstance(value, bool | int | float) and value in (0, 1):
+        return bool(value)
+    raise row.fault(f"turn {number}: the loss flag is {value!r}. Write true or false.")
+
+
+def _with_media(row: Row, messages: list[Message]) -> list[Message]:
+    video = row.record.get("video")
+    if video is None or video == "":
+        return place_pictures(row, messages, row_pictures(row))
+    if row_pictures(row):
+        raise row.fault('both "image" and "video". Split them into two rows.')
+    if row.record.get("clip") is not None:
+        raise row.fault('"clip" needs a video file, which is not read yet. Keep only the clip\'s frames in the folder.')
+    return _place_frames(row, messages, video_parts(_frame_paths(row, row.text(video, '"video"'))))
+
+
+def video_parts(frames: Sequence[str]) -> tuple[Part, ...]:
+    """Write frames as InternVL does: 'Frame-1: ', picture, line end, 'Frame-2: ', picture, ..."""
+    parts: list[Part] = []
+    for number, path in enumerate(frames, 1):
+        parts += ["\n" * (number > 1) + f"Frame-{number}: ", Picture(path, is_frame=True)]
+    return tuple(parts)
+
+
+def _frame_paths(row: Row, video: str) -> list[str]:
+    """List the frames of a folder in the order of the numbers in their names, as paths relative to the image root."""
+    folder = (row.image_root / video).resolve()
+    if not folder.is_relative_to(row.image_root.resolve()):
+        raise row.fault(f'video "{video}" lies outside of the image root. Move it, or set data.image.root.')
+    if folder.is_file():
+        raise row.fault(f'video "{video}" is a file, which is not read yet. Extract its frames into a folder.')
+    if not folder.is_dir():
+        raise row.fault(f'video "{video}" is not there. It is looked for below data.image.root.')
+    names = [entry.name for entry in folder.iterdir() if entry.suffix.lower() in _FRAME_FILES]
+    if not names:
+        raise row.fault(f'video "{video}" holds no frames. Known: {", ".join(_FRAME_FILES)}.')
+    names.sort(key=lambda name: [int(piece) if piece.isdecimal() else piece for piece in re.split(r"(\d+)", name)])
+    return [str(Path(video) / name) for name in names]
+
+
+def _place_frames(row: Row, messages: list[Message], frames: tuple[Part, ...]) -> list[Message]:
+    marks = [message.text.count(VIDEO_MARK) if message.role == "user" else 0 for message in messages]
+    if sum(marks) != 1:
+        raise row.fault(f'{sum(marks)} "{VIDEO_MARK}" marks but 1 video. Write one into a user\'s turn.')
+    number = marks.index(1)
+    before, after = messages[number].text.split(VIDEO_MARK)
+    after = after if after.startswith("\n") else f"\n{after}"
+    messages[number] = Message("user", tuple(part for part in (before, *frames, after) if part))
+    return messages
+
+
+def read_openai(row: Row) -> list[Message]:
+    """Read OpenAI messages: content as text or as a list of text and image parts, and a loss flag for each answer.
+
+    An image part without a source (TRL writes them so) takes the next of the row's "images".
+    """
+    waiting = row_pictures(row)
+    messages: list[Message] = []
+    for number, turn in enumerate(_turn_list(row, "messages"), 1):
+        role = _role(row, turn.get("role"), number, _OPENAI_ROLES, "role")
+        if turn.get("tool_calls") or turn.get("function_call"):
+            raise row.fault(
+                f"turn {number}: tool calls are not read. Write the call into content, as the model says it."
+            )
+        content = turn.get("content")
+        if isinstance(content, list):
+            parts = _content_parts(row, content, number, role, waiting)
+        else:
+            parts = (_spoken(row, content, number, role, "content"),)
+        messages.append(Message(role, parts, supervised=role == "assistant" and _has_loss(row, turn, number)))
+    if waiting:
+        reason = f'{len(waiting)} of "images" belong to no image part. Add {{"type": "image"}} parts'
+        raise row.fault(f'{reason}, or use data.format=sharegpt, which reads "<image>" marks.')
+    check_order(row, messages)
+    return conversation(messages)
+
+
+def _content_parts(
+    row: Row, content: list[object], number: int, role: Role, waiting: list[Picture]
+) -> tuple[Part, ...]:
+    parts: list[Part] = []
+    for place, part in enumerate(content, 1):
+        name = f"turn {number}, part {place}"
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(part, dict) and kind == "text":
+            text = row.text(part.get("text"), f'{name}, "text"')
+            parts += [text] if text else []
+        elif isinstance(part, dict) and kind in ("image", "image_url"):
+            if role != "user":
+                raise row.fault(f"{name}: an image in a turn of the {role}. Only the user shows images.")
+            parts.append(_image_part(row, part, name, waiting))
+        else:
+            raise row.fault(f"{name}: unknown type {kind!r}. Known: text, image, image_url.")
+    if not any(isinstance(part, Picture) or part.strip() for part in parts):
+        _spoken(row, "", number, role, "content")  # raises: the same words as for empty text
+    return tuple(parts)
+
+
+def _image_part(row: Row, part: Mapping[str, object], name: str, waiting: list[Picture]) -> Picture:
+    """Read {"type": "image_url", "image_url": {"url": ...}} and the spellings of transformers for "image"."""
+    sources = [part[key] for key in ("image_url", "image", "path", "url", "base64") if part.get(key) is not None]
+    if len(sources) > 1:
+        raise row.fault(f"{name}: more than one source. Keep one.")
+    if sources:
+        source = sources[0]
+        return picture(row, source["url"] if isinstance(source, dict) and "url" in source else source, name)
+    if not waiting:
+        raise row.fault(f'{name}: an image without a source. Give it a "url" or a "path", or list it in "images".')
+    return waiting.pop(0)
+
+
+def read_xtuner(row: Row) -> list[Message]:
+    """Read XTuner's conversation: a list of {"system", "input", "output", "output_with_loss"}, or one such row.
+
+    Each may bring a system text. An empty input is allowed: XTuner writes continued pretraining so.
+    """
+    messages: list[Message] = []
+    for number, turn in enumerate(_xtuner_turns(row), 1):
+        system = row.text(turn.get("system") or "", f'turn {number}, "system"')
+        question = row.text(turn.get("input") or "", f'turn {number}, "input"')
+        if turn.get("output") is None:
+            raise row.fault(f'turn {number}: no answer: "output" is missing. Write one, or remove the turn.')
+        answer = row.answer(turn["output"], f'turn {number}, "output"')
+        if system.strip():
+            messages.append(Message("system", (system,)))
+        messages.append(Message("user", (question,) if question else ()))
+        is_supervised = _has_loss(row, {"loss": turn.get("output_with_loss")}, number)
+        messages.append(Message("assistant", (answer,), supervised=is_supervised))
+    return place_pictures(row, messages, row_pictures(row))
+
+
+def _xtuner_turns(row: Row) -> Sequence[Mapping[str, object]]:
+    nested = row.record.get("input")
+    if isinstance(nested, dict):  # a tutorial writes {"input": {"conversation": [...]}}
+        return _turn_list(replace(row, record=nested), "conversation")
+    return (
+        [row.record] if "output" in row.record and "conversation" not in row.record else _turn_list(row, "conversation")
+    )

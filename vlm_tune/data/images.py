@@ -1,0 +1,262 @@
+"""Read the user's pictures safely: inside the image root only, of listed formats only, each fault an error of its own.
+
+Plumbing before tiles (2). The size comes from the header, without decoding, so that millions of rows can be indexed.
+"""
+
+import difflib
+import io
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+# Pillow knows a format once its plugin is imported; without these it would import every plugin to find two of them.
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
+
+from vlm_tune.config.schema import ImageConfig
+from vlm_tune.data.sample import Picture
+from vlm_tune.errors import DataError
+
+# What may be read, by the first bytes. The name of the file plays no part, and no other decoder is ever tried.
+FORMATS = {
+    "JPEG": rb"\xff\xd8\xff",
+    "PNG": rb"\x89PNG\r\n\x1a\n",
+    "WEBP": rb"RIFF.{4}WEBP",
+    "GIF": rb"GIF8[79]a",
+    "BMP": rb"BM",
+    "TIFF": rb"II[*+]\x00|MM\x00[*+]",
+    "PPM": rb"P[1-6]\s",
+}
+_SIGNATURES = {name: re.compile(pattern, re.DOTALL) for name, pattern in FORMATS.items()}
+_LONGEST_SIGNATURE = 16  # bytes
+
+# How a complete file ends. Others are decoded to know, and so is a file with something behind its end.
+_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\x00\x00\x00\x00IEND\xae\x42\x60\x82", "GIF": b"\x00;"}
+
+# EXIF orientation -> what puts the picture upright, as in PIL.ImageOps.exif_transpose. From 5 on, the sides change.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class _Header(NamedTuple):
+    """Hold an open picture of which only the header is read."""
+
+    image: Image.Image
+    file: BinaryIO
+    format: str
+    upright: Image.Transpose | None  # what the EXIF orientation asks for, where it is honoured
+    size: tuple[int, int]  # (width, height) in pixels, upright
+
+
+class ImageReader:
+    """Read pictures whose paths are relative to `root`; every fault is a DataError that carries `where` and the id.
+
+    The faults: a missing, empty or unreadable file, not an image, truncated or damaged, more than config.max_pixels
+    pixels, a path out of the root (`..`, absolute, symbolic link), a URL, a declared size that is not the file's,
+    pixels without a defined brightness. No state is global, so that workers and several data sets read side by side.
+    """
+
+    def __init__(self, config: ImageConfig, root: Path) -> None:
+        self.config = config
+        self.root = os.path.realpath(root)
+
+    def read_size(self, picture: Picture, where: str = "", sample_id: str | None = None) -> tuple[int, int]:
+        """Return (width, height) in pixels from the header alone: the size of what `open_picture` will return.
+
+        With config.exif the sides change places where the EXIF orientation says so. Raise DataError.
+        """
+        with self._opened(picture, where, sample_id) as header:
+            return header.size
+
+    def check_picture(self, picture: Picture, where: str = "", sample_id: str | None = None) -> tuple[int, int]:
+        """Return the size as `read_size` does, but raise DataError for a truncated file, too.
+
+        A file whose last bytes are those of its format is taken as complete, which costs next to nothing; any other
+        (cut off, or with something behind its end) is decoded to be certain.
+        """
+        with self._opened(picture, where, sample_id) as header:
+            if not _ends_properly(header):
+                _decode(header)
+            return header.size
+
+    def open_picture(self, picture: Picture, where: str = "", sample_id: str | None = None) -> Image.Image:
+        """Return the decoded picture, RGB, upright where config.exif is set. Raise DataError.
+
+        Modes become RGB as in the references, by convert("RGB"): alpha is dropped, not blended; of an animation the
+        first frame counts. Only 16-bit grey keeps its high byte instead, as Pillow does with 16-bit colour, since
+        convert("RGB") would make white of everything above 255 of 65535.
+        """
+        with self._opened(picture, where, sample_id) as header:
+            image = _decode(header)
+            return image if header.upright is None else image.transpose(header.upright)
+
+    @contextmanager
+    def _opened(self, picture: Picture, where: str, sample_id: str | None) -> Iterator[_Header]:
+        """Open the picture and read its header; put its name, `where` and the id on every fault, also of the body."""
+        try:
+            with self._open_file(picture) as file:
+                yield self._read_header(picture, file)
+        except DataError as error:
+            shown = picture.path if picture.path.isprintable() else ascii(picture.path)[1:-1]
+            name = f'picture "{shown}"' if shown else "a picture of the row"
+            raise DataError(f"{name} {error.reason}", where, sample_id) from error
+
+    def _open_file(self, picture: Picture) -> BinaryIO:
+        """Return the encoded file, opened for reading; refuse paths out of the root and whatever is not a file."""
+        if picture.content is not None:
+            if not picture.content:
+                raise DataError("is empty (0 bytes). Write the file's bytes into the row again")
+            return io.BytesIO(picture.content)
+        path = self._inside_root(picture.path)
+        try:
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):  # a pipe would block for ever
+                raise DataError("is not a file. Give the path of a picture file")
+            if status.st_size == 0:
+                raise DataError("is empty (0 bytes). Copy it again, or remove the row")
+            return open(path, "rb")  # closed by the `with` of the caller
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise DataError(f"is not there{_near(path)} Paths are relative to data.image.root={self.root}") from error
+        except OSError as error:
+            raise DataError(f"cannot be read: {error.strerror}. Check the file and its permissions") from error
+
+    def _inside_root(self, path: str) -> str:
+        """Return the real path; raise DataError for a URL, no path, and whatever lies outside the image root."""
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path):
+            raise DataError("is a URL; pictures are read from disk only. Download it and give the file's path")
+        if not path or "\0" in path:
+            raise DataError("has no valid path. Give the path of a picture file")
+        plain = os.path.normpath(os.path.join(self.root, path))
+        try:
+            real = os.path.realpath(plain)
+        except (OSError, ValueError) as error:
+            raise DataError(f"has no valid path: {error}. Give the path of a picture file") from error
+        for candidate, fault in ((plain, "lies outside"), (real, "is a symbolic link out of")):
+            if not Path(candidate).is_relative_to(self.root):
+                remedy = "Move it there, or set data.image.root to a folder that holds all pictures"
+                raise DataError(f"{fault} the image root {self.root}: it is {candidate}. {remedy}")
+        return real
+
+    def _read_header(self, picture: Picture, file: BinaryIO) -> _Header:
+        """Read the header and compare it with the limits and with the size that the row declares."""
+        name = _find_format(file)
+        try:
+            image = Image.open(file, formats=[name])
+            # Pillow itself puts TIFF upright, size included, whether it is asked to or not.
+            orientation = _read_orientation(image) if self.config.exif and name != "TIFF" else 1
+        except Image.DecompressionBombError as error:
+            raise DataError(f"is too large for Pillow: {error} Make it smaller") from error
+        except MemoryError:
+            raise
+        except Exception as error:  # on damaged bytes a decoder may raise whatever it likes
+            raise _damaged(name, error) from error
+        width, height = image.size if orientation < 5 else image.size[::-1]
+        if width * height > self.config.max_pixels:
+            limit = f"data.image.max_pixels={self.config.max_pixels}"
+            raise DataError(f"is too large: {width} x {height} pixels, {limit}. Make it smaller, or raise the limit")
+        if image.mode == "F" or (image.mode == "I" and name != "PPM"):  # 16-bit PPM comes as mode I
+            raise DataError("has 32 bits a channel, for which white is not defined. Convert it to 8 bits a channel")
+        if picture.size is not None and picture.size != (width, height):
+            declared = f"the row declares {picture.size[0]} x {picture.size[1]}"
+            turned = ", its sides swapped" if picture.size == (height, width) else ""
+            raise DataError(f"is {width} x {height} pixels, {declared}{turned}. Correct its width and height")
+        return _Header(image, file, name, _UPRIGHT.get(orientation), (width, height))
+
+
+def _find_format(file: BinaryIO) -> str:
+    """Return the name of the format by the first bytes, and leave the file at its start."""
+    first = file.read(_LONGEST_SIGNATURE)
+    file.seek(0)
+    for name, signature in _SIGNATURES.items():
+        if signature.match(first):
+            return name
+    readable = ", ".join(FORMATS)
+    raise DataError(f"is not an image of a known format (it starts with {first!r}). Readable are {readable}")
+
+
+def _read_orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 (upright) to 8, from the header alone.
+
+    The base class is asked since PngImageFile.getexif would decode the whole picture to find EXIF behind the pixels.
+    """
+    found = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    return found if isinstance(found, int) and found in _UPRIGHT else 1
+
+
+def _ends_properly(header: _Header) -> bool:
+    """Tell whether the last bytes are those that end a file of this format; False where that cannot be told."""
+    end = _ENDS.get(header.format)
+    if end is None:
+        return False
+    position = header.file.tell()
+    header.file.seek(-len(end), os.SEEK_END)
+    last = header.file.read()
+    header.file.seek(position)  # Pillow goes on from where it stopped reading
+    return last == end
+
+
+def _decode(header: _Header) -> Image.Image:
+    """Decode to RGB; raise DataError for a file that is truncated or damaged."""
+    try:
+        header.image.load()
+        return _to_rgb(header.image)
+    except MemoryError:
+        raise
+    except Exception as error:  # on damaged bytes a decoder may raise whatever it likes
+        raise _damaged(header.format, error) from error
+
+
+def _damaged(name: str, error: Exception) -> DataError:
+    """Return the fault of a file that begins like a picture and cannot be decoded."""
+    detail = "its header is not complete" if isinstance(error, UnidentifiedImageError) else str(error).rstrip(". ")
+    return DataError(f"is a truncated or damaged {name} file: {detail}. Copy or export it again")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any mode to RGB; `ImageReader.open_picture` says how."""
+    if image.mode == "RGB":
+        return image
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        high_byte = np.asarray(image) >> 8
+        return Image.fromarray(high_byte.astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        return image.convert("RGBA").convert("RGB")  # the same colours, without Pillow's advice to do this
+    return image.convert("RGB")
+
+
+def _near(path: str) -> str:
+    """End a sentence with a file of the same folder that may be meant: with another suffix or spelling."""
+    folder, name = os.path.split(path)
+    names = {other.lower(): other for other in _list_folder(folder)}
+    same_stem = [other for other in names if os.path.splitext(other)[0] == os.path.splitext(name.lower())[0]]
+    # Comparing letter by letter is slow, hence not with every name of a large folder.
+    close = difflib.get_close_matches(
+        name.lower(), same_stem or list(names)[:500], n=1, cutoff=0.0 if same_stem else 0.8
+    )
+    if close:
+        return f'; did you mean "{names[close[0]]}" of the same folder?'
+    return "." if names else f", and {folder} is no folder with files."
+
+
+@lru_cache(maxsize=64)
+def _list_folder(folder: str) -> tuple[str, ...]:
+    """Return up to 10,000 names of a folder, kept because the next missing picture is likely to be sought there."""
+    try:
+        with os.scandir(folder) as entries:
+            return tuple(entry.name for entry in islice(entries, 10_000))
+    except OSError:
+        return ()

@@ -1,0 +1,255 @@
+"""(2) A picture becomes tiles of one size; how many is known from its width and height alone.
+
+The grid, the number of tiles and the tiles come from the functions of this file and from nowhere else, so that the
+image tokens in the text always equal the tiles that the vision encoder gets.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from vlm_tune.config.schema import TileRule, TilesConfig
+from vlm_tune.errors import ConfigError
+
+if TYPE_CHECKING:  # the processes that only count tiles (`check`, the index) start without torch
+    import torch
+
+
+class Normalization(NamedTuple):
+    """Hold mean and standard deviation of red, green and blue, on a scale of 0 to 1."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+NORMALIZATIONS = {
+    "imagenet": Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # InternVL
+    # InternVL's own "clip" cuts OpenAI's digits; a pixel differs by up to 5e-5, so each has its name.
+    "clip": Normalization((0.4814546, 0.4578275, 0.40821073), (0.2686295, 0.2613025, 0.2757711)),
+    "openai_clip": Normalization((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),  # LLaVA
+    "siglip": Normalization((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "half": Normalization((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+
+
+def choose_grid(width: int, height: int, tiles: TilesConfig, max_tiles: int | None = None) -> tuple[int, int]:
+    """Return the grid (columns, rows) of tiles of a picture of width x height pixels, thumbnail or base tile left out.
+
+    `max_tiles` replaces `tiles.max` where a picture has only a share of its sample's tiles (see `tile_limits`).
+    With tiles of 448 pixels and at most 12 of them, 640 x 480 becomes (4, 3): the aspect ratio is the same, the picture
+    is enlarged. `rule=area` makes it (1, 1), since 640 x 480 pixels fill only one and a half tiles.
+    The rules are explained at `_closest_ratio`, `_fit_area` and `_fit_anyres`; `resize` and `pad` always give (1, 1).
+    """
+    limit = tiles.max if max_tiles is None else max_tiles
+    if tiles.rule is TileRule.dynamic:
+        return _closest_ratio(width, height, tiles.size, tiles.min, limit)
+    if tiles.rule is TileRule.area:
+        return _fit_area(width, height, tiles.size, tiles.min, limit)
+    if tiles.rule is TileRule.anyres:
+        return _fit_anyres(width, height, tiles.size, tiles.min, limit)
+    return 1, 1
+
+
+def count_tiles(width: int, height: int, tiles: TilesConfig, max_tiles: int | None = None) -> int:
+    """Return the number of tiles of a picture of width x height pixels, thumbnail or base tile included.
+
+    640 x 480 at 448 pixels and at most 12 tiles: 4 x 3 and the thumbnail, 13.
+    """
+    columns, rows = choose_grid(width, height, tiles, max_tiles)
+    return columns * rows + int(_has_overview(columns, rows, tiles))
+
+
+def tile_limits(is_frame: Sequence[bool], tiles: TilesConfig, max_tiles: int | None = None) -> tuple[int, ...]:
+    """Return the most tiles (thumbnail left out) that each picture of one sample may have.
+
+    `is_frame` has one entry a picture: a frame of a video has 1 tile, the n other pictures share the budget, each has
+    max(1, max // n). With at most 12 tiles and is_frame = (False, False, True): (6, 6, 1).
+    Source: InternVL, internvl_chat_finetune.py, multi_modal_multi_image_get_item and video_get_item.
+    """
+    limit = tiles.max if max_tiles is None else max_tiles
+    share = max(1, limit // max(1, len(is_frame) - sum(is_frame)))
+    return tuple(1 if frame else share for frame in is_frame)
+
+
+def picture_tiles(
+    sizes: Sequence[tuple[int, int]], is_frame: Sequence[bool], tiles: TilesConfig, max_tiles: int | None = None
+) -> tuple[int, ...]:
+    """Return the number of tiles of each picture of one sample, from their (width, height) in pixels.
+
+    Two photos of 640 x 480 at most 12 tiles have 6 each: (3, 2) and a thumbnail, so (7, 7).
+    """
+    limits = tile_limits(is_frame, tiles, max_tiles)
+    return tuple(count_tiles(width, height, tiles, limit) for (width, height), limit in zip(sizes, limits, strict=True))
+
+
+def make_tiles(
+    image: Image.Image, tiles: TilesConfig, max_tiles: int | None = None, normalization: str = "imagenet"
+) -> npt.NDArray[np.uint8]:
+    """Cut an RGB picture into tiles (T, size, size, 3), uint8, where T = count_tiles(*image.size, tiles, max_tiles).
+
+    Tiles stand row by row. The thumbnail (the whole picture in one tile) is the last, as InternVL has it; the base
+    tile of `anyres` is the first, as LLaVA-NeXT has it. `normalization` (model.vision.normalize) matters only to
+    `rule=pad`, which pads with its mean. The values stay bytes, a quarter of the memory to hand from worker to device;
+    `normalize` makes floats of them there.
+    Sources: InternVL, dynamic_preprocess; LLaVA, expand2square and process_anyres_image. Raise ConfigError for an
+    unknown normalization.
+    """
+    assert image.mode == "RGB", "open pictures with ImageReader.open_picture"
+    size = tiles.size
+    columns, rows = choose_grid(*image.size, tiles, max_tiles)
+    if tiles.rule is TileRule.pad:
+        image = _pad_to_square(image, find_normalization(normalization))
+    if columns * rows == 1:
+        return _pixels(image, size, size)[np.newaxis].copy()  # (1, size, size, 3); Pillow's own array is read-only
+    is_anyres = tiles.rule is TileRule.anyres
+    resize = _padded_pixels if is_anyres else _pixels
+    whole = resize(image, columns * size, rows * size)  # (rows * size, columns * size, 3)
+    made = np.empty((columns * rows + _has_overview(columns, rows, tiles), size, size, 3), np.uint8)  # (T, H, W, 3)
+    body = made[1:] if is_anyres else made[: columns * rows]
+    # One copy for all tiles, straight to where they stay; the references make a picture and a tensor of each.
+    body.reshape(rows, columns, size, size, 3)[:] = whole.reshape(rows, size, columns, size, 3).swapaxes(1, 2)
+    if _has_overview(columns, rows, tiles):
+        made[0 if is_anyres else -1] = _pixels(image, size, size)
+    return made
+
+
+def normalize(tiles: "torch.Tensor", name: str, dtype: "torch.dtype") -> "torch.Tensor":
+    """Turn tiles (T, H, W, 3), uint8, into encoder input (T, 3, H, W) of `dtype`, on the device where they are.
+
+    (pixel / 255 - mean) / std in float32, in the order of torchvision's ToTensor and Normalize, so that the result is
+    equal to theirs bit for bit. Raise ConfigError for an unknown name.
+    """
+    mean, std = find_normalization(name)
+    pixels = tiles.permute(0, 3, 1, 2).contiguous().float().div_(255)  # (T, 3, H, W)
+    pixels.sub_(pixels.new_tensor(mean).view(3, 1, 1)).div_(pixels.new_tensor(std).view(3, 1, 1))
+    return pixels.to(dtype)
+
+
+def find_normalization(name: str) -> Normalization:
+    """Return the mean and standard deviation of that name; raise ConfigError when there is none."""
+    found = NORMALIZATIONS.get(name)
+    if found is None:
+        raise ConfigError(f'model.vision.normalize="{name}" is not known: set one of {", ".join(NORMALIZATIONS)}')
+    return found
+
+
+def _has_overview(columns: int, rows: int, tiles: TilesConfig) -> bool:
+    """Tell whether the whole picture follows as one more tile: never beside a single tile, always with anyres."""
+    return columns * rows > 1 and (tiles.thumbnail or tiles.rule is TileRule.anyres)
+
+
+@lru_cache(maxsize=256)
+def _grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int, float], ...]:
+    """List (columns, rows, columns / rows) of every grid of min_tiles to max_tiles tiles, small grids first.
+
+    The reference sorts a Python set by the number of tiles, which leaves the order within one number open. Sorting by
+    columns as well makes it definite; the choice never depends on it.
+    """
+    grids = [
+        (columns, rows)
+        for columns in range(1, max_tiles + 1)
+        for rows in range(1, max_tiles // columns + 1)
+        if columns * rows >= min_tiles
+    ]
+    grids.sort(key=lambda grid: (grid[0] * grid[1], grid[0]))
+    return tuple((columns, rows, columns / rows) for columns, rows in grids)
+
+
+@lru_cache(maxsize=65536)
+def _closest_ratio(width: int, height: int, size: int, min_tiles: int, max_tiles: int) -> tuple[int, int]:
+    """Return the grid whose aspect ratio is nearest; of equal ones the largest that the picture fills by half.
+
+    Bit-compatible with InternVL's find_closest_aspect_ratio: ties are exact equality of floats, so the expressions must
+    stay as they are. 448 x 448 is (1, 1) and not (2, 2), which it fills by a quarter only; 1000 x 1000 is (3, 3).
+    """
+    best, best_difference = (1, 1), math.inf
+    ratio, area = width / height, width * height
+    for columns, rows, grid_ratio in _grids(min_tiles, max_tiles):
+        difference = abs(ratio - grid_ratio)
+        if difference < best_difference:
+            best, best_difference = (columns, rows), difference
+        elif difference == best_difference and area > 0.5 * size * size * columns * rows:
+            best = (columns, rows)
+    return best
+
+
+@lru_cache(maxsize=65536)
+def _fit_area(width: int, height: int, size: int, min_tiles: int, max_tiles: int) -> tuple[int, int]:
+    """Return the grid that keeps area and aspect ratio best, of those that the picture's own pixels fill.
+
+    Candidates have at most n = max(1, round(width * height / size^2)) tiles, so that a picture which gets more than
+    one never grows to more than 4/3 of its pixels. Among them the score of Eagle 2.5's image area preservation decides:
+
+        min(grid area / picture area, 0.6) * min(grid ratio / picture ratio, picture ratio / grid ratio)
+
+    and the fewest tiles where scores are equal. With tiles of 448 pixels, at most 12: 640 x 480 is (1, 1), 800 x 600
+    (2, 1), 1024 x 768 (2, 2), 1920 x 1080 (4, 2). Source of the score: Eagle 2.5, arXiv 2504.15271; n is ours.
+    """
+    ratio, area = width / height, width * height
+    num_filled = max(min_tiles, 1, math.floor(area / size**2 + 0.5))
+    best, best_score = (1, 1), 0.0
+    for columns, rows, grid_ratio in _grids(min_tiles, min(max_tiles, num_filled)):
+        kept = min(columns * rows * size**2 / area, 0.6)
+        score = kept * min(grid_ratio / ratio, ratio / grid_ratio)
+        if score > best_score:
+            best, best_score = (columns, rows), score
+    return best
+
+
+@lru_cache(maxsize=65536)
+def _fit_anyres(width: int, height: int, size: int, min_tiles: int, max_tiles: int) -> tuple[int, int]:
+    """Return the grid in which the padded picture keeps most of its pixels, then that which wastes fewest.
+
+    Grids have 2 to max_tiles tiles; above 2, the strip of max_tiles is left out, which makes `max=4` exactly the five
+    of LLaVA-NeXT: 2x1, 1x2, 3x1, 1x3, 2x2. With fewer than 2 tiles to give, only the base tile remains: (1, 1).
+    Source: select_best_resolution of LLaVA-NeXT. A wide and a tall grid are equal for pictures smaller than a tile;
+    transformers takes the wide one then, LLaVA the tall one. Ours is that of transformers, where exports are loaded.
+    """
+    best, best_kept, best_wasted = (1, 1), 0, math.inf
+    longest = max(2, max_tiles - 1)
+    grids = [(columns, rows) for columns, rows, _ in _grids(max(2, min_tiles), max_tiles)]
+    for columns, rows in sorted(grids, key=lambda grid: (grid[0] * grid[1], -grid[0])):
+        scale = min(columns * size / width, rows * size / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        wasted = columns * size * rows * size - kept
+        is_better = kept > best_kept or (kept == best_kept and wasted < best_wasted)
+        if is_better and max(columns, rows) <= longest:
+            best, best_kept, best_wasted = (columns, rows), kept, wasted
+    return best
+
+
+def _pixels(image: Image.Image, width: int, height: int) -> npt.NDArray[np.uint8]:
+    """Resize with Pillow's bicubic filter, as the references do, to (height, width, 3)."""
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
+def _padded_pixels(image: Image.Image, width: int, height: int) -> npt.NDArray[np.uint8]:
+    """Resize into width x height, keeping the aspect ratio, and centre it on black: (height, width, 3)."""
+    scale_width, scale_height = width / image.width, height / image.height
+    if scale_width < scale_height:
+        inner_width, inner_height = width, min(math.ceil(image.height * scale_width), height)
+    else:
+        inner_width, inner_height = min(math.ceil(image.width * scale_height), width), height
+    canvas = np.zeros((height, width, 3), np.uint8)
+    left, top = (width - inner_width) // 2, (height - inner_height) // 2
+    canvas[top : top + inner_height, left : left + inner_width] = _pixels(image, inner_width, inner_height)
+    return canvas
+
+
+def _pad_to_square(image: Image.Image, normalization: Normalization) -> Image.Image:
+    """Centre a picture on a square of the mean colour, which normalises to about zero (LLaVA's expand2square)."""
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    red, green, blue = (int(value * 255) for value in normalization.mean)
+    square = Image.new("RGB", (side, side), (red, green, blue))
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square

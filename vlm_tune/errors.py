@@ -1,0 +1,31 @@
+"""Every error a user can meet. Each text says what is wrong, where, and what to do."""
+
+
+class VlmTuneError(Exception):
+    """Report a fault of the input, not of the program; the command line prints it without a traceback."""
+
+
+class ConfigError(VlmTuneError):
+    """Report faults of the configuration, all of them at once."""
+
+    @classmethod
+    def from_problems(cls, problems: list[str]) -> "ConfigError":
+        """List all problems below one headline."""
+        if len(problems) == 1:
+            return cls(problems[0])
+        return cls(f"{len(problems)} problems\n" + "\n".join(f"  {problem}" for problem in problems))
+
+
+class DataError(VlmTuneError):
+    """Report a fault of the user's data, with file, line and sample id where they are known."""
+
+    def __init__(self, reason: str, where: str = "", sample_id: str | None = None) -> None:
+        self.reason = reason
+        self.where = where
+        self.sample_id = sample_id
+        identity = f' (id "{sample_id}")' if sample_id is not None else ""
+        super().__init__(f"{where}{identity}: {reason}" if where else reason)
+
+
+class CheckpointError(VlmTuneError):
+    """Report a checkpoint that is missing, incomplete, or does not fit the model."""

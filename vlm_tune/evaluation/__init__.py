@@ -1,0 +1,1 @@
+"""What a model has learned: answers to held-out questions, scored."""

@@ -1,0 +1,142 @@
+"""Ask a model the questions of a test file and score its answers by task."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from vlm_tune.config.schema import AugmentConfig, Config
+from vlm_tune.data.dataset import Conversations, PictureSettings, find_file, sibling
+from vlm_tune.data.sample import Sample
+from vlm_tune.errors import DataError
+from vlm_tune.evaluation.metrics import accuracy, is_match, majority
+from vlm_tune.model.build import Model
+from vlm_tune.model.generate import Prompt, answer
+
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row of a test file: everything before its last answer, and that answer."""
+
+    row: int
+    task: str
+    sample: Sample
+    expected: str
+
+    @property
+    def text(self) -> str:
+        """The last question."""
+        return next(message.text for message in reversed(self.sample.messages) if message.role == "user").strip()
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A question and what the model answered."""
+
+    row: int
+    id: str
+    task: str
+    question: str
+    expected: str
+    answer: str
+    correct: bool
+
+
+def open_test(config: Config, model: Model) -> Conversations | None:
+    """Open the test file: data.test, or test.jsonl beside the training file; None when there is none."""
+    data = config.data
+    if data.test == "none":
+        return None
+    path = sibling(data.path, "test") if data.test == "auto" else find_file(data.test)
+    if path is None:
+        return None
+    pictures = PictureSettings(config.model.tiles, config.model.vision.normalize, AugmentConfig())
+    return Conversations(path, data, model.encoder, pictures)
+
+
+def read_questions(test: Conversations, limit: int = -1, among: npt.NDArray[np.int64] | None = None) -> list[Question]:
+    """Read the rows whose last turn is an answer. The row's own `task` field names its task; without one it is "all".
+
+    Of more rows than `limit`, evenly spaced ones are taken.
+    """
+    rows = np.arange(len(test)) if among is None else among
+    if 0 <= limit < len(rows):
+        rows = rows[np.linspace(0, len(rows) - 1, limit).astype(int)]
+    questions = []
+    for row in rows.tolist():
+        sample = test.sample(row)
+        if sample.messages[-1].role != "assistant":
+            raise DataError("the last turn is not an answer: there is nothing to compare with", sample.where, sample.id)
+        task = str(test.rows[row].get("task", "all"))
+        questions.append(Question(row, task, sample, sample.messages[-1].text.strip()))
+    return questions
+
+
+def prompt_of(test: Conversations, sample: Sample) -> Prompt:
+    """Encode everything up to the last question."""
+    example = test.encoder.encode_prompt(sample, test.tiling(sample))
+    return Prompt(example, test.make_tiles(sample, example))
+
+
+def ask(
+    model: Model,
+    test: Conversations,
+    questions: list[Question],
+    max_new_tokens: int = 24,
+    report: Callable[[int], None] = lambda done: None,
+) -> list[Prediction]:
+    """Answer all questions greedily, in batches of like length."""
+    predictions: dict[int, Prediction] = {}
+    prompts = {question.row: prompt_of(test, question.sample) for question in questions}
+    by_length = sorted(questions, key=lambda question: len(prompts[question.row].example.input_ids))
+    for start in range(0, len(by_length), BATCH):
+        batch = by_length[start : start + BATCH]
+        answers = answer(model, [prompts.pop(question.row) for question in batch], max_new_tokens)
+        for question, text in zip(batch, answers, strict=True):
+            is_right = is_match(text, question.expected)
+            predictions[question.row] = Prediction(
+                question.row, question.sample.id, question.task, question.text, question.expected, text, is_right
+            )
+        report(len(batch))
+    return [predictions[question.row] for question in questions]
+
+
+def score(predictions: list[Prediction]) -> dict[str, float]:
+    """Exact-match accuracy of each task, as a fraction."""
+    return {
+        task: accuracy([p.answer for p in chosen], [p.expected for p in chosen])
+        for task, chosen in by_task(predictions)
+    }
+
+
+def majority_scores(predictions: list[Prediction]) -> dict[str, float]:
+    """What always giving the most frequent answer of each task would score."""
+    return {task: majority([p.expected for p in chosen]) for task, chosen in by_task(predictions)}
+
+
+def by_task(predictions: list[Prediction]) -> Iterator[tuple[str, list[Prediction]]]:
+    """Group predictions by task, in order of first appearance."""
+    for task in dict.fromkeys(prediction.task for prediction in predictions):
+        yield task, [prediction for prediction in predictions if prediction.task == task]
+
+
+@contextmanager
+def blind(model: Model) -> Iterator[None]:
+    """Answer with the image features set to zero, to see what the pictures contribute."""
+    model.vlm.is_blind = True
+    try:
+        yield
+    finally:
+        model.vlm.is_blind = False
+
+
+def write_predictions(predictions: list[Prediction], path: Path) -> None:
+    """Write one JSON line a question."""
+    lines = [json.dumps(asdict(prediction), ensure_ascii=False) for prediction in predictions]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")

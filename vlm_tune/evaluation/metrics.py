@@ -1,0 +1,24 @@
+"""Scores of answers: exact match after folding what does not matter."""
+
+import re
+from collections import Counter
+
+
+def fold(text: str) -> str:
+    """Drop case, outer space and closing punctuation: " Grain legumes." -> "grain legumes"."""
+    return re.sub(r"\s+", " ", text).strip().strip(".!,;:\"'").casefold()
+
+
+def is_match(answer: str, expected: str) -> bool:
+    """Tell whether an answer is the expected one."""
+    return fold(answer) == fold(expected)
+
+
+def accuracy(answers: list[str], expected: list[str]) -> float:
+    """Share of exact matches."""
+    return sum(map(is_match, answers, expected)) / len(expected)
+
+
+def majority(expected: list[str]) -> float:
+    """Accuracy of always giving the most frequent answer."""
+    return Counter(map(fold, expected)).most_common(1)[0][1] / len(expected)

@@ -1,0 +1,47 @@
+"""`python -m vlm_tune evaluate ckpt=RUN`: a table of scores, and predictions.jsonl."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from vlm_tune.errors import ConfigError
+from vlm_tune.evaluation.evaluate import (
+    BATCH,
+    Prediction,
+    ask,
+    by_task,
+    majority_scores,
+    open_test,
+    read_questions,
+    score,
+    write_predictions,
+)
+from vlm_tune.model.checkpoint import find_checkpoint, run_of
+from vlm_tune.model.trained import open_trained
+
+
+def evaluate(ckpt: str, out: str, overrides: list[str]) -> list[Prediction]:
+    """Answer a test file with a trained model, print its scores, and write every answer."""
+    model, config = open_trained(ckpt, overrides)
+    test = open_test(config, model)
+    if test is None:
+        raise ConfigError(
+            "data.test is not set and there is no test.jsonl beside data.path: name a file, data.test=FILE"
+        )
+    questions = read_questions(test)
+    predictions: list[Prediction] = []
+    starts = range(0, len(questions), 4 * BATCH)
+    for start in track(starts, description="answering", transient=True):
+        predictions += ask(model, test, questions[start : start + 4 * BATCH])
+    console = Console()
+    scores, guesses = score(predictions), majority_scores(predictions)
+    table = Table("task", "questions", "exact match", "majority", title=str(test.path), title_justify="left")
+    for task, chosen in by_task(predictions):
+        table.add_row(task, str(len(chosen)), f"{scores[task]:.1%}", f"{guesses[task]:.1%}")
+    console.print(table)
+    path = Path(out) if out else run_of(find_checkpoint(ckpt)) / "predictions.jsonl"
+    write_predictions(predictions, path)
+    console.print(f"answers: {path}", highlight=False)
+    return predictions

@@ -1,0 +1,73 @@
+"""Does the exported model answer as the trained one? Logits and greedy text on real questions."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlm_tune.model.build import Model
+from vlm_tune.model.generate import Prompt, answer, answering, embed_prompts
+
+FLOAT32_BOUND = 1e-4  # largest difference of a logit, float32 export
+MEAN_BOUND = 0.05  # mean difference, 16-bit export
+AGREEMENT_BOUND = 0.99  # share of equal greedy tokens, 16-bit export
+NEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What one model says to the sample prompts."""
+
+    logits: list[Tensor]  # (L, V) of each prompt
+    texts: list[str]
+
+    @classmethod
+    def measure(cls, model: Model, prompts: list[Prompt]) -> "Parity":
+        """Run each prompt by itself: logits at every position, and the greedy answer."""
+        logits = []
+        for prompt in prompts:
+            with answering(model):
+                embeddings, mask = embed_prompts(model, [prompt])
+                output = model.vlm.llm(inputs_embeds=embeddings, attention_mask=mask, use_cache=False)
+            logits.append(output.logits[0].float().cpu())  # (L, V)
+        texts = [answer(model, [prompt], NEW_TOKENS)[0] for prompt in prompts]
+        return cls(logits, texts)
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """How far apart two models are."""
+
+    num_prompts: int
+    max_difference: float
+    mean_difference: float
+    greedy_agreement: float
+    passed: bool
+
+    @property
+    def summary(self) -> str:
+        """The report in one line."""
+        if not self.num_prompts:
+            return "not compared: there is no test file with questions (data.test=FILE)"
+        return (
+            f"logits differ by {self.max_difference:.1e} at most, {self.mean_difference:.1e} on average; "
+            f"{self.greedy_agreement:.0%} of the greedy answers agree on {self.num_prompts} questions"
+        )
+
+
+def compare(trained: Parity, exported: Parity, dtype: str) -> ParityReport:
+    """Compare logits position by position and answers word by word, and judge by the dtype's bound."""
+    differences = [(a - b).abs() for a, b in zip(trained.logits, exported.logits, strict=True)]
+    largest = max((float(difference.max()) for difference in differences), default=0.0)
+    mean = float(torch.stack([difference.mean() for difference in differences]).mean()) if differences else 0.0
+    pairs = list(zip(trained.texts, exported.texts, strict=True))
+    agreement = sum(map(_agreement, *zip(*pairs, strict=True))) / len(pairs) if pairs else 1.0
+    passed = largest <= FLOAT32_BOUND if dtype == "fp32" else mean <= MEAN_BOUND and agreement >= AGREEMENT_BOUND
+    return ParityReport(len(differences), largest, mean, agreement, passed)
+
+
+def _agreement(first: str, second: str) -> float:
+    """Share of equal words before the first that differs."""
+    one, two = first.split(), second.split()
+    equal = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
+    return 1.0 if first == second else equal / max(len(one), len(two), 1)

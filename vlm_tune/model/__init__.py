@@ -1,0 +1,1 @@
+"""The model: vision encoder + projector + language model, their loading, their loss and a run's checkpoint."""

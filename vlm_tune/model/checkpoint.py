@@ -1,0 +1,138 @@
+"""A run's folder and its checkpoints: where they are, what is in them, and how their weights get into a model.
+
+Both training and everything that reads a finished run (chat, evaluate, export) use this file.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm_tune.config.parse import read_config
+from vlm_tune.config.schema import Config
+from vlm_tune.errors import CheckpointError
+
+CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
+START = "starts_from.txt"  # the earlier stage's checkpoint; empty = the base weights
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """List a run's complete checkpoints, oldest first (`best.ckpt` is not among them)."""
+    return sorted((run / CHECKPOINTS).glob("step=*.ckpt"))
+
+
+def find_runs(runs: Path) -> list[Path]:
+    """List the run folders that hold a checkpoint, oldest first; links are left out."""
+    folders = [path.parent for path in runs.glob(f"*/{CONFIG}") if not path.parent.is_symlink()]
+    return sorted((run for run in folders if checkpoints(run)), key=lambda run: checkpoints(run)[-1].stat().st_mtime_ns)
+
+
+def find_run(runs: Path, stage: str, model: str) -> Path | None:
+    """Find the newest run of a stage and a model that holds a checkpoint."""
+    for run in reversed(find_runs(runs)):
+        config = read_config(run / CONFIG)
+        if (config.stage.name, config.model.name) == (stage, model):
+            return run
+    return None
+
+
+def find_checkpoint(path: str) -> Path:
+    """Turn a run folder (its newest checkpoint) or a checkpoint file into the file's path."""
+    given = Path(path).expanduser()
+    if given.is_dir():
+        if found := checkpoints(given.resolve()):
+            return found[-1]
+        raise CheckpointError(f"{path}: the folder holds no checkpoint. Name a run folder or a .ckpt file")
+    if not given.is_file():
+        raise CheckpointError(f"{path}: no such run folder or checkpoint. `ls runs` shows the runs")
+    return given.resolve()
+
+
+def run_of(checkpoint: Path) -> Path:
+    """Return the run folder of a checkpoint."""
+    run = checkpoint.parent.parent
+    if not (run / CONFIG).is_file():
+        raise CheckpointError(
+            f"{checkpoint}: there is no {CONFIG} two folders above it. Keep a checkpoint in its run folder"
+        )
+    return run
+
+
+def run_config(checkpoint: Path, overrides: list[str] | None = None) -> Config:
+    """Read the configuration that a checkpoint was trained with."""
+    return read_config(run_of(checkpoint) / CONFIG, overrides)
+
+
+def start_of(checkpoint: Path) -> Path | None:
+    """Read which earlier checkpoint a run had started from: parts that it keeps frozen are not in its own checkpoints."""
+    path = run_of(checkpoint) / START
+    start = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+    return find_checkpoint(start) if start else None
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint without running any code that it might hold."""
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: not a readable checkpoint ({reason}). Take an older one of the run") from error
+    except Exception as error:
+        if type(error).__name__ != "UnpicklingError":
+            raise
+        raise CheckpointError(f"{path}: it holds objects other than weights and is not loaded, for safety") from error
+    return state
+
+
+def trained_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """Read the trained weights of a checkpoint under the model's own names."""
+    state = read_checkpoint(checkpoint)
+    if "state_dict" not in state:
+        raise CheckpointError(f"{checkpoint}: it holds no state_dict. Name a checkpoint of a vlm_tune run")
+    return {name.removeprefix("vlm."): weight for name, weight in state["state_dict"].items()}
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path, complete: bool) -> None:
+    """Copy weights into a model. Unknown or misshapen names are errors; with `complete`, so are missing ones.
+
+    `complete=False` is the start of a new stage from an older one: its new adapters have no weights yet.
+    """
+    parameters = dict(model.named_parameters())
+    problems = [f"{name}: the model has no such weight" for name in weights if name not in parameters]
+    problems += [
+        f"{name}: {tuple(weight.shape)} in the checkpoint, {tuple(parameters[name].shape)} in the model"
+        for name, weight in weights.items()
+        if name in parameters and weight.shape != parameters[name].shape
+    ]
+    if complete:
+        trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
+        problems += [f"{name}: missing in the checkpoint" for name in trained if name not in weights]
+    if problems:
+        listed = "\n  ".join(problems[:10]) + (f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else "")
+        raise CheckpointError(
+            f"{source}: it does not fit this model and stage\n  {listed}\n  Use the model and LoRA settings of that run, "
+            "or export it merged and start from model.path=FOLDER"
+        )
+    with torch.no_grad():
+        for name, weight in weights.items():
+            parameters[name].copy_(weight)
+
+
+def write_atomically(path: Path, write: Any) -> None:
+    """Write a file under a temporary name and rename it: a crash or a full disk leaves what was there before."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        write(partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        partial.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{path}: could not be written ({reason}). Older checkpoints are untouched: free some space or set "
+            "runs=FOLDER on another disk, then go on with resume=last"
+        ) from error

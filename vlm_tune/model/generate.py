@@ -1,0 +1,72 @@
+"""Answer prompts: the encoder builds the tokens, transformers' own generation does the rest."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from vlm_tune.data.encode import Example
+from vlm_tune.model.build import Model
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Hold an encoded conversation that waits for an answer, with its tiles (T, H, W, 3)."""
+
+    example: Example
+    tiles: npt.NDArray[np.uint8]
+
+
+@contextmanager
+def answering(model: Model) -> Iterator[None]:
+    """Switch to eval mode and the training arithmetic, and back to each module's own mode afterwards."""
+    vlm = model.vlm
+    modes = {module: module.training for module in vlm.modules()}
+    vlm.eval()
+    dtype = vlm.llm.dtype
+    try:
+        with torch.no_grad(), torch.autocast(vlm.device.type, dtype, enabled=dtype != torch.float32):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def answer(model: Model, prompts: list[Prompt], max_new_tokens: int = 64) -> list[str]:
+    """Answer a batch of prompts greedily; prompts are padded on the left, which their positions skip."""
+    vlm, tokenizer = model.vlm, model.tokenizer
+    ends = list(model.encoder.stop_ids)
+    with answering(model):
+        embeddings, mask = embed_prompts(model, prompts)
+        ids = vlm.llm.generate(
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            generation_config=GenerationConfig(
+                max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=ends[0], use_cache=True
+            ),
+        )
+    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
+
+
+def embed_prompts(model: Model, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
+    """Embed prompts side by side, padded on the left: (B, L, D) and their mask (B, L)."""
+    vlm = model.vlm
+    rows = []
+    for prompt in prompts:
+        ids = torch.from_numpy(prompt.example.input_ids.astype(np.int64)).to(vlm.device).unsqueeze(0)
+        rows.append(ids)
+    tiles = torch.from_numpy(np.concatenate([prompt.tiles for prompt in prompts])).to(vlm.device)
+    packed = vlm.embed(torch.cat(rows, dim=1), tiles)[0]  # (L, D)
+    lengths = [row.shape[1] for row in rows]
+    width = max(lengths)
+    embeddings = packed.new_zeros(len(rows), width, packed.shape[-1])
+    mask = torch.zeros(len(rows), width, dtype=torch.long, device=vlm.device)
+    for row, piece in enumerate(packed.split(lengths)):
+        embeddings[row, width - len(piece) :] = piece
+        mask[row, width - len(piece) :] = 1
+    return embeddings, mask

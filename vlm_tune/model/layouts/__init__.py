@@ -1,0 +1,1 @@
+"""Public checkpoint layouts <-> the model: one file a layout."""

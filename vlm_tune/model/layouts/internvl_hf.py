@@ -1,0 +1,116 @@
+"""transformers' native InternVL folder <-> the model.
+
+Any vision transformer that `InternVLVisionModel` can hold, pixel shuffle v2, an MLP and any causal LM make such a
+folder; plain transformers loads it with no code of ours.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from vlm_tune.config.schema import ModelConfig, ProjectorConfig, Quantize
+from vlm_tune.errors import ConfigError
+from vlm_tune.model import attention
+from vlm_tune.model.llm import guard_4bit, load_tokenizer, quantization
+from vlm_tune.model.projector import Projector
+from vlm_tune.model.vision import VisionEncoder, resample_positions
+from vlm_tune.model.vlm import ImageTokens, VisionLanguageModel
+
+
+def load(
+    folder: Path, model: ModelConfig, dtype: torch.dtype, quantize: Quantize
+) -> tuple[VisionLanguageModel, PreTrainedTokenizerBase]:
+    """Take a native folder apart into vision encoder, projector and language model."""
+    config = AutoConfig.from_pretrained(folder)
+    if not isinstance(config, InternVLConfig):
+        raise ConfigError(f"model.path={folder}: a {config.model_type} folder; an internvl folder is needed here")
+    options = {"quantization_config": quantization(quantize, dtype)} if quantize is not Quantize.none else {}
+    native = InternVLForConditionalGeneration.from_pretrained(
+        folder, dtype=dtype, attn_implementation={"text_config": attention.NAME, "vision_config": "sdpa"}, **options
+    )
+    tower = native.model.vision_tower
+    resample_positions(tower, model.tiles.size)
+    layer = config.vision_feature_layer
+    vision = VisionEncoder(tower, layer if isinstance(layer, int) else -1)
+    shuffle = round(1 / config.downsample_ratio)
+    settings = ProjectorConfig(kind="mlp", shuffle=shuffle, shuffle_version="v2")
+    projector = Projector(settings, vision.width, config.text_config.hidden_size)
+    projector.load_state_dict(native.model.multi_modal_projector.state_dict())
+    llm = as_causal_lm(native)
+    guard_4bit(llm)
+    tokenizer = load_tokenizer(folder)
+    context_id = tokenizer.convert_tokens_to_ids(ImageTokens().context)
+    return VisionLanguageModel(vision, projector, llm, context_id, model.vision.normalize), tokenizer
+
+
+def as_causal_lm(native: PreTrainedModel) -> PreTrainedModel:
+    """Give the native model's text part the class of a language model of its own."""
+    config = native.config.text_config
+    config.tie_word_embeddings = native.config.tie_word_embeddings
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
+    llm.model = native.model.language_model
+    llm.lm_head = native.lm_head
+    llm.config.use_cache = False
+    return llm
+
+
+def native_config(vlm: VisionLanguageModel) -> InternVLConfig:
+    """Describe the model as a native InternVL; raise when its parts do not fit that class."""
+    tower_config = getattr(vlm.vision.tower, "config", None)
+    if tower_config is None or tower_config.model_type != "internvl_vision":
+        raise ConfigError(
+            "layout=hf stores a native InternVL, whose encoder is an internvl_vision transformer; this model's is "
+            f"{getattr(tower_config, 'model_type', 'a timm network')}. Use layout=parts"
+        )
+    projector = vlm.projector.config
+    if projector.kind != "mlp" or projector.shuffle_version != "v2":
+        raise ConfigError(
+            f"layout=hf knows pixel shuffle v2 and an MLP with LayerNorm; this model has kind={projector.kind}, "
+            f"shuffle_version={projector.shuffle_version}. Use layout=parts"
+        )
+    text = vlm.llm.config
+    side = vlm.vision.num_patches(tower_config.image_size[0])
+    return InternVLConfig(
+        vision_config=tower_config.to_dict(),
+        text_config=text.to_dict(),
+        image_token_id=vlm.context_id,
+        image_seq_length=side // projector.shuffle**2,
+        downsample_ratio=1 / projector.shuffle,
+        vision_feature_layer=-1,  # the layers after the selected one are not stored
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=text.tie_word_embeddings,
+    )
+
+
+def save(vlm: VisionLanguageModel, folder: Path, shard: str = "2GB") -> None:
+    """Write a merged model as a native folder, config and weights, in the dtype that it has."""
+    config = native_config(vlm)
+    with torch.device("meta"):
+        native = InternVLForConditionalGeneration(config)
+    native.model.vision_tower = vlm.vision.tower
+    native.model.language_model = vlm.llm.get_decoder()
+    native.lm_head = vlm.llm.get_output_embeddings()
+    shell = native.model.multi_modal_projector.to_empty(device=vlm.device)
+    shell.load_state_dict(vlm.projector.state_dict())
+    native.config.dtype = vlm.llm.dtype
+    native.generation_config = generation_settings(vlm)
+    native.save_pretrained(folder, max_shard_size=shard)
+
+
+def generation_settings(vlm: VisionLanguageModel) -> Any:
+    """Greedy by default, as the trainer's own answers are."""
+    settings = vlm.llm.generation_config
+    settings.do_sample = False
+    settings.temperature = settings.top_p = settings.top_k = None
+    settings.use_cache = True
+    return settings

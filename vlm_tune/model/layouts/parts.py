@@ -1,0 +1,74 @@
+"""Parts side by side: an encoder's folder, a language model's folder, and a projector between them.
+
+`join` makes a model of two parts that never met. `save` writes a trained model the same way (vision/, llm/,
+projector.safetensors), for models that no class of transformers describes: each part still loads by itself.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
+
+from vlm_tune.config.schema import ModelConfig, ProjectorConfig, Quantize
+from vlm_tune.model.llm import add_tokens, load_llm, load_tokenizer
+from vlm_tune.model.projector import Projector
+from vlm_tune.model.vision import VisionEncoder, load_tower, resample_positions
+from vlm_tune.model.vlm import ImageTokens, VisionLanguageModel
+
+SETTINGS = "vlm_tune.json"  # what joins the parts: projector and encoder settings
+PROJECTOR = "projector.safetensors"
+
+Loaded = tuple[VisionLanguageModel, PreTrainedTokenizerBase]
+
+
+def join(vision_folder: Path, llm_folder: Path, model: ModelConfig, dtype: torch.dtype, quantize: Quantize) -> Loaded:
+    """Join an encoder and a language model by a new projector, whose first weights are the same in every run."""
+    tower = load_tower(vision_folder, dtype)
+    resample_positions(tower, model.tiles.size)
+    vision = VisionEncoder(tower, model.vision.select_layer)
+    tokenizer, llm = load_tokenizer(llm_folder), load_llm(llm_folder, dtype, quantize)
+    tokens = ImageTokens()
+    add_tokens(tokenizer, llm, tokens.all)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the projector's first weights belong to the model, not to the run's seed
+        projector = Projector(model.projector, vision.width, llm.config.hidden_size)
+    projector.match_scale(llm.get_input_embeddings().weight)
+    context_id = tokenizer.convert_tokens_to_ids(tokens.context)
+    return VisionLanguageModel(vision, projector, llm, context_id, model.vision.normalize), tokenizer
+
+
+def load(folder: Path, model: ModelConfig, dtype: torch.dtype, quantize: Quantize) -> Loaded:
+    """Load a folder that `save` wrote."""
+    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    model.projector = ProjectorConfig(**settings["projector"])
+    model.vision.select_layer = settings["select_layer"]
+    model.vision.normalize = settings["normalize"]
+    vlm, tokenizer = join(folder / "vision", folder / "llm", model, dtype, quantize)
+    vlm.projector.load_state_dict(load_file(folder / PROJECTOR))
+    return vlm, tokenizer
+
+
+def save(vlm: VisionLanguageModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a merged model as parts, in the dtype that it has."""
+    save_tower(vlm.vision, folder / "vision")
+    vlm.llm.save_pretrained(folder / "llm")
+    tokenizer.save_pretrained(folder / "llm")
+    save_file({name: weight.contiguous() for name, weight in vlm.projector.state_dict().items()}, folder / PROJECTOR)
+    settings = {"projector": asdict(vlm.projector.config), "normalize": vlm.normalization, "select_layer": -1}
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
+
+
+def save_tower(vision: VisionEncoder, folder: Path) -> None:
+    """Write an encoder in its library's own layout."""
+    if not vision.is_timm:
+        vision.tower.save_pretrained(folder)  # type: ignore[operator]
+        return
+    folder.mkdir(parents=True)
+    pretrained = vision.tower.pretrained_cfg  # type: ignore[union-attr]
+    config = {"architecture": pretrained["architecture"], "num_classes": 0, "pretrained_cfg": {"num_classes": 0}}
+    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    weights = {name: weight.contiguous() for name, weight in vision.tower.state_dict().items()}
+    save_file(weights, folder / "model.safetensors")

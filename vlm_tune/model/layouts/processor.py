@@ -1,0 +1,72 @@
+"""What lies beside exported weights: tokenizer, chat template and picture settings, as trained."""
+
+from pathlib import Path
+
+from transformers import GotOcr2ImageProcessorPil, InternVLProcessor, InternVLVideoProcessor, PreTrainedTokenizerBase
+
+from vlm_tune.config.schema import ModelConfig, TileRule
+from vlm_tune.data.encode import Encoder
+from vlm_tune.data.templates import Template
+from vlm_tune.data.tiles import find_normalization
+from vlm_tune.errors import ConfigError
+from vlm_tune.model.vlm import ImageTokens
+
+
+def save_processor(tokenizer: PreTrainedTokenizerBase, encoder: Encoder, model: ModelConfig, folder: Path) -> None:
+    """Write a native InternVL processor that makes the tokens and tiles of training.
+
+    Raises ConfigError for a tile rule that transformers' processor does not know.
+    """
+    tiles = model.tiles
+    if tiles.rule is not TileRule.dynamic and tiles.max > 1:
+        raise ConfigError(f"layout=hf: transformers' processor has no tile rule {tiles.rule.value}: use layout=parts")
+    mean, std = find_normalization(model.vision.normalize)
+    pictures = GotOcr2ImageProcessorPil(
+        size={"height": tiles.size, "width": tiles.size},
+        crop_to_patches=tiles.max > 1,
+        min_patches=tiles.min,
+        max_patches=tiles.max,
+        image_mean=list(mean),
+        image_std=list(std),
+        do_convert_rgb=True,
+    )
+    tokens = ImageTokens()
+    tokenizer.add_special_tokens(
+        {"start_image_token": tokens.start, "end_image_token": tokens.end, "context_image_token": tokens.context}
+        | {"video_token": "<video>"},
+        replace_extra_special_tokens=False,
+    )
+    template = jinja_template(encoder.template, model.system)
+    tokenizer.chat_template = template
+    processor = InternVLProcessor(
+        image_processor=pictures,
+        tokenizer=tokenizer,
+        video_processor=InternVLVideoProcessor(size={"height": tiles.size, "width": tiles.size}),
+        image_seq_length=encoder.settings.tokens_per_tile,
+        chat_template=template,
+    )
+    processor.save_pretrained(folder)
+
+
+def jinja_template(template: Template, system: str | None) -> str:
+    """Write a template of ours as the Jinja text that transformers renders."""
+    default = system if system is not None else template.default_system or ""
+    before, _, after = template.user.partition("{question}")
+    opening, _, closing = template.system.partition("{system}")
+    content = (
+        "{%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}"
+        "{%- for part in message['content'] -%}"
+        "{%- if part['type'] == 'image' -%}{{ '<IMG_CONTEXT>\\n' }}"
+        "{%- elif part['type'] == 'text' -%}{{ part['text'] }}{%- endif -%}"
+        "{%- endfor -%}{%- endif -%}"
+    )
+    return (
+        f"{{{{ {template.start!r} }}}}"
+        f"{{%- if messages[0]['role'] != 'system' and {bool(default)} -%}}{{{{ {opening + default + closing!r} }}}}{{%- endif -%}}"
+        "{%- for message in messages -%}"
+        f"{{%- if message['role'] == 'system' -%}}{{{{ {opening!r} }}}}{content}{{{{ {closing!r} }}}}"
+        f"{{%- elif message['role'] == 'user' -%}}{{{{ {before!r} }}}}{content}{{{{ {after!r} }}}}"
+        f"{{%- else -%}}{{{{ {template.assistant!r} }}}}{content}{{{{ {template.end + template.after!r} }}}}{{%- endif -%}}"
+        "{%- endfor -%}"
+        f"{{%- if add_generation_prompt -%}}{{{{ {template.assistant!r} }}}}{{%- endif -%}}"
+    )

@@ -1,0 +1,69 @@
+"""The language model: any causal LM of transformers, read with packed attention, grown by the image tokens."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from tokenizers import AddedToken
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from vlm_tune.config.schema import Quantize
+from vlm_tune.model import attention
+
+
+def load_llm(folder: Path, dtype: torch.dtype, quantize: Quantize = Quantize.none) -> PreTrainedModel:
+    """Load a causal LM for training: packed attention, no cache, 4- or 8-bit weights when asked for."""
+    options = {"quantization_config": quantization(quantize, dtype)} if quantize is not Quantize.none else {}
+    llm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention.NAME, **options)
+    llm.config.use_cache = False
+    guard_4bit(llm)
+    return llm
+
+
+def quantization(quantize: Quantize, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Describe the storage of a frozen base: NF4 with double quantization (QLoRA), or 8-bit."""
+    if quantize is Quantize.int8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def guard_4bit(llm: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights in place on AVX512 CPUs.
+
+    It does so at the first forward pass in eval mode and never undoes it: gradients are silently wrong ever after.
+    """
+    for module in llm.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load a folder's tokenizer; no code comes out of the folder."""
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerBase, llm: PreTrainedModel, tokens: list[str]) -> None:
+    """Add special tokens; new embedding rows are the mean of the old ones, so that they are the same in every run."""
+    vocabulary = tokenizer.get_vocab()
+    if new := [token for token in tokens if token not in vocabulary]:
+        tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in new], special_tokens=True)
+    num_rows = llm.get_input_embeddings().weight.shape[0]
+    num_tokens = len(tokenizer)
+    if num_tokens <= num_rows:
+        return
+    llm.resize_token_embeddings(num_tokens, mean_resizing=False)
+    tables = {id(layer.weight): layer.weight for layer in (llm.get_input_embeddings(), llm.get_output_embeddings())}
+    with torch.no_grad():
+        for table in tables.values():
+            table[num_rows:] = table[:num_rows].float().mean(dim=0).to(table.dtype)

@@ -1,0 +1,70 @@
+"""From vision features to tokens of the language model: pixel shuffle, then a small network."""
+
+import torch
+from torch import Tensor, nn
+
+from vlm_tune.config.schema import ProjectorConfig
+from vlm_tune.errors import ConfigError
+
+
+def pixel_shuffle(features: Tensor, shuffle: int, version: str = "v2") -> Tensor:
+    """(T, P, C) -> (T, P/r^2, r^2*C): fold each r x r block of patches into one token.
+
+    Channels are ordered (row in block, column in block, c). v1 gives the same tokens in transposed order.
+    Source: InternVL `modeling_internvl_chat.py:pixel_shuffle`.
+
+    >>> pixel_shuffle(torch.zeros(1, 1024, 8), 2).shape
+    torch.Size([1, 256, 32])
+    """
+    if shuffle == 1:
+        return features
+    num_tiles, num_patches, width = features.shape
+    side = int(num_patches**0.5)
+    grid = features.view(num_tiles, side // shuffle, shuffle, side // shuffle, shuffle, width)
+    order = (0, 3, 1, 2, 4, 5) if version == "v1" else (0, 1, 3, 2, 4, 5)
+    tokens = grid.permute(*order).reshape(num_tiles, -1, shuffle**2 * width)  # (T, S, r*r*C)
+    return tokens
+
+
+class Projector(nn.Module):
+    """Map shuffled vision features to the language model's width: (T, S, r^2*C) -> (T, S, D).
+
+    mlp         LayerNorm, Linear, GELU, Linear   (InternVL)
+    mlp2x_gelu  Linear, GELU, Linear              (LLaVA 1.5)
+    linear      Linear                            (LLaVA)
+    """
+
+    def __init__(self, config: ProjectorConfig, vision_width: int, llm_width: int) -> None:
+        super().__init__()
+        self.config = config
+        width = vision_width * config.shuffle**2
+        self.layer_norm = nn.LayerNorm(width) if config.kind == "mlp" else nn.Identity()
+        self.linear_1 = nn.Linear(width, llm_width)
+        self.act = nn.GELU()
+        self.linear_2 = nn.Linear(llm_width, llm_width)
+        if config.kind == "linear":
+            self.act, self.linear_2 = nn.Identity(), nn.Identity()  # type: ignore[assignment]
+        elif config.kind not in ("mlp", "mlp2x_gelu"):
+            raise ConfigError(
+                f"model.projector.kind={config.kind}: no such projector. There are: mlp, mlp2x_gelu, linear"
+            )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(T, P, C) -> (T, S, D)."""
+        tokens = pixel_shuffle(features, self.config.shuffle, self.config.shuffle_version)  # (T, S, r*r*C)
+        tokens = self.linear_2(self.act(self.linear_1(self.layer_norm(tokens))))  # (T, S, D)
+        return tokens
+
+    @torch.no_grad()
+    def match_scale(self, embeddings: Tensor) -> None:
+        """Scale a new projector's output to the spread of the token embeddings (V, D).
+
+        Its first tokens then look like words to the language model: without this the first steps only shrink them.
+        """
+        last = self.linear_1 if isinstance(self.linear_2, nn.Identity) else self.linear_2
+        width = last.in_features
+        # a normalised input of unit variance passes GELU with a second moment of about 0.3 after a default Linear
+        probe = torch.randn(256, width, generator=torch.Generator().manual_seed(0)).to(last.weight) * 0.4
+        spread = (probe @ last.weight.T).std()
+        last.weight.mul_(embeddings.float().std() / spread)
+        last.bias.zero_()

@@ -1,0 +1,29 @@
+"""Open a finished run: the base model of its configuration, with what the run trained put in place."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from vlm_tune.config.schema import Config, Precision
+from vlm_tune.model.build import Model, build_model
+from vlm_tune.model.checkpoint import find_checkpoint, load_weights, run_config, start_of, trained_weights
+from vlm_tune.model.parts import apply_stage
+
+
+def open_trained(ckpt: str, overrides: list[str], precision: Precision | None = None) -> tuple[Model, Config]:
+    """Load the model of a run folder or checkpoint, with its stage's adapters in place.
+
+    Frozen parts that an earlier stage had trained (a pretrained projector) come from that stage's checkpoint.
+    """
+    checkpoint = find_checkpoint(ckpt)
+    config = run_config(checkpoint, overrides)
+    if precision is not None:
+        config.trainer = replace(config.trainer, precision=precision)
+    model = build_model(config)
+    apply_stage(model.vlm, config)
+    start = start_of(checkpoint)
+    if start is not None:
+        load_weights(model.vlm, trained_weights(start), start, complete=False)
+    load_weights(model.vlm, trained_weights(checkpoint), Path(checkpoint), complete=True)
+    model.vlm.requires_grad_(False)
+    model.vlm.eval()
+    return model, config

@@ -1,0 +1,102 @@
+"""(5) The model: embed the text, put the image features in their places, run the language model."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vlm_tune.data.batch import Batch
+from vlm_tune.data.tiles import normalize
+from vlm_tune.model.loss import supervised_loss
+from vlm_tune.model.projector import Projector
+from vlm_tune.model.vision import VisionEncoder
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """The special tokens around and in the place of a picture's features."""
+
+    context: str = "<IMG_CONTEXT>"
+    start: str = "<img>"
+    end: str = "</img>"
+
+    @property
+    def all(self) -> list[str]:
+        """The tokens that a tokenizer must know."""
+        return [token for token in (self.start, self.end, self.context) if token]
+
+
+class VisionLanguageModel(nn.Module):
+    """Answer from pictures and text.
+
+    One step: tiles (T, H, W, 3) -> vision encoder (T, P, C) -> projector (T, S, D); token ids (B, L) -> embeddings
+    (B, L, D); features take the places of the context tokens; the language model makes hidden states (B, L, D); the
+    head and the loss see the N supervised positions only.
+    """
+
+    def __init__(
+        self, vision: VisionEncoder, projector: Projector, llm: PreTrainedModel, context_id: int, normalization: str
+    ) -> None:
+        super().__init__()
+        self.vision = vision
+        self.projector = projector
+        self.llm = llm
+        self.context_id = context_id
+        self.normalization = normalization
+        self.is_blind = False  # answer with image features set to zero, to measure what pictures contribute
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.projector.parameters()).device
+
+    def encode_tiles(self, tiles: Tensor) -> Tensor:
+        """(T, H, W, 3) uint8 -> (T, S, D)."""
+        is_trained = any(parameter.requires_grad for parameter in self.vision.parameters())
+        pixels = normalize(tiles, self.normalization, self.vision.dtype)  # (T, 3, H, W)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
+            features = self.vision(pixels)  # (T, P, C)
+        if not torch.is_autocast_enabled(features.device.type):
+            features = features.to(self.projector.linear_1.weight.dtype)
+        tokens = self.projector(features)  # (T, S, D)
+        return torch.zeros_like(tokens) if self.is_blind else tokens
+
+    def embed(self, input_ids: Tensor, tiles: Tensor) -> Tensor:
+        """Token ids (B, L) and tiles (T, H, W, 3) -> embeddings (B, L, D) with the image features in place."""
+        embeddings = self.llm.get_input_embeddings()(input_ids)  # (B, L, D)
+        if len(tiles) == 0:
+            return embeddings
+        features = self.encode_tiles(tiles)  # (T, S, D)
+        return merge_features(embeddings, input_ids == self.context_id, features)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Sum of weighted losses of a batch: a scalar in float32."""
+        embeddings = self.embed(batch.input_ids, batch.tiles)  # (B, L, D)
+        if len(batch.tiles) == 0 and self.training and torch.distributed.is_initialized():
+            embeddings = embeddings + self._unused_features(batch).to(embeddings.dtype)
+        hidden = self.llm.get_decoder()(
+            inputs_embeds=embeddings,
+            position_ids=batch.position_ids,
+            segments=batch.segments,
+            use_cache=False,
+        ).last_hidden_state  # (B, L, D)
+        rows = hidden.flatten(0, 1)[batch.predicting]  # (N, D)
+        return supervised_loss(rows, self.llm.get_output_embeddings(), batch.targets, batch.weights)
+
+    def _unused_features(self, batch: Batch) -> Tensor:
+        """Run one blank tile with no effect: a rank without pictures must still take part in the gradient exchange."""
+        size = batch.tile_size
+        tile = torch.zeros(1, size, size, 3, dtype=torch.uint8, device=batch.input_ids.device)
+        return self.encode_tiles(tile).sum() * 0.0
+
+
+def merge_features(embeddings: Tensor, is_context: Tensor, features: Tensor) -> Tensor:
+    """Put features (T, S, D) in the places of the context tokens: (B, L, D), mask (B, L) -> (B, L, D).
+
+    Counts are checked for each sample when a batch is made; here the sum must fit, or features would move to a
+    neighbour's places.
+    """
+    merged = embeddings.clone()
+    merged[is_context] = features.flatten(0, 1).to(embeddings.dtype)  # raises when the counts differ
+    return merged

@@ -1,0 +1,1 @@
+"""Use a trained model: the terminal chat."""

@@ -1,0 +1,104 @@
+"""`python -m vlm_tune chat ckpt=RUN image=PICTURE`: talk to a trained model in the terminal."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from vlm_tune.config.schema import ImageConfig, TilesConfig
+from vlm_tune.data.images import ImageReader
+from vlm_tune.data.sample import Message, Part, Picture, Sample
+from vlm_tune.data.tiles import make_tiles, picture_tiles, tile_limits
+from vlm_tune.errors import DataError, VlmTuneError
+from vlm_tune.model.build import Model
+from vlm_tune.model.generate import Prompt, answer
+from vlm_tune.model.trained import open_trained
+
+HELP = "/image PATH shows a picture, /reset starts anew, /exit ends"
+
+
+class Chat:
+    """Hold one conversation."""
+
+    def __init__(self, model: Model, tiles: TilesConfig, normalization: str) -> None:
+        self.model = model
+        self.tiles = tiles
+        self.normalization = normalization
+        self.messages: list[Message] = []
+        self.pending: list[Picture] = []
+
+    def show(self, path: str) -> None:
+        """Put a picture in front of the next question; raise DataError when it cannot be read."""
+        picture = Picture(str(Path(path).expanduser().resolve()))
+        self._reader(picture).open_picture(picture, path, None)
+        self.pending.append(picture)
+
+    def ask(self, question: str, max_new_tokens: int = 256) -> str:
+        """Answer a question in the light of the whole conversation."""
+        parts: list[Part] = [part for picture in self.pending for part in (picture, "\n")]
+        asked = Message("user", (*parts, question))
+        open_turn = Message("assistant", ("",), supervised=True)
+        sample = Sample("chat", (*self.messages, asked, open_turn), "chat")
+        text = answer(self.model, [self._prompt(sample)], max_new_tokens)[0]
+        self.messages += [asked, replace(open_turn, parts=(text,))]
+        self.pending = []
+        return text
+
+    def reset(self) -> None:
+        """Forget everything that was said and shown."""
+        self.messages, self.pending = [], []
+
+    def _prompt(self, sample: Sample) -> Prompt:
+        images = [self._reader(picture).open_picture(picture, "chat", None) for picture in sample.pictures]
+        sizes, stills = [image.size for image in images], [False] * len(images)
+        example = self.model.encoder.encode_prompt(
+            sample, lambda max_tiles: picture_tiles(sizes, stills, self.tiles, max_tiles)
+        )
+        limits = tile_limits(stills, self.tiles, example.max_tiles)
+        size = self.tiles.size
+        made = [np.zeros((0, size, size, 3), dtype=np.uint8)]
+        for image, limit in zip(images, limits, strict=True):
+            made.append(make_tiles(image, self.tiles, limit, self.normalization))
+        return Prompt(example, np.concatenate(made))
+
+    def _reader(self, picture: Picture) -> ImageReader:
+        return ImageReader(ImageConfig(), Path(picture.path).parent)  # the user names the file: its folder is the root
+
+
+def chat(ckpt: str, image: str, overrides: list[str]) -> None:
+    """Read questions from the terminal (or a pipe) until /exit or the end of the input."""
+    model, config = open_trained(ckpt, overrides)
+    talk = Chat(model, config.model.tiles, config.model.vision.normalize)
+    console = Console()
+    if image:
+        talk.show(image)
+    if sys.stdin.isatty():
+        console.print(HELP)
+    while True:
+        try:
+            line = console.input("[bold]> [/bold]").strip() if sys.stdin.isatty() else input().strip()
+        except EOFError:
+            return
+        if line == "/exit":
+            return
+        try:
+            respond(talk, line, console)
+        except VlmTuneError as error:
+            console.print(f"{type(error).__name__}: {error}", markup=False)
+
+
+def respond(talk: Chat, line: str, console: Console) -> None:
+    """Carry out a command, or answer a question."""
+    command, _, rest = line.partition(" ")
+    if command == "/image":
+        talk.show(rest.strip())
+        console.print("(picture shown)", highlight=False)
+    elif command == "/reset":
+        talk.reset()
+        console.print("(new conversation)", highlight=False)
+    elif line.startswith("/"):
+        raise DataError(f"{command}: no such command. {HELP}")
+    elif line:
+        console.print(talk.ask(line), markup=False, highlight=False)

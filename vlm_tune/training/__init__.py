@@ -1,0 +1,1 @@
+"""A training run: `run` is its table of contents."""

@@ -1,0 +1,1 @@
+"""What happens around the steps: progress, sample answers, checkpoints, the report."""

@@ -1,0 +1,65 @@
+"""Sample answers: the model answers the same few questions before, during and after training."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from rich.console import Console
+from rich.table import Table
+
+from vlm_tune.data.batch import Batch
+from vlm_tune.data.dataset import Conversations
+from vlm_tune.evaluation.evaluate import Question, ask
+from vlm_tune.model.build import Model
+
+
+class SampleAnswers(L.Callback):
+    """Ask fixed questions every `chat_every` optimizer steps; keep all answers in sample_answers.jsonl."""
+
+    def __init__(self, model: Model, test: Conversations, questions: list[Question], every: int, run: Path) -> None:
+        self.model = model
+        self.test = test
+        self.questions = questions
+        self.every = every
+        self.path = run / "sample_answers.jsonl"
+        self.console = Console()
+        self.before: list[str] = []
+        self.now: list[str] = []
+
+    def on_fit_start(self, trainer: L.Trainer, module: Any) -> None:
+        """Answer before the first step (a resumed run reads them back)."""
+        if not trainer.is_global_zero:
+            return
+        earlier = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        first = [entry for entry in map(json.loads, earlier) if entry["step"] == 0]
+        self.before = [entry["answer"] for entry in first] if first else self._ask(0)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Answer every so many steps."""
+        step = trainer.global_step
+        is_whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        is_due = self.every and step % self.every == 0 and step < trainer.max_steps
+        if trainer.is_global_zero and is_whole_step and is_due:
+            self._print(f"step {step}", self._ask(step))
+
+    def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
+        """Answer after the last step, beside the answers before the first."""
+        if trainer.is_global_zero:
+            self._print("after training", self._ask(trainer.global_step))
+
+    def _ask(self, step: int) -> list[str]:
+        predictions = ask(self.model, self.test, self.questions, max_new_tokens=32)
+        with self.path.open("a", encoding="utf-8") as file:
+            for prediction in predictions:
+                entry = {"step": step, "id": prediction.id, "question": prediction.question}
+                entry |= {"expected": prediction.expected, "answer": prediction.answer}
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self.now = [prediction.answer for prediction in predictions]
+        return self.now
+
+    def _print(self, title: str, answers: list[str]) -> None:
+        table = Table("question", "expected", "before", "now", title=f"sample answers, {title}", title_justify="left")
+        for question, before, now in zip(self.questions, self.before, answers, strict=True):
+            table.add_row(question.text, question.expected, before, now)
+        self.console.print(table)

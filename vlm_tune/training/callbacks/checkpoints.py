@@ -1,0 +1,70 @@
+"""Save checkpoints: every so many steps, at the best validation loss, and at the end."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from vlm_tune.data.batch import Batch
+from vlm_tune.model.checkpoint import CHECKPOINTS, checkpoints, write_atomically
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Write a checkpoint whole or not at all, and read it without running code that it might hold."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write under a temporary name, then rename."""
+        write_atomically(Path(path), lambda partial: torch.save(checkpoint, partial))
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
+        """Read weights, numbers and text only."""
+        return super().load_checkpoint(path, map_location, weights_only=True)
+
+
+class SaveCheckpoints(L.Callback):
+    """Save `step=N.ckpt` every `save_every` optimizer steps and at the end; keep the newest ones, and `best.ckpt`."""
+
+    def __init__(self, run: Path, save_every: int, keep: int) -> None:
+        self.folder = run / CHECKPOINTS
+        self.run = run
+        self.save_every = save_every
+        self.keep = keep
+        self.best = float("inf")
+        self.best_step = -1
+        self.saved_step = -1
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Save at the end of an optimizer step, never between the micro-batches of one."""
+        step = trainer.global_step
+        is_whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if is_whole_step and step != self.saved_step and (step % self.save_every == 0 or step >= trainer.max_steps):
+            self._save(trainer, step)
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Keep the weights of the lowest validation loss as best.ckpt."""
+        if trainer.sanity_checking or "val/loss" not in trainer.callback_metrics:
+            return
+        loss = float(trainer.callback_metrics["val/loss"])
+        if loss < self.best:
+            self.best, self.best_step = loss, trainer.global_step
+            trainer.save_checkpoint(self.folder / "best.ckpt")
+
+    def _save(self, trainer: L.Trainer, step: int) -> None:
+        self.saved_step = step
+        trainer.save_checkpoint(self.folder / f"step={step:08d}.ckpt")
+        if trainer.is_global_zero:
+            for old in checkpoints(self.run)[: -self.keep]:
+                os.remove(old)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Remember the best loss so far."""
+        return {"best": self.best, "best_step": self.best_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore it."""
+        self.best, self.best_step = state_dict["best"], state_dict["best_step"]

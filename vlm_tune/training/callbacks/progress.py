@@ -1,0 +1,74 @@
+"""One line that moves: step, loss, learning rate, tokens and samples a second, time left."""
+
+import time
+from typing import Any
+
+import lightning as L
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from vlm_tune.data.batch import Batch
+from vlm_tune.training.module import VlmModule
+
+LINE_SECONDS = 15  # how often a log file (no terminal) gets a line
+
+
+class ProgressLine(L.Callback):
+    """Show the run's progress in a terminal, or as a line now and then where the output is a file."""
+
+    def __init__(self, log_every: int) -> None:
+        self.console = Console()
+        self.log_every = log_every
+        self.bar: Progress | None = None
+        self.waiting = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, module: VlmModule) -> None:  # type: ignore[override]
+        """Begin to count."""
+        self.started = self.mark = time.perf_counter()
+        self.start = (module.num_samples, module.num_tokens)
+        self.start_step = trainer.global_step
+        self.last_line = 0.0
+        if self.console.is_terminal and trainer.is_global_zero:
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+            self.bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
+            self.task = self.bar.add_task("training", total=trainer.max_steps, completed=trainer.global_step)
+            self.bar.start()
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Batch, batch_idx: int) -> None:
+        """Count the time since the last step's end as waiting for data."""
+        self.waiting += time.perf_counter() - self.mark
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: VlmModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:  # type: ignore[override]
+        """Update the line after each optimizer step, and log the speed."""
+        self.mark = time.perf_counter()
+        if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.global_step % self.log_every:
+            return
+        seconds = self.mark - self.started
+        samples = (module.num_samples - self.start[0]) * trainer.world_size / seconds
+        tokens = (module.num_tokens - self.start[1]) * trainer.world_size / seconds
+        speed = {"speed/samples": samples, "speed/tokens": tokens, "speed/waiting": self.waiting / seconds}
+        module.log_dict(speed, rank_zero_only=True)
+        loss = float(trainer.callback_metrics.get("train/loss", float("nan")))
+        rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
+        text = f"loss {loss:.4f}  lr {rate:.1e}  {tokens:,.0f} tokens/s  {samples:.1f} samples/s"
+        self._show(trainer, text, seconds)
+
+    def _show(self, trainer: L.Trainer, text: str, seconds: float) -> None:
+        step = trainer.global_step
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step, description=text)
+        elif trainer.is_global_zero and (seconds - self.last_line >= LINE_SECONDS or step >= trainer.max_steps):
+            self.last_line = seconds
+            left = seconds / max(1, step - self.start_step) * (trainer.max_steps - step)
+            self.console.print(f"step {step}/{trainer.max_steps}  {text}  {left:.0f} s left", highlight=False)
+
+    def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
+        """Leave the last state on the screen."""
+        if self.bar is not None:
+            self.bar.stop()
+
+    def on_exception(self, trainer: L.Trainer, module: Any, exception: BaseException) -> None:
+        """Give the terminal back."""
+        self.on_train_end(trainer, module)

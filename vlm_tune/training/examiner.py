@@ -1,0 +1,101 @@
+"""What the run learned: the same questions before and after training, and answered blind."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from rich.console import Console
+
+from vlm_tune.config.schema import Config
+from vlm_tune.data.datamodule import DataModule
+from vlm_tune.data.dataset import Conversations
+from vlm_tune.evaluation.evaluate import (
+    Prediction,
+    Question,
+    ask,
+    blind,
+    majority_scores,
+    open_test,
+    read_questions,
+    score,
+    write_predictions,
+)
+from vlm_tune.model.build import Model
+from vlm_tune.training.callbacks.chats import SampleAnswers
+from vlm_tune.training.report import RunReport, show_scores
+
+
+class Examiner:
+    """Hold the test questions of a run: of the test file, or of the validation rows where there is none."""
+
+    def __init__(self, config: Config, model: Model, data: DataModule, run: Path) -> None:
+        self.model = model
+        self.run = run
+        self.console = Console()
+        self.scored: list[Question] = []
+        self.shown: list[Question] = []
+        self.test: Conversations | None = open_test(config, model)
+        if self.test is not None:
+            self.shown = read_questions(self.test, config.trainer.num_chats)
+            if config.stage.evaluate:
+                self.scored = read_questions(self.test, config.trainer.max_test_rows)
+        elif data.val is not None:
+            self.test = data.val.data
+            self.shown = read_questions(self.test, config.trainer.num_chats, data.val.index.rows)
+        self.chats = SampleAnswers(model, self.test, self.shown, config.trainer.chat_every, run) if self.shown else None
+
+    def callbacks(self) -> list[L.Callback]:
+        """What runs during training."""
+        return [self.chats] if self.chats else []
+
+    def before(self, device: torch.device) -> None:
+        """Score the model as the run finds it; a resumed run reads the scores back."""
+        path = self.run / "scores_before.json"
+        if self.scored and not path.exists():
+            path.write_text(json.dumps(score(self._ask(device, "before training"))), encoding="utf-8")
+
+    def after(self, device: torch.device, report: RunReport) -> None:
+        """Score the trained model, with and without sight; keep its predictions."""
+        if self.scored:
+            predictions = self._ask(device, "after training")
+            write_predictions(predictions, self.run / "predictions.jsonl")
+            with blind(self.model):
+                unseeing = self._ask(device, "blind")
+            report.evaluation = {
+                "before": json.loads((self.run / "scores_before.json").read_text(encoding="utf-8")),
+                "after": score(predictions),
+                "blind": score(unseeing),
+                "majority": majority_scores(predictions),
+                "num_questions": count_tasks(predictions),
+            }
+            show_scores(self.console, report.evaluation)
+        if self.chats is not None:
+            report.answers = self._answers(self.chats)
+
+    def _ask(self, device: torch.device, title: str) -> list[Prediction]:
+        assert self.test is not None
+        self.model.vlm.to(device)
+        start = time.perf_counter()
+        predictions = ask(self.model, self.test, self.scored)
+        seconds = time.perf_counter() - start
+        self.console.print(f"{title}: {len(predictions)} questions answered in {seconds:.0f} s", highlight=False)
+        return predictions
+
+    def _answers(self, chats: SampleAnswers) -> list[dict[str, Any]]:
+        assert self.test is not None
+        answers = []
+        for question, before, after in zip(self.shown, chats.before, chats.now, strict=True):
+            pictures = question.sample.pictures
+            path = str(Path(self.test.reader.root) / pictures[0].path) if pictures and pictures[0].path else None
+            entry = {"picture": path, "question": question.text, "expected": question.expected}
+            answers.append(entry | {"before": before, "after": after})
+        return answers
+
+
+def count_tasks(predictions: list[Prediction]) -> dict[str, int]:
+    """Count the questions of each task."""
+    tasks = [prediction.task for prediction in predictions]
+    return {task: tasks.count(task) for task in dict.fromkeys(tasks)}

@@ -1,0 +1,109 @@
+"""(6) The LightningModule: batch -> loss on the supervised positions -> logs."""
+
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from vlm_tune.config.schema import Config
+from vlm_tune.data.batch import Batch
+from vlm_tune.model.build import Model
+from vlm_tune.model.parts import set_modes, trained_parameters
+from vlm_tune.training.optim import make_optimizer, make_schedule
+
+
+class VlmModule(L.LightningModule):
+    """Train a VisionLanguageModel. Its checkpoints hold what the stage trains, and no frozen weight."""
+
+    strict_loading = False  # frozen weights are not in the checkpoint; `on_load_checkpoint` checks the trained ones
+
+    def __init__(self, model: Model, config: Config, max_steps: int) -> None:
+        super().__init__()
+        self.vlm = model.vlm
+        self.config = config
+        self.max_steps = max_steps
+        self.num_samples = self.num_tokens = 0  # of the run so far, this rank
+        self.train_seconds = 0.0  # wall, of the run so far, interruptions left out
+
+    def on_train_start(self) -> None:
+        """Set train and eval mode for each part."""
+        set_modes(self.vlm, self.config.stage)
+        self.clock = time.perf_counter()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seed dropout by the position in the stream: a resumed run then needs no generator state."""
+        torch.manual_seed(hash((self.config.seed, self.global_step, batch_idx, self.global_rank)) % 2**63)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return this micro-batch's share of the optimizer step's mean loss.
+
+        Weights are normalised over the whole step, all devices: Lightning divides by the accumulated batches and the
+        strategies average over the devices, so both are multiplied back in.
+        """
+        loss = self.vlm(batch)
+        self.num_samples += len(batch.sample_ids)
+        self.num_tokens += batch.num_tokens
+        self.step_loss = loss.detach() + (self.step_loss if self._continues(batch_idx) else 0.0)
+        return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def _continues(self, batch_idx: int) -> bool:
+        return batch_idx % self.trainer.accumulate_grad_batches != 0
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Move the stream's cursor, and log the finished optimizer step."""
+        if self._continues(batch_idx + 1):
+            return
+        self.trainer.datamodule.cursor = batch.cursor  # type: ignore[attr-defined]
+        loss = self.trainer.strategy.reduce(self.step_loss, reduce_op="sum")
+        self.log("train/loss", loss, prog_bar=True)
+        for group in self.optimizers().param_groups:  # type: ignore[union-attr]
+            self.log(f"lr/{group['name']}", group["lr"])
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Stop at a loss that is not a number, before it reaches the weights."""
+        if not torch.isfinite(self.step_loss):
+            raise FloatingPointError(f"the loss is {float(self.step_loss)} at step {self.global_step}")
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin a new sum over the validation rows; dropout is off."""
+        self.vlm.eval()
+        self.val_sums = torch.zeros(2, device=self.device)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add up loss and weight."""
+        loss = self.vlm(batch)
+        self.val_sums += torch.stack([loss, batch.weights.sum()])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean loss of all validation tokens, over all devices."""
+        total, weight = self.trainer.strategy.reduce(self.val_sums, reduce_op="sum")
+        self.log("val/loss", total / weight, prog_bar=True, rank_zero_only=True)
+        set_modes(self.vlm, self.config.stage)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW by part, warmup and cosine by optimizer step."""
+        optimizer = make_optimizer(self.vlm, self.config.stage)
+        schedule = make_schedule(optimizer, self.config.stage, self.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Copy a Batch."""
+        return batch.to(device)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Only what is trained: a checkpoint of LoRA and projector weighs megabytes, not gigabytes."""
+        return {f"vlm.{name}": parameter.data for name, parameter in trained_parameters(self.vlm)}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the counts of the run."""
+        now = time.perf_counter()
+        self.train_seconds, self.clock = self.train_seconds + now - self.clock, now
+        checkpoint["counts"] = {"samples": self.num_samples, "tokens": self.num_tokens, "seconds": self.train_seconds}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the counts."""
+        self.num_samples = checkpoint["counts"]["samples"]
+        self.num_tokens = checkpoint["counts"]["tokens"]
+        self.train_seconds = checkpoint["counts"]["seconds"]

@@ -1,0 +1,146 @@
+"""What a run leaves behind: report.json, and the same as one HTML page."""
+
+import json
+import os
+import platform
+import resource
+import sys
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from vlm_tune.config.schema import Config
+from vlm_tune.data.datamodule import DataModule
+from vlm_tune.model.build import resolve_precision
+from vlm_tune.model.checkpoint import CONFIG, run_of
+from vlm_tune.model.parts import PartSummary
+from vlm_tune.training.callbacks.metrics import read_metrics
+from vlm_tune.training.module import VlmModule
+from vlm_tune.training.report_html import write_html
+
+Scores = dict[str, float]
+
+
+@dataclass
+class RunReport:
+    """Collect a run's facts while it goes on; `write` leaves report.json and report.html in its folder."""
+
+    config: Config
+    run: Path
+    parts: list[PartSummary]
+    start: Path | None  # the earlier stage's checkpoint
+    evaluation: dict[str, Any] = field(default_factory=dict)  # before, after, blind, majority: scores by task
+    answers: list[dict[str, Any]] = field(default_factory=list)
+
+    def write(self, module: VlmModule, data: DataModule) -> Path:
+        """Write both files; return the page's path."""
+        earlier = previous_seconds(self.start)
+        metrics = read_metrics(self.run / "metrics.csv")
+        validation = [{"step": row["step"], "loss": row["val/loss"]} for row in metrics if "val/loss" in row]
+        report = {
+            "run": self._run(module),
+            "train_seconds": round(earlier + module.train_seconds, 1),
+            "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+            "parts": [{**vars(part), "how": part.how.value} for part in self.parts],
+            "data": describe_data(data),
+            "evaluation": self.evaluation or None,
+            "loss_curve": [point(row) for row in metrics if "train/loss" in row],
+            "val_curve": validation,
+            "best": min(validation, key=lambda row: row["loss"]) if validation else None,
+            "answers": self.answers,
+            "config": (self.run / CONFIG).read_text(encoding="utf-8"),
+            "environment": json.loads((self.run / "environment.json").read_text(encoding="utf-8")),
+        }
+        (self.run / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+        page = self.run / "report.html"
+        write_html(report, page)
+        return page
+
+    def _run(self, module: VlmModule) -> dict[str, Any]:
+        has_gpu = module.device.type == "cuda"
+        device = torch.cuda.get_device_name() if has_gpu else f"cpu ({os.cpu_count()} cores, {platform.machine()})"
+        return {
+            "name": self.run.name,
+            "stage": self.config.stage.name,
+            "model": self.config.model.name,
+            "device": device,
+            "precision": resolve_precision(self.config.trainer.precision).value,
+            "started": datetime.fromtimestamp((self.run / CONFIG).stat().st_mtime).isoformat(timespec="seconds"),
+            "seconds": round(module.train_seconds, 1),
+            "steps": module.max_steps,
+            "samples": module.num_samples,
+            "tokens": module.num_tokens,
+            "init_from": str(self.start) if self.start else None,
+            "command": f"python -m vlm_tune {' '.join(sys.argv[1:])}",
+        }
+
+
+def point(row: dict[str, float]) -> dict[str, Any]:
+    """One point of the loss curve, with the learning rate of each part."""
+    rates = {name.removeprefix("lr/"): value for name, value in row.items() if name.startswith("lr/")}
+    return {"step": row["step"], "loss": row["train/loss"], "lr": rates}
+
+
+def previous_seconds(start: Path | None) -> float:
+    """Training seconds of the stages before this one."""
+    path = run_of(start) / "report.json" if start else None
+    if path is None or not path.exists():
+        return 0.0
+    return float(json.loads(path.read_text(encoding="utf-8"))["train_seconds"])
+
+
+def describe_data(data: DataModule) -> dict[str, Any]:
+    """Summarize the rows of a run: counts, and sizes at the median and the maximum."""
+    assert data.train is not None
+    index = data.train.index
+    sizes = {
+        name: {"p50": int(np.median(values)), "max": int(values.max())}
+        for name, values in (("tokens", index.tokens), ("tiles", index.tiles))
+    }
+    return {
+        "path": str(data.train.data.path),
+        "rows": len(index),
+        "val_rows": len(data.val.index) if data.val else 0,
+        "skipped": len(data.train.findings.faults),
+        "shortened": len(data.train.findings.notes),
+        "supervised_share": round(float(index.supervised.sum() / index.tokens.sum()), 4),
+        "pack_fill": round(data.stream().fill(), 4) if data.config.stage.packing else None,
+        **sizes,
+    }
+
+
+def show_data(console: Console, data: DataModule) -> None:
+    """Print what the run trains on."""
+    facts = describe_data(data)
+    fill = f", packs {facts['pack_fill']:.0%} full" if facts["pack_fill"] else ""
+    console.print(
+        f"data: {facts['rows']:,} rows, {facts['val_rows']:,} for validation, {facts['skipped']:,} left out; "
+        f"{facts['tokens']['p50']} tokens a row (most {facts['tokens']['max']}), "
+        f"{facts['tiles']['p50']} tiles (most {facts['tiles']['max']}), "
+        f"{facts['supervised_share']:.0%} of the tokens supervised{fill}",
+        highlight=False,
+    )
+
+
+def show_parts(console: Console, parts: list[PartSummary]) -> None:
+    """Print what is trained, how, and at which learning rate."""
+    table = Table("part", "trained", "parameters", "of", "learning rate")
+    for part in parts:
+        rate = f"{part.learning_rate:.1e}" if part.num_trained else "-"
+        table.add_row(part.name, part.how.value, f"{part.num_trained:,}", f"{part.num_total:,}", rate)
+    console.print(table)
+
+
+def show_scores(console: Console, evaluation: dict[str, Any]) -> None:
+    """Print the accuracy of each task: before, after, blind, majority."""
+    columns = [name for name in ("before", "after", "blind", "majority") if evaluation.get(name)]
+    table = Table("task", "questions", *columns, title="exact match on the test file", title_justify="left")
+    for task, count in evaluation["num_questions"].items():
+        table.add_row(task, str(count), *(f"{evaluation[name][task]:.1%}" for name in columns))
+    console.print(table)

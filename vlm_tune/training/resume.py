@@ -1,0 +1,91 @@
+"""Where a run starts: anew, from an earlier stage's weights, or exactly where an interrupted run stopped."""
+
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from vlm_tune.config.parse import flatten
+from vlm_tune.config.schema import Config
+from vlm_tune.errors import CheckpointError, ConfigError
+from vlm_tune.model.checkpoint import find_checkpoint, find_run, load_weights, run_config, run_of, trained_weights
+from vlm_tune.model.vlm import VisionLanguageModel
+
+# keys that do not touch what is computed: they may differ from the interrupted run's
+FREE = (
+    "resume",
+    "resume_allow",
+    "runs",
+    "logger.",
+    "data.workers",
+    "trainer.log_every",
+    "trainer.keep",
+    "trainer.chat_every",
+)
+
+
+def find_resume(config: Config) -> Path | None:
+    """Find the checkpoint to go on from; raise when the run's settings are not the interrupted run's."""
+    if config.resume is None:
+        return None
+    if config.resume == "last":
+        run = find_run(Path(config.runs), config.stage.name, config.model.name)
+        if run is None:
+            raise CheckpointError(
+                f"resume=last: {config.runs} holds no run of stage={config.stage.name} model={config.model.name} with a "
+                "checkpoint. Start it without resume"
+            )
+        checkpoint = find_checkpoint(str(run))
+    else:
+        checkpoint = find_checkpoint(config.resume)
+    differing = differences(run_config(checkpoint), config)
+    refused = [line for key, line in differing.items() if key not in config.resume_allow]
+    if refused:
+        raise ConfigError(
+            f"resume={config.resume}: {len(refused)} settings differ from those of {run_of(checkpoint)}\n  "
+            + "\n  ".join(refused)
+            + "\n  Give the same settings again, or allow a change by its key: resume_allow=[KEY]"
+        )
+    return checkpoint
+
+
+def differences(before: Config, now: Config) -> dict[str, str]:
+    """List the settings that differ and matter, by key."""
+    old, new = flatten(plain(asdict(before))), flatten(plain(asdict(now)))
+    return {
+        key: f"{key}: {old[key]} then, {new[key]} now"
+        for key in new
+        if old[key] != new[key] and not key.startswith(FREE)
+    }
+
+
+def plain(tree: dict[str, Any]) -> dict[str, Any]:
+    """Replace enums by their values, at every depth."""
+    return {
+        key: plain(value) if isinstance(value, dict) else value.value if isinstance(value, Enum) else value
+        for key, value in tree.items()
+    }
+
+
+def initial_checkpoint(config: Config) -> Path | None:
+    """Find the earlier stage's checkpoint that this stage starts from."""
+    stage = config.stage
+    if stage.init_from == "none" or (stage.init_from == "auto" and stage.init_stage is None):
+        return None
+    if stage.init_from != "auto":
+        return find_checkpoint(stage.init_from)
+    if config.model.path is not None and config.model.vision.path is None:
+        return None  # a whole checkpoint brings its own trained projector
+    run = find_run(Path(config.runs), str(stage.init_stage), config.model.name)
+    if run is None:
+        raise CheckpointError(
+            f"stage.init_from=auto: {config.runs} holds no {stage.init_stage} run of model={config.model.name}. Run "
+            f"`python -m vlm_tune stage={stage.init_stage} model={config.model.name}` first, name one with "
+            "stage.init_from=RUN, or train a new projector here with stage.init_from=none"
+        )
+    return find_checkpoint(str(run))
+
+
+def start_from(vlm: VisionLanguageModel, checkpoint: Path) -> None:
+    """Load an earlier stage's trained weights."""
+    load_weights(vlm, trained_weights(checkpoint), checkpoint, complete=False)

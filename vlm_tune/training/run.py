@@ -1,0 +1,53 @@
+"""A run's table of contents: where it starts, model, stage, data, trainer, fit, report."""
+
+from pathlib import Path
+
+import lightning as L
+from rich.console import Console
+
+from vlm_tune.config.schema import Config
+from vlm_tune.data.datamodule import DataModule
+from vlm_tune.model.build import build_model
+from vlm_tune.model.checkpoint import run_of, start_of
+from vlm_tune.model.parts import apply_stage
+from vlm_tune.training.examiner import Examiner
+from vlm_tune.training.module import VlmModule
+from vlm_tune.training.report import RunReport, show_data, show_parts
+from vlm_tune.training.resume import find_resume, initial_checkpoint, start_from
+from vlm_tune.training.run_folder import make_run_folder
+from vlm_tune.training.trainer import make_trainer
+
+
+def train(config: Config) -> Path:
+    """Run one stage from its configuration to its report; return the run's folder."""
+    console = Console()
+    checkpoint = find_resume(config)
+    start = start_of(checkpoint) if checkpoint else initial_checkpoint(config)
+    L.seed_everything(config.seed, workers=True, verbose=False)
+
+    model = build_model(config)
+    parts = apply_stage(model.vlm, config)
+    if start is not None:
+        start_from(model.vlm, start)
+
+    data = DataModule(config, model.encoder)
+    data.setup()
+    run = run_of(checkpoint) if checkpoint else make_run_folder(config, start)
+    data.write_quarantine(run / "quarantine.jsonl")
+
+    console.print(f"run folder: {run}\nstarts from: {checkpoint or start or 'the base weights'}", highlight=False)
+    show_data(console, data)
+    show_parts(console, parts)
+
+    module = VlmModule(model, config, data.max_steps())
+    examiner = Examiner(config, model, data, run)
+    trainer = make_trainer(config, module.max_steps, run, examiner.callbacks())
+    if trainer.is_global_zero:
+        examiner.before(trainer.strategy.root_device)
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+
+    if trainer.is_global_zero:
+        report = RunReport(config, run, parts, start)
+        examiner.after(trainer.strategy.root_device, report)
+        console.print(f"report: {report.write(module, data)}", highlight=False)
+    return run

@@ -1,0 +1,68 @@
+"""A run's folder: a unique name, and everything that is needed to read or repeat the run."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from vlm_tune.config.parse import write_config
+from vlm_tune.config.schema import Config
+from vlm_tune.errors import ConfigError
+from vlm_tune.model.checkpoint import CHECKPOINTS, CONFIG, START
+
+FOLDER_VARIABLE = "VLM_TUNE_RUN_FOLDER"  # hands the first process's folder to those it starts
+PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "pillow", "timm", "deepspeed", "hydra-core")
+
+
+def make_run_folder(config: Config, start: Path | None) -> Path:
+    """Make runs/DATE_TIME_STAGE_MODEL, with a counter where that name is taken; point runs/latest at it."""
+    if handed := os.environ.get(FOLDER_VARIABLE):
+        return Path(handed)
+    runs = Path(config.runs)
+    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{config.stage.name}_{config.model.name}"
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        for counter in range(1, 1000):
+            folder = runs / (name if counter == 1 else f"{name}_{counter}")
+            try:
+                folder.mkdir()  # fails when another run of this second was first
+                break
+            except FileExistsError:
+                continue
+        (folder / CHECKPOINTS).mkdir()
+        write_config(config, folder / CONFIG)
+        (folder / START).write_text(str(start or ""), encoding="utf-8")
+        (folder / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
+        link_latest(runs, folder)
+    except OSError as error:
+        raise ConfigError(
+            f"runs={config.runs}: cannot be written ({error.strerror}). Set runs=FOLDER to a writable one"
+        ) from error
+    folder = folder.resolve()
+    os.environ[FOLDER_VARIABLE] = str(folder)
+    return folder
+
+
+def link_latest(runs: Path, folder: Path) -> None:
+    """Point runs/latest at a run, replacing the old link in one step."""
+    link = runs / f".latest-{os.getpid()}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder.name)
+    link.replace(runs / "latest")
+
+
+def environment() -> dict[str, str]:
+    """Describe versions, machine, command and the state of the working folder's repository."""
+    found = {"python": platform.python_version(), "platform": platform.platform(), "command": " ".join(sys.argv)}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    found["git"] = git.stdout.strip() if git.returncode == 0 else "not a repository"
+    return found

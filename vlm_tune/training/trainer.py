@@ -1,0 +1,91 @@
+"""Lightning's Trainer for a configuration: devices, precision, accumulation, callbacks, loggers."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+
+from vlm_tune.config.schema import Config, Precision, Strategy
+from vlm_tune.errors import ConfigError
+from vlm_tune.model.build import resolve_precision
+from vlm_tune.training.callbacks.checkpoints import AtomicCheckpoints, SaveCheckpoints
+from vlm_tune.training.callbacks.metrics import MetricsFile
+from vlm_tune.training.callbacks.progress import ProgressLine
+
+PRECISIONS = {Precision.fp32: "32-true", Precision.bf16: "bf16-mixed", Precision.fp16: "16-mixed"}
+LOGGERS: dict[str, Any] = {
+    "tensorboard": lambda run: TensorBoardLogger(run, name="", version="tensorboard"),
+    "wandb": lambda run: WandbLogger(save_dir=run, name=run.name),
+}
+
+
+def make_trainer(config: Config, max_steps: int, run: Path, callbacks: list[L.Callback]) -> L.Trainer:
+    """Set up the loop. Its steps end the run; epochs are the data stream's affair."""
+    trainer = config.trainer
+    has_gpu = torch.cuda.is_available() and trainer.accelerator != "cpu"
+    precision = resolve_precision(trainer.precision)
+    if precision is Precision.fp16 and not has_gpu:
+        raise ConfigError("trainer.precision=fp16 needs a GPU: set trainer.precision=bf16 or fp32 on a CPU")
+    slots = trainer.devices * trainer.nodes * trainer.micro_batch
+    return L.Trainer(
+        accelerator=trainer.accelerator,
+        devices=trainer.devices,
+        num_nodes=trainer.nodes,
+        strategy=find_strategy(config, has_gpu),
+        precision=PRECISIONS[precision],  # type: ignore[arg-type]
+        max_steps=max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=trainer.global_batch // slots,
+        gradient_clip_val=config.stage.clip or None,
+        val_check_interval=trainer.val_every * (trainer.global_batch // slots),
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        logger=find_loggers(config, run),
+        log_every_n_steps=trainer.log_every,
+        callbacks=[
+            ProgressLine(trainer.log_every),
+            MetricsFile(run, trainer.log_every),
+            SaveCheckpoints(run, trainer.save_every, trainer.keep),
+            *callbacks,
+        ],
+        plugins=[AtomicCheckpoints()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=run,
+    )
+
+
+def find_loggers(config: Config, run: Path) -> list[Logger] | bool:
+    """Make the loggers by name; a visible dict, so that a configuration can call no other code."""
+    unknown = [name for name in config.logger.names if name not in LOGGERS]
+    if unknown:
+        raise ConfigError(f"logger.names={unknown}: no such logger. There are: {', '.join(LOGGERS)}")
+    return [LOGGERS[name](run) for name in config.logger.names] or False
+
+
+def find_strategy(config: Config, has_gpu: bool) -> Any:
+    """Choose how devices share the work."""
+    name, many = config.strategy.name, config.trainer.devices * config.trainer.nodes > 1
+    if name is Strategy.auto:
+        name = Strategy.ddp if many else Strategy.auto
+    if name is Strategy.auto:
+        return "auto"
+    if name is Strategy.ddp:
+        from lightning.pytorch.strategies import DDPStrategy
+
+        return DDPStrategy(process_group_backend="nccl" if has_gpu else "gloo", find_unused_parameters=False)
+    if not has_gpu:
+        raise ConfigError(f"strategy={name.value} needs GPUs: set strategy=ddp on CPUs")
+    if name is Strategy.fsdp:
+        from lightning.pytorch.strategies import FSDPStrategy
+
+        return FSDPStrategy(use_orig_params=True, state_dict_type="full")
+    return {
+        Strategy.zero1: "deepspeed_stage_1",
+        Strategy.zero2: "deepspeed_stage_2",
+        Strategy.zero3: "deepspeed_stage_3",
+    }[name]
