@@ -124,5 +124,6 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_TQDM", "1")
     warnings.filterwarnings("ignore", module=r"(lightning|torch|transformers|peft|bitsandbytes|timm|tensorboard).*")
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "bitsandbytes", "torch"):
+    talkative = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero", "bitsandbytes")
+    for name in (*talkative, "lightning.pytorch.accelerators.cuda", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)

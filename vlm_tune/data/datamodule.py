@@ -32,7 +32,7 @@ class MicroBatches(Dataset[Batch]):
         for entry in item.rows:
             row = int(self.index.rows[entry])
             sample = self.data.sample(row)
-            example = self.data.encode_sample(sample)
+            example = self.data.encoder.encode(sample, self.data.tiling(sample))
             generator = np.random.default_rng((self.settings.seed, item.epoch, row)) if self.is_random else None
             examples.append(example)
             tiles.append(self.data.make_tiles(sample, example, generator))

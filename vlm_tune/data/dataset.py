@@ -50,17 +50,15 @@ class Conversations:
         """Parse one row."""
         return parse_record(self.rows[row], self.format, self.rows.where(row), row)
 
-    def encode(self, row: int) -> Example:
-        """Encode one row; its pictures' sizes come from their headers alone."""
-        return self.encode_sample(self.sample(row))
+    def encode(self, row: int, whole: bool = False) -> Example:
+        """Encode one row; its pictures' sizes come from their headers alone. `whole` also finds truncated files."""
+        sample = self.sample(row)
+        return self.encoder.encode(sample, self.tiling(sample, whole))
 
-    def encode_sample(self, sample: Sample) -> Example:
-        """Count the tiles of a sample's pictures and build its ids and labels."""
-        return self.encoder.encode(sample, self.tiling(sample))
-
-    def tiling(self, sample: Sample) -> "Tiling":
+    def tiling(self, sample: Sample, whole: bool = False) -> "Tiling":
         """Measure a sample's pictures once; tile counts under any limit follow."""
-        sizes = [self.reader.read_size(picture, sample.where, sample.id) for picture in sample.pictures]
+        measure = self.reader.check_picture if whole else self.reader.read_size
+        sizes = [measure(picture, sample.where, sample.id) for picture in sample.pictures]
         return Tiling(sizes, [picture.is_frame for picture in sample.pictures], self.pictures.tiles)
 
     def make_tiles(

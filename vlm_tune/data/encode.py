@@ -95,7 +95,7 @@ class Encoder:
     ) -> None:
         self.template = template
         self.settings = settings or EncoderSettings()
-        self._tokens = TextTokenizer(tokenizer, self.settings.add_bos)
+        self._tokens = TextTokenizer(tokenizer, False if template.has_bos else self.settings.add_bos)
         name = tokenizer.name_or_path
         self.stop_ids = self._find_stop_ids(name)
         self.context_id = self._find_token(self.settings.image_context, name)  # None = takes no pictures

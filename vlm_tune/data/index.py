@@ -47,7 +47,7 @@ def build_index(
     findings = Findings([], [])
     for row in report(range(len(data)), len(data)):
         try:
-            example = data.encode(row)
+            example = data.encode(row, whole=True)
         except DataError as fault:
             findings.faults.append(fault)
             continue

@@ -46,16 +46,19 @@ class VlmModule(L.LightningModule):
         self.num_samples += len(batch.sample_ids)
         self.num_tokens += batch.num_tokens
         self.step_loss = loss.detach() + (self.step_loss if self._continues(batch_idx) else 0.0)
+        if not self._continues(batch_idx + 1):
+            self._log_step()
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def _continues(self, batch_idx: int) -> bool:
         return batch_idx % self.trainer.accumulate_grad_batches != 0
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Move the stream's cursor, and log the finished optimizer step."""
-        if self._continues(batch_idx + 1):
-            return
-        self.trainer.datamodule.cursor = batch.cursor  # type: ignore[attr-defined]
+        """Move the stream's cursor behind a finished optimizer step."""
+        if not self._continues(batch_idx + 1):
+            self.trainer.datamodule.cursor = batch.cursor  # type: ignore[attr-defined]
+
+    def _log_step(self) -> None:
         loss = self.trainer.strategy.reduce(self.step_loss, reduce_op="sum")
         self.log("train/loss", loss, prog_bar=True)
         for group in self.optimizers().param_groups:  # type: ignore[union-attr]

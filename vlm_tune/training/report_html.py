@@ -20,7 +20,7 @@ from vlm_tune.data.images import ImageReader
 from vlm_tune.data.sample import Picture
 from vlm_tune.errors import DataError
 from vlm_tune.evaluation.metrics import is_match
-from vlm_tune.training.report_chart import chart_css, curve, loss_svg, rate_text, smoothed
+from vlm_tune.training.report_chart import chart_css, curve, loss_svg, loss_text, rate_text, smoothed
 
 MAX_PICTURES = 60  # the page stays small enough to send; report.json has all answers
 MAX_ANSWER = 600  # characters of one shown text
@@ -95,8 +95,10 @@ def headline(report: dict[str, Any]) -> str:
     tiles = list(score_tiles(report.get("evaluation") or {}))
     train, best = smoothed(curve(report, "loss_curve")), report.get("best")
     if train:
-        note = f"best validation {best['loss']:.3g} at step {best['step']:,.0f}" if best else f"first {train[0][1]:.3g}"
-        tiles.append(tile("training loss at the end", f"{train[-1][1]:.3g}", note))
+        note = f"{loss_text(train[0][1])} at the first step"
+        if best:
+            note = f"best validation {loss_text(best['loss'])}, at step {best['step']:,.0f}"
+        tiles.append(tile("training loss at the end", loss_text(train[-1][1]), note))
     seconds, total = run.get("seconds") or 0, report.get("train_seconds") or 0
     if seconds or total:
         earlier = f"{duration(total)} with the stages before" if seconds and total - seconds > 1 else ""
@@ -137,23 +139,26 @@ def accuracy(evaluation: dict[str, Any]) -> str:
     tasks = dict.fromkeys(task for kind in kinds for task in evaluation[kind])
     if not tasks:
         return ""
+    asked = evaluation.get("num_questions") or {}
     pictures, rows = [], []
     for task in tasks:
         shares = {kind: evaluation[kind].get(task) for kind in kinds}
         bars = "".join(bar(kind, share) for kind, share in shares.items() if share is not None)
         pictures.append(f"<div><h3>{escape(readable(task))}</h3>{bars}</div>")
-        count = (evaluation.get("num_questions") or {}).get(task) or 0
-        interval = f"± {100 * margin(shares[kinds[0]] or 0.0, count):.1f}" if count else ""
-        numbers = [*map(percent, shares.values()), interval, f"{count:,}" if count else ""]
+        numbers = [*map(percent, shares.values())]
+        if asked:
+            count = asked.get(task, 0)
+            numbers += [f"± {100 * margin(shares[kinds[0]] or 0.0, count):.1f}", f"{count:,}"] if count else ["–", "–"]
         rows.append(f"<tr><th>{escape(readable(task))}</th>{number_cells(numbers)}</tr>")
-    head = number_cells([*kinds, "95% margin", "questions"], "th")
-    notes = " ".join(note for kind, note in SCORE_NOTES.items() if kind in kinds)
+    head = number_cells([*kinds, *(["95% margin", "questions"] if asked else [])], "th")
+    notes = [SCORE_NOTES[kind] for kind in kinds if kind in SCORE_NOTES]
+    if asked:
+        notes.append(f"<b>95% margin</b>: of “{kinds[0]}”, in points, from the number of questions alone.")
     return (
         f'<section><h2>Right answers</h2><div class="panel"><div class="scores">{"".join(pictures)}</div>'
         f'<div class="wide-scroll"><table class="accuracy"><thead><tr><th>task</th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div></div>"
-        f'<p class="quiet below">Exact match, case and closing full stop aside. {notes}'
-        f" <b>95% margin</b>: of “{kinds[0]}”, in points, from the number of questions alone.</p></section>"
+        f'<p class="quiet below">Exact match, case and closing full stop aside. {" ".join(notes)}</p></section>'
     )
 
 
@@ -177,7 +182,7 @@ def margin(share: float, count: int) -> float:
 
 def loss(report: dict[str, Any]) -> str:
     """Draw the loss curve, and say so where a loss was not a number."""
-    wide, narrow = loss_svg(report), loss_svg(report, 330, 360)
+    wide, narrow = loss_svg(report), loss_svg(report, (330, 400))
     entries = report.get("loss_curve") or []
     lost = sum(entry.get("loss") is None or not math.isfinite(entry["loss"]) for entry in entries)
     warning = f'<p class="warn">{lost:,} of {len(entries):,} logged losses are not finite numbers.</p>' if lost else ""
