@@ -128,6 +128,8 @@ def _agrees(tokenizer: "PreTrainedTokenizerBase", template: Template, turns: Seq
     sample = Sample("", tuple(Message(role, (text,)) for role, text in turns))
     is_prompt = turns[-1][0] == "user"
     ours = "".join(str(each.content) for each in render(template, sample, for_generation=is_prompt))
+    if is_prompt and template.assistant.endswith(" "):
+        ours = ours[:-1]  # as in a prompt of ours: the space belongs to the first word of the answer
     return ours == _rendered(tokenizer, turns, prompt=is_prompt)
 
 

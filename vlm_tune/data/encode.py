@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import Encoding
 
 from vlm_tune.config.schema import TooLong
-from vlm_tune.data.pieces import Item, drop_last_space, keys_of, lay_out
+from vlm_tune.data.pieces import Item, drop_last_space, is_supervised_first, keys_of, lay_out, spans
 from vlm_tune.data.sample import Picture, Sample
 from vlm_tune.data.templates import Template, render
 from vlm_tune.data.tokens import PlainKey, TextTokenizer
@@ -58,8 +58,8 @@ class Example:
 
     @property
     def num_supervised(self) -> int:
-        """Count the tokens that carry loss."""
-        return int(np.count_nonzero(self.labels != NO_LOSS))
+        """Count the tokens that carry loss; the first one never does, as nothing before it could predict it."""
+        return int(np.count_nonzero(self.labels[1:] != NO_LOSS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,15 +138,23 @@ class Encoder:
 
         A faulty sample gives its error in place of its lengths, so that it does not stop the others.
         """
-        layouts = [self._lay_out(sample) for sample in samples]
-        encodings = self._tokens.plain(key for items in layouts for key in keys_of(items))
         results: list[Lengths | DataError] = []
+        layouts = [self._try_lay_out(sample) for sample in samples]
+        encodings = self._tokens.plain(key for items in layouts if isinstance(items, list) for key in keys_of(items))
         for sample, items, tiling in zip(samples, layouts, tilings, strict=True):
             try:
-                results.append(self._lengths(sample, items, encodings, tiling))
+                results.append(
+                    items if isinstance(items, DataError) else self._lengths(sample, items, encodings, tiling)
+                )
             except DataError as error:
                 results.append(error)
         return results
+
+    def _try_lay_out(self, sample: Sample) -> list[Item] | DataError:
+        try:
+            return self._lay_out(sample)
+        except DataError as error:
+            return error
 
     def _lengths(
         self, sample: Sample, items: list[Item], encodings: dict[PlainKey, Encoding], tiling: Tiling
@@ -179,13 +187,10 @@ class Encoder:
                 num_fixed += 1
                 num_supervised += item[1]
             else:
-                done = 0
-                for text, supervised in item.cuts():
-                    end = len(encodings[item.opens, text])
-                    if supervised:
-                        num_supervised += max(0, end - done)
-                    done = max(done, end)
-                num_fixed += end
+                num_fixed += len(encodings[item.opens, item.text])
+                num_supervised += sum(end - start for start, end, supervised in spans(item, encodings) if supervised)
+        if items and num_supervised and is_supervised_first(items[0]):
+            num_supervised -= 1
         return num_fixed, num_supervised
 
     def _assemble(self, sample: Sample, items: list[Item], encodings: dict[PlainKey, Encoding], fit: _Fit) -> Example:
@@ -205,12 +210,8 @@ class Encoder:
                 add(item[:1], item[1])
             else:
                 tokens = encodings[item.opens, item.text].ids
-                done = 0
-                for text, supervised in item.cuts():
-                    # A token across the border belongs to the part before it, as in the references, which count.
-                    end = len(encodings[item.opens, text])
-                    add(tokens[done:end], supervised)
-                    done = max(done, end)
+                for start, end, supervised in spans(item, encodings):
+                    add(tokens[start:end], supervised)
         return Example(
             id=sample.id,
             where=sample.where,
@@ -260,20 +261,14 @@ class Encoder:
     def _too_long(self, sample: Sample, num_fixed: int, num_tiles: tuple[int, ...]) -> DataError:
         settings = self.settings
         num_image = settings.tokens_per_tile * sum(num_tiles)
-        parts, remedies = "", ["raise data.max_length"]
-        if num_image:
-            parts = f" ({num_fixed} of text, {num_image} of {sum(num_tiles)} tiles)"
-            if settings.on_too_long is not TooLong.fewer_tiles:
-                remedies += ["lower model.tiles.max"]
-        fit = {TooLong.error: ("skip", "fewer_tiles", "trim_text"), TooLong.fewer_tiles: ("skip", "trim_text")}
-        choices = [each for each in fit.get(settings.on_too_long, ("skip",)) if num_image or each != "fewer_tiles"]
-        remedies.append(f"set data.on_too_long={' or '.join(choices)}")
-        least = " even with the fewest tiles" if num_image and settings.on_too_long is TooLong.fewer_tiles else ""
+        pictures = f" ({num_fixed} of text, {num_image} of {sum(num_tiles)} tiles)" if num_image else ""
+        lower = ", lower model.tiles.max" if num_image else ""
+        useless = {TooLong.error, settings.on_too_long} | (set() if num_image else {TooLong.fewer_tiles})
+        policies = " or ".join(policy.value for policy in TooLong if policy not in useless)
         return _fault(
             sample,
-            f"{num_fixed + num_image} tokens{parts}{least}, but data.max_length={settings.max_length}: "
-            + ", ".join(remedies[:-1])
-            + f" or {remedies[-1]}",
+            f"{num_fixed + num_image} tokens{pictures}, but data.max_length={settings.max_length}: "
+            f"raise it{lower}, or set data.on_too_long={policies}",
         )
 
     def _trim(self, sample: Sample, fit: _Fit) -> Example:

@@ -140,7 +140,9 @@ def _has_marks(messages: object) -> bool:
 
 
 def _is_llava(turns: object) -> bool:
-    return isinstance(turns, list) and all(isinstance(turn, dict) and turn.get("from") in LLAVA_ROLES for turn in turns)
+    return isinstance(turns, list) and all(
+        isinstance(turn, dict) and str(turn.get("from")) in LLAVA_ROLES for turn in turns
+    )
 
 
 def unknown_dialect(name: str) -> ConfigError:

@@ -1,7 +1,9 @@
 """Lay a rendered conversation out as special tokens, pictures, and the text pieces between them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
+from tokenizers import Encoding
 
 from vlm_tune.data.sample import Picture
 from vlm_tune.data.templates import Segment
@@ -92,6 +94,26 @@ def drop_last_space(items: list[Item]) -> list[Item]:
         shorter.append(last.text[:-1], False)
         return [*items[:-1], shorter]
     return items
+
+
+def spans(piece: Piece, encodings: Mapping[PlainKey, Encoding]) -> Iterator[tuple[int, int, bool]]:
+    """Yield (start, end, supervised) in tokens for each part of a piece.
+
+    A token across the border of two parts belongs to the first, as in InternVL, which counts the tokens of the header
+    and masks as many: after "assistant\\n" an answer that begins with a newline may lose it to the header.
+    """
+    start = 0
+    for text, supervised in piece.cuts():
+        end = max(start, len(encodings[piece.opens, text]))
+        yield start, end, supervised
+        start = end
+
+
+def is_supervised_first(item: Item) -> bool:
+    """Say whether the first token of an item is supervised."""
+    if isinstance(item, Piece):
+        return item.marks[0][1]
+    return isinstance(item, tuple) and item[1]
 
 
 def keys_of(items: Sequence[Item]) -> Iterator[PlainKey]:

@@ -120,12 +120,12 @@ def _files(path: Path) -> list[Path]:
 
 def _missing(path: Path) -> str:
     """Say what is there instead of a missing file."""
+    what = "no such file" if path.parent.is_dir() else "no such folder"
+    while not path.parent.is_dir():
+        path = path.parent
     folder = path.parent
-    while not folder.is_dir():
-        folder, path = folder.parent, folder
     names = sorted(entry.name for entry in folder.iterdir())
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
-    what = "no such file" if folder == path.parent else "no such folder"
     if near:
         return f"{what}: did you mean {' or '.join(near)}?"
     listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")

@@ -18,6 +18,9 @@ from vlm_tune.errors import DataError
 
 Offsets = npt.NDArray[np.int64]
 
+ARRAY_BLOCK = BLOCK >> 4  # an array needs some 100 bytes for each byte that is looked at
+
+_LONGEST_FIRST_LINE = 1 << 24  # bytes; a longer one is an array or object as a whole
 _NEWLINE, _QUOTE, _BACKSLASH, _COMMA = (ord(character) for character in '\n"\\,')
 _OPEN, _CLOSE = np.zeros(256, bool), np.zeros(256, bool)
 _OPEN[[ord("["), ord("{")]] = True
@@ -146,7 +149,7 @@ def _layout(path: Path, name: str) -> tuple[str, int]:
         if kind == "object" and not path.name.lower().endswith(".json"):
             return "lines", start
         file.seek(len(head) - len(text))
-        first = file.readline(BLOCK)
+        first = file.readline(_LONGEST_FIRST_LINE)
         rest = file.read(1 << 16) if first.endswith(b"\n") else b""
         if rest.strip():
             try:
@@ -197,7 +200,7 @@ def _scan_array(path: Path, name: str, start: int) -> Offsets:
     position, line, depth, in_text, ended_by = start, 1, 0, 0, 0
     with path.open("rb") as file:
         file.seek(start)
-        while not ended_by and (block := file.read(BLOCK >> 4)):  # each byte needs some 100 while it is looked at
+        while not ended_by and (block := file.read(ARRAY_BLOCK)):
             while block[-1] == _BACKSLASH and (more := file.read(1)):  # an escape must not be cut in two
                 block += more
             at, code = _structure(np.frombuffer(block, np.uint8))

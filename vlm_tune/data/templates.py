@@ -35,7 +35,7 @@ class Template:
     drops_greeting: bool = False  # an answer before the first question is left out
     pictures_first: bool = False  # LLaVA: pictures move to the front of their turn, a newline after each
     trims: bool = False  # white space around a message is left out
-    is_xtuner: bool = False  # <BOS> anew after each <EOS>; question, answer and `after` are tokenized one by one
+    is_xtuner: bool = False  # pictures first; <BOS> anew after <EOS>; question, answer, `after` tokenized one by one
     has_bos: bool = False  # the strings hold the tokenizer's first token: none is put in front
 
     @property
@@ -189,7 +189,7 @@ def _write_question(writer: _Writer, template: Template, parts: Sequence[Part], 
     if "{pictures}" in frame:
         writer.framed(frame, "{pictures}", pictures)
         return
-    if template.pictures_first and pictures:
+    if pictures and (template.pictures_first or template.is_xtuner):
         text = "".join(part for part in parts if isinstance(part, str)).strip()
         front = [part for picture in pictures for part in (picture, "\n")]
         parts = [*front, text] if text else front[:-1]

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from vlm_tune.data.batch import Batch
 from vlm_tune.data.tiles import normalize
+from vlm_tune.model.attention import Segments
 from vlm_tune.model.loss import supervised_loss
 from vlm_tune.model.projector import Projector
 from vlm_tune.model.vision import VisionEncoder
@@ -78,7 +79,7 @@ class VisionLanguageModel(nn.Module):
         hidden = self.llm.get_decoder()(
             inputs_embeds=embeddings,
             position_ids=batch.position_ids,
-            segments=batch.segments,
+            segments=Segments.plan(batch.segments, embeddings.device) if batch.segments else None,
             use_cache=False,
         ).last_hidden_state  # (B, L, D)
         rows = hidden.flatten(0, 1)[batch.predicting]  # (N, D)

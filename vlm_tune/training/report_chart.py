@@ -57,7 +57,7 @@ class Axis:
 def loss_svg(report: dict[str, Any], size: tuple[int, int] = SIZE) -> str:
     """Return the loss curve as one <svg> element; "" when no finite loss was logged.
 
-    Training loss step by step (faint) and smoothed, validation losses as dots, the best one named; below it the
+    Training loss as logged (faint) and smoothed, validation losses as dots, the best one named; below it the
     learning rate of each part. The loss axis is logarithmic where the losses span more than LOG_FROM times. The text is
     12 pixels high at `size`: a page shows a narrow drawing on a phone rather than a wide one made small.
     """
@@ -84,8 +84,9 @@ def loss_svg(report: dict[str, Any], size: tuple[int, int] = SIZE) -> str:
     if rates:
         top = bottom + RATE_TOP + room
         highest = max(value for points in rates.values() for _, value in points)
-        rate = Axis(0, highest, top + RATE_HEIGHT, top)
-        parts += frame(steps, rate, 2, rate_text)
+        step = round_step(highest / 3)
+        rate = Axis(0, step * math.ceil(highest / step - 1e-9), top + RATE_HEIGHT, top)
+        parts += frame(steps, rate, 3, rate_text)
         parts += [line(f"part{index % 3}", thinned(points), steps, rate) for index, points in enumerate(rates.values())]
         entries = [(f"part{index % 3}", name) for index, name in enumerate(rates)]
         parts.append(legend("learning rate", entries, top - 16 - room, room))
@@ -98,9 +99,9 @@ def write_loss_svg(report: dict[str, Any], path: Path) -> bool:
     svg = loss_svg(report)
     if svg:
         margin, (width, height) = 20, SIZE
-        frame = f"{-margin} {-margin} {width + 2 * margin} {height + 2 * margin}"
+        box = f"{-margin} {-margin} {width + 2 * margin} {height + 2 * margin}"
         paper = f'<rect class="paper" x="{-margin}" y="{-margin}" width="100%" height="100%"/>'
-        svg = svg.replace(f'viewBox="0 0 {width} {height}"', f'viewBox="{frame}" width="{width}" height="{height}"', 1)
+        svg = svg.replace(f'viewBox="0 0 {width} {height}"', f'viewBox="{box}" width="{width}" height="{height}"', 1)
         svg = svg.replace("<title>", f"<style>\n{chart_css()}</style>\n{paper}\n<title>", 1)
         path.write_text(svg + "\n", encoding="utf-8")
     return bool(svg)
@@ -205,7 +206,8 @@ def validation(val: list[Point], best: dict[str, Any] | None, steps: Axis, losse
     yield line("val", thinned(val), steps, losses)
     for step, loss in val if len(val) <= MAX_DOTS else []:
         place = f'cx="{steps.place(step):.1f}" cy="{losses.place(loss):.1f}"'
-        yield f'<circle class="dot" {place} r="4"><title>step {step:,.0f}: validation {loss_text(loss)}</title></circle>'
+        title = f"<title>step {step:,.0f}: validation {loss_text(loss)}</title>"
+        yield f'<circle class="dot" {place} r="4">{title}</circle>'
     if best and math.isfinite(best["loss"]):
         x, y = steps.place(best["step"]), losses.place(best["loss"])
         share = (x - steps.start) / (steps.end - steps.start)
@@ -218,7 +220,7 @@ def validation(val: list[Point], best: dict[str, Any] | None, steps: Axis, losse
 
 def loss_entries(train: list[Point], val: list[Point]) -> list[tuple[str, str]]:
     """Return (class, name) of the lines of the loss panel."""
-    entries = [("raw", "each step"), ("train", "smoothed")] if len(train) > 2 else [("train", "training")]
+    entries = [("raw", "as logged"), ("train", "smoothed")] if len(train) > 2 else [("train", "training")]
     return (entries if train else []) + ([("val", "validation")] if val else [])
 
 
