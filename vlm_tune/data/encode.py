@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import Encoding
 
 from vlm_tune.config.schema import TooLong
-from vlm_tune.data.pieces import Item, drop_last_space, is_supervised_first, keys_of, lay_out, spans
+from vlm_tune.data.pieces import Item, drop_last_space, is_supervised_first, keys_of, lay_out
 from vlm_tune.data.sample import Picture, Sample
 from vlm_tune.data.templates import Template, render
 from vlm_tune.data.tokens import PlainKey, TextTokenizer
@@ -187,8 +187,9 @@ class Encoder:
                 num_fixed += 1
                 num_supervised += item[1]
             else:
-                num_fixed += len(encodings[item.opens, item.text])
-                num_supervised += sum(end - start for start, end, supervised in spans(item, encodings) if supervised)
+                encoding = encodings[item.opens, item.text]
+                num_fixed += len(encoding)
+                num_supervised += sum(end - start for start, end, supervised in item.spans(encoding) if supervised)
         if items and num_supervised and is_supervised_first(items[0]):
             num_supervised -= 1
         return num_fixed, num_supervised
@@ -209,8 +210,9 @@ class Encoder:
             elif isinstance(item, tuple):
                 add(item[:1], item[1])
             else:
-                tokens = encodings[item.opens, item.text].ids
-                for start, end, supervised in spans(item, encodings):
+                encoding = encodings[item.opens, item.text]
+                tokens = encoding.ids
+                for start, end, supervised in item.spans(encoding):
                     add(tokens[start:end], supervised)
         return Example(
             id=sample.id,
@@ -242,13 +244,14 @@ class Encoder:
                 sample.where,
                 sample.id,
             )
+        least = num_tiles
         if settings.on_too_long is TooLong.fewer_tiles and num_tiles:
             for max_tiles in range(settings.max_tiles - 1, 0, -1):
                 fewer = self._tile(sample, tiling, max_tiles)
                 if settings.tokens_per_tile * sum(fewer) <= room:
                     return _Fit(fewer, max_tiles, f"fewer_tiles: {sum(num_tiles)} -> {sum(fewer)} tiles")
-                num_tiles = min(num_tiles, fewer, key=sum)
-        raise self._too_long(sample, num_fixed, num_tiles)
+                least = min(least, fewer, key=sum)
+        raise self._too_long(sample, num_fixed, least)
 
     def _tile(self, sample: Sample, tiling: Tiling, max_tiles: int) -> tuple[int, ...]:
         num_pictures = len(sample.pictures)

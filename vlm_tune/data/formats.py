@@ -22,6 +22,7 @@ from vlm_tune.data.formats_text import (
     read_openorca,
     read_text,
 )
+from vlm_tune.data.rows import Rows
 from vlm_tune.data.sample import Message, Part, Picture, Sample
 from vlm_tune.errors import ConfigError, DataError
 
@@ -132,6 +133,21 @@ def recognise(record: Record, where: str = "") -> str:
     shown = ", ".join(f'"{key}"' for key in list(keys)[:8]) or "no fields"
     reason = f"no known dialect has the fields {shown}. Known: {', '.join(DIALECTS)}"
     raise DataError(f"{reason}. Name one with data.format=NAME, or your own with data.format=file.py:function.", where)
+
+
+def recognise_rows(rows: Rows, num_tried: int = 100) -> str:
+    """Return the dialect of the first row that can be read and fits one, so that a faulty first row hides no other.
+
+    Raise the first row's DataError where none of the first `num_tried` does.
+    """
+    first: DataError | None = None
+    for number in range(min(num_tried, len(rows))):
+        try:
+            return recognise(rows[number], rows.where(number))
+        except DataError as error:
+            first = first or error
+    assert first is not None, "open_rows refuses what holds no rows"
+    raise first
 
 
 def _has_marks(messages: object) -> bool:

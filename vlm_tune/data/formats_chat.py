@@ -132,14 +132,17 @@ def video_parts(frames: Sequence[str]) -> tuple[Part, ...]:
 
 def _frame_paths(row: Row, video: str) -> list[str]:
     """List the frames of a folder in the order of the numbers in their names, as paths relative to the image root."""
-    folder = (row.image_root / video).resolve()
-    if not folder.is_relative_to(row.image_root.resolve()):
-        raise row.fault(f'video "{video}" lies outside of the image root. Move it, or set data.image.root.')
-    if folder.is_file():
-        raise row.fault(f'video "{video}" is a file, which is not read yet. Extract its frames into a folder.')
-    if not folder.is_dir():
-        raise row.fault(f'video "{video}" is not there. It is looked for below data.image.root.')
-    names = [entry.name for entry in folder.iterdir() if entry.suffix.lower() in _FRAME_FILES]
+    try:
+        folder = (row.image_root / video).resolve()
+        if not folder.is_relative_to(row.image_root.resolve()):
+            raise row.fault(f'video "{video}" lies outside of the image root. Move it, or set data.image.root.')
+        if folder.is_file():
+            raise row.fault(f'video "{video}" is a file, which is not read yet. Extract its frames into a folder.')
+        names = [entry.name for entry in folder.iterdir() if entry.suffix.lower() in _FRAME_FILES]
+    except FileNotFoundError as error:
+        raise row.fault(f'video "{video}" is not there. It is looked for below data.image.root.') from error
+    except (OSError, ValueError) as error:  # no permission, a name too long, a zero byte in it
+        raise row.fault(f"the video's folder cannot be read: {error}. Mend the path.") from error
     if not names:
         raise row.fault(f'video "{video}" holds no frames. Known: {", ".join(_FRAME_FILES)}.')
     names.sort(key=lambda name: [int(piece) if piece.isdecimal() else piece for piece in re.split(r"(\d+)", name)])

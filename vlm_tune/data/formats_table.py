@@ -93,8 +93,7 @@ def _letter(row: Row, answer: str, choices: list[str]) -> str:
     """Return the letter of the right choice. Raise DataError where the answer fits no choice, or two of them."""
     answer = answer.strip().removesuffix(".0")  # tables with gaps store whole numbers as floats
     found = {number for number, choice in enumerate(choices) if choice == answer}
-    if answer.isdecimal() and int(answer) < len(choices):
-        found.add(int(answer))
+    found |= {number for number in range(len(choices)) if answer == str(number)}
     if len(answer) == 1 and answer in _LETTERS[: len(choices)]:
         found.add(_LETTERS.index(answer))
     if len(found) != 1:

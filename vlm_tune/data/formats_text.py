@@ -75,7 +75,7 @@ def read_oasst1(row: Row) -> list[Message]:
 def read_openorca(row: Row) -> list[Message]:
     """Read OpenOrca: system_prompt, question, response."""
     return _with_system(row, row.optional("system_prompt")) + _pair(
-        row, row.required("question"), row.required("response"), '"question" and "response"'
+        row, row.required("question"), row.required("response"), '"question" or "response"'
     )
 
 

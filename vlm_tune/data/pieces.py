@@ -1,6 +1,6 @@
 """Lay a rendered conversation out as special tokens, pictures, and the text pieces between them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tokenizers import Encoding
@@ -28,19 +28,35 @@ class Piece:
         joined = self.marks[:-1] if self.marks and self.marks[-1][1] == supervised else self.marks
         self.marks = (*joined, (len(self.text), supervised))
 
-    def cuts(self) -> Iterator[tuple[str, bool]]:
-        """Yield (the text up to the end of a part, supervised) for each part; the last is the whole text."""
-        for index, (end, supervised) in enumerate(self.marks):
-            text = self.text[:end]
+    def spans(self, encoding: Encoding) -> Iterator[tuple[int, int, bool]]:
+        """Yield (start, end, supervised) in tokens for each part.
+
+        A token across the border of two parts belongs to the first, as in InternVL, which masks as many tokens as the
+        header has: an answer that begins with a newline may lose it to the header "assistant\\n".
+        """
+        start = 0
+        for end_in_text, supervised in self.marks[:-1]:
             # In "ASSISTANT: The" the space belongs to the token of "The", which the model has to generate: LLaVA's
             # prompt ends at the colon.
-            if not supervised and index + 1 < len(self.marks) and text.endswith(" "):
-                text = text[:-1]
-            yield text, supervised
+            starts_word = not supervised and self.text[end_in_text - 1] == " "
+            end = max(start, _first_token(encoding, end_in_text - starts_word, len(self.text)))
+            yield start, end, supervised
+            start = end
+        yield start, len(encoding), self.marks[-1][1]
 
 
 Item = tuple[int, bool] | Piece | Picture
 """(id, supervised) of a special token, a piece of text, or a picture."""
+
+
+def _first_token(encoding: Encoding, start: int, stop: int) -> int:
+    """Return the first token that lies wholly at or behind a character, the number of tokens where none does."""
+    for position in range(start, stop):  # a normalizer may have dropped characters
+        token = encoding.char_to_token(position)
+        if token is not None:
+            begin, _ = encoding.token_to_chars(token) or (start, stop)
+            return token + (begin < start)
+    return len(encoding)
 
 
 def lay_out(segments: Sequence[Segment], tokens: TextTokenizer, *, splits_at_pictures: bool) -> list[Item]:
@@ -96,19 +112,6 @@ def drop_last_space(items: list[Item]) -> list[Item]:
     return items
 
 
-def spans(piece: Piece, encodings: Mapping[PlainKey, Encoding]) -> Iterator[tuple[int, int, bool]]:
-    """Yield (start, end, supervised) in tokens for each part of a piece.
-
-    A token across the border of two parts belongs to the first, as in InternVL, which counts the tokens of the header
-    and masks as many: after "assistant\\n" an answer that begins with a newline may lose it to the header.
-    """
-    start = 0
-    for text, supervised in piece.cuts():
-        end = max(start, len(encodings[piece.opens, text]))
-        yield start, end, supervised
-        start = end
-
-
 def is_supervised_first(item: Item) -> bool:
     """Say whether the first token of an item is supervised."""
     if isinstance(item, Piece):
@@ -118,7 +121,4 @@ def is_supervised_first(item: Item) -> bool:
 
 def keys_of(items: Sequence[Item]) -> Iterator[PlainKey]:
     """Yield what the tokenizer has to read for these items."""
-    for item in items:
-        if isinstance(item, Piece):
-            for text, _ in item.cuts():
-                yield item.opens, text
+    return ((item.opens, item.text) for item in items if isinstance(item, Piece))

@@ -86,7 +86,7 @@ def render(
     """Write a sample as segments, in order.
 
     The system prompt is the row's, else `system`, else the template's; an empty one is left out. With
-    `for_generation` the text ends after the header of the answer to the last question.
+    `for_generation` the text ends after the header of the answer to the last question, and nothing is supervised.
 
     Example (template chatml, question "Hi", answer "Hello"; c = control, * = supervised):
         c"<|im_start|>user\\n" "Hi" c"<|im_end|>\\n" c"<|im_start|>assistant\\n" *"Hello" c*"<|im_end|>" c"\\n"
@@ -151,7 +151,7 @@ def _prepare(template: Template, sample: Sample, system: str | None, for_generat
     if for_generation:  # the answer to generate takes the place of the recorded one
         while kept and kept[-1].role == "assistant":
             kept.pop()
-        kept.append(Message("assistant", ()))
+        kept = [Message(each.role, each.parts) for each in [*kept, Message("assistant", ())]]  # nothing is supervised
     if not kept or kept[0].role != "system":
         chosen = template.default_system if system is None else system
         kept.insert(0, Message("system", (chosen or "",)))

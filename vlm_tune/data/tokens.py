@@ -48,7 +48,7 @@ class TextTokenizer:
 
         # White space (GPT-NeoX has added tokens for runs of it) controls nothing: it keeps its tokens.
         spec["added_tokens"] = [each for each in spec["added_tokens"] if not each["content"].strip()]
-        spec["truncation"] = spec["padding"] = None
+        spec["truncation"] = spec["padding"] = spec["post_processor"] = None  # it would trim offsets
         self._opening = Tokenizer.from_str(json.dumps(spec))
         self._inner = self._opening
         if _prefix_only_where_text_opens(spec["pre_tokenizer"]):
@@ -70,7 +70,7 @@ class TextTokenizer:
         encodings: dict[PlainKey, Encoding] = {}
         for model, chosen in ((self._opening, opening), (self._inner, inner)):
             if chosen:
-                batch = model.encode_batch_fast([text for _, text in chosen], add_special_tokens=False)
+                batch = model.encode_batch([text for _, text in chosen], add_special_tokens=False)
                 encodings.update(zip(chosen, batch, strict=True))
         return encodings
 

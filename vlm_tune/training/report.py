@@ -22,6 +22,7 @@ from vlm_tune.model.checkpoint import CONFIG, run_of
 from vlm_tune.model.parts import PartSummary
 from vlm_tune.training.callbacks.metrics import read_metrics
 from vlm_tune.training.module import VlmModule
+from vlm_tune.training.report_chart import write_loss_svg
 from vlm_tune.training.report_html import write_html
 
 Scores = dict[str, float]
@@ -60,6 +61,7 @@ class RunReport:
         (self.run / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
         page = self.run / "report.html"
         write_html(report, page)
+        write_loss_svg(report, self.run / "loss.svg")
         return page
 
     def _run(self, module: VlmModule) -> dict[str, Any]:

@@ -228,7 +228,8 @@ def answer_line(answer: dict[str, Any], key: str) -> str:
     text = escape(shorten(str(answer[key]).strip())) or '<span class="empty">nothing</span>'
     if not is_right(answer, key):
         return f'<div><dt>{key}</dt><dd dir="auto">{text}</dd></div>'
-    return f'<div class="right"><dt>{key}</dt><dd dir="auto">{text} <span aria-label="right">✓</span></dd></div>'
+    text += '&nbsp;<span role="img" aria-label="right">✓</span>'
+    return f'<div class="right"><dt>{key}</dt><dd dir="auto">{text}</dd></div>'
 
 
 def is_right(answer: dict[str, Any], key: str) -> bool:
