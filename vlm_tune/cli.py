@@ -125,5 +125,5 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_TQDM", "1")
     warnings.filterwarnings("ignore", module=r"(lightning|torch|transformers|peft|bitsandbytes|timm|tensorboard).*")
     talkative = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero", "bitsandbytes")
-    for name in (*talkative, "lightning.pytorch.accelerators.cuda", "torch.distributed"):
+    for name in (*talkative, "lightning.pytorch.trainer.connectors.checkpoint_connector", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -13,7 +13,10 @@ from vlm_tune.errors import ConfigError
 
 TURN = "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
 ASSISTANT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-ALTERNATE = "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+ALTERNATE = (
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+)
 CHAT_TEMPLATES = {
     "chatml": "{% for message in messages %}" + TURN + "{% endfor %}" + ASSISTANT,
     "default system prompt, as Qwen2 and SmolLM2": (
@@ -32,18 +35,20 @@ CHAT_TEMPLATES = {
     ),
     "header that ends a question, as Mistral": (
         "{{ bos_token }}{% for message in messages %}" + ALTERNATE + "{% if message['role'] == 'user' %}"
-        "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}"
-        "{% endfor %}"
+        "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ ' ' + message['content'] + eos_token }}"
+        "{% endif %}{% endfor %}"
     ),
     "system prompt inside the first question, as Llama 2": (
-        "{% if messages[0]['role'] == 'system' %}{% set told = messages[0]['content'] %}{% set messages = messages[1:] %}"
-        "{% endif %}{% for message in messages %}{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' }}"
+        "{% if messages[0]['role'] == 'system' %}{% set told = messages[0]['content'] %}"
+        "{% set messages = messages[1:] %}{% endif %}{% for message in messages %}{% if message['role'] == 'user' %}"
+        "{{ bos_token + '[INST] ' }}"
         "{% if loop.first and told is defined %}{{ '<<SYS>>\n' + told + '\n<</SYS>>\n\n' }}{% endif %}"
         "{{ message['content'] + ' [/INST]' }}{% else %}{{ ' ' + message['content'] + ' ' + eos_token }}{% endif %}"
         "{% endfor %}"
     ),
 }
-NO_SYSTEM = ("Gemma", "Mistral")
+CASES = [(name, None) for name in CHAT_TEMPLATES]
+CASES += [(name, "Be kind.") for name in CHAT_TEMPLATES if not name.endswith(("Gemma", "Mistral"))]  # these refuse one
 TURNS = [("user", "What is it?"), ("assistant", "A cat."), ("user", "And <this>?"), ("assistant", "A dog.\n\nSure.")]
 
 
@@ -56,11 +61,8 @@ def sample_of(turns):
     return Sample("a", tuple(Message(role, (text,), supervised=role == "assistant") for role, text in turns))
 
 
-@pytest.mark.parametrize("name", CHAT_TEMPLATES)
-@pytest.mark.parametrize("system", [None, "Be kind."])
+@pytest.mark.parametrize(("name", "system"), CASES)
 def test_tokens_are_those_of_the_chat_template(name, system, tokenizer):
-    if system and name.endswith(NO_SYSTEM):
-        return  # refused by both
     tokenizer.chat_template = CHAT_TEMPLATES[name]
     turns = TURNS if system is None else [("system", system), *TURNS]
     messages = [{"role": role, "content": text} for role, text in turns]

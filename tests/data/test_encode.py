@@ -205,6 +205,15 @@ def test_pictures_for_a_model_that_takes_none_are_refused():
         text_only.encode(sample(((PICTURE, "?"), "A cat.")), tiles(1))
 
 
+def test_picture_in_a_turn_that_is_left_out_is_refused():
+    row = sample(*TURNS)
+    greeting = Message("assistant", ("Look: ", PICTURE), supervised=True)
+    with pytest.raises(
+        DataError, match=r"a picture in a turn that model.template=Hermes-2 leaves out: remove the turn"
+    ):
+        encoder("Hermes-2").encode(Sample(row.id, (greeting, *row.messages), row.where), tiles(1))
+
+
 # ----------------------------------------------------------------------------------------------- rows that are too long
 
 
@@ -329,6 +338,17 @@ def test_prompt_is_a_prefix_of_the_training_row(template):
     assert whole.labels[length] != NO_LOSS
 
 
+def test_prompt_leaves_out_the_pictures_of_the_last_answer():
+    answer = Message("assistant", ("Like this: ", PICTURE), supervised=True)
+    row = Sample("a", (Message("user", (PICTURE, "What is it?")), answer), "t.jsonl:1")
+    assert CHATML.encode(row, tiles(1, 2)).num_tiles == (1, 2)
+    assert CHATML.encode_prompt(row, tiles(1, 2)).num_tiles == (1,)
+
+
+def test_prompt_supervises_nothing_of_the_answers_before():
+    assert CHATML.encode_prompt(sample(*TURNS)).num_supervised == 0
+
+
 def test_prompt_that_is_too_long_is_an_error_and_never_trimmed():
     with pytest.raises(DataError, match=r"but data.max_length=20"):
         encoder(max_length=20, on_too_long=TooLong.trim_text).encode_prompt(LONG, tiles(6))
@@ -365,6 +385,11 @@ def test_template_of_another_language_model_is_refused():
         ConfigError, match=r"model.template=llama3_chat ends an answer with '<\|eot_id\|>', which is not"
     ):
         encoder("llama3_chat")
+
+
+def test_system_prompt_of_the_config_without_a_place_is_refused():
+    with pytest.raises(ConfigError, match=r"model.system is set, but model.template=plain has no place for it"):
+        encoder("plain", system="Be kind.")
 
 
 def test_tokenizer_without_the_image_token_is_refused():

@@ -1,6 +1,7 @@
 """Each dialect becomes a Sample that says what its row says. Its faults are in test_formats_faults.py."""
 
 import base64
+import json
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vlm_tune.data.formats import DIALECTS, image_first, parse_record, recognise, recognise_rows
+from vlm_tune.data.formats import DIALECTS, parse_record, recognise, recognise_rows
 from vlm_tune.data.rows import open_rows
 from vlm_tune.data.sample import Message, Picture, Sample
 from vlm_tune.errors import ConfigError, DataError
@@ -278,11 +279,6 @@ def test_ids(given: Any, written: str) -> None:
     assert parse(llava(HUMAN, GPT) | {"id": given}, "llava").id == written
 
 
-def test_image_first_moves_pictures_to_the_front_of_their_turn() -> None:
-    sample = image_first(parse(llava(human("Which? <image><image> "), GPT, images=["a", "b"]), "llava"))
-    assert spoken(sample)[0] == ("user", "[a]\n[b]\nWhich?")
-
-
 # Recognition
 
 
@@ -321,6 +317,15 @@ def test_a_faulty_first_row_does_not_hide_the_dialect(tmp_path: Path) -> None:
 def test_an_unknown_dialect_lists_the_known_ones() -> None:
     with pytest.raises(DataError, match=r't:1: no known dialect has the fields "foo". Known: llava, .*, vqa. Name one'):
         recognise({"foo": 1}, "t:1")
+
+
+def test_the_rows_in_the_documentation_are_recognised() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "data_format.md").read_text(encoding="utf-8")
+    rows = re.findall(r"### `(\w+)`\n.*?```json\n(.*?)\n```", text, re.DOTALL)
+    assert [name for name, _ in rows] == list(DIALECTS)
+    for name, row in rows:
+        assert parse(json.loads(row), "auto") == parse(json.loads(row), name)
+        assert recognise(json.loads(row)) == name
 
 
 def test_an_unknown_name_is_refused_with_the_nearest() -> None:

@@ -6,23 +6,26 @@ from pathlib import Path
 
 import pytest
 
-from vlm_tune.data.formats import image_first, parse_record
-from vlm_tune.data.sample import Message, Sample
+from vlm_tune.data.formats import parse_record
+from vlm_tune.data.sample import Message, Picture, Sample
 from vlm_tune.errors import DataError
 
 GOLDEN = Path(os.environ.get("VLM_TUNE_GOLDEN", Path(__file__).parents[1] / "golden"))
-CASES = json.loads((GOLDEN / "xtuner_formats.json").read_text(encoding="utf-8"))
+RECORDED = GOLDEN / "xtuner_formats.json"  # a recording may hold some files only
+CASES = json.loads(RECORDED.read_text(encoding="utf-8")) if RECORDED.exists() else []
 OURS = {"default": "xtuner"}  # XTuner's name -> ours, where they differ
 
 
 def spoken(message: Message) -> str:
-    return "".join(part if isinstance(part, str) else "<image>" for part in message.parts)
+    """Write a turn as XTuner does: its picture goes to the front (ours stays; a template may move it)."""
+    has_picture = any(isinstance(part, Picture) for part in message.parts)
+    return f"<image>\n{message.text.strip()}" if has_picture else message.text
 
 
 def xtuner_conversation(sample: Sample) -> list[dict[str, object]]:
-    """Write a Sample as XTuner's list of single turns, its pictures in front of their turn as XTuner moves them."""
+    """Write a Sample as XTuner's list of single turns."""
     turns: list[dict[str, object]] = [{}]
-    for message in image_first(sample).messages:
+    for message in sample.messages:
         if message.role == "assistant":
             turns[-1] |= {"output": spoken(message), "output_with_loss": message.supervised}
             turns.append({})

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import openpyxl
 import pyarrow as pa
+import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
@@ -98,6 +99,8 @@ def test_columnar_files(tmp_path: Path, suffix: str) -> None:
     table, path = pa.Table.from_pylist(records), tmp_path / f"a.{suffix}"
     if suffix == "parquet":
         pa.parquet.write_table(table, path, row_group_size=700)
+    elif suffix == "feather":
+        pa.feather.write_feather(table, path, compression="lz4", chunksize=700)
     else:
         make = pa.ipc.new_stream if suffix == "stream.arrow" else pa.ipc.new_file
         with make(str(path), table.schema) as writer:

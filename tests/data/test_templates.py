@@ -80,3 +80,8 @@ def test_system_prompt_in_the_middle_stands_where_it_was_said():
     row = Sample("a", (*HELLO.messages, Message("system", ("Be kind.",)), *HELLO.messages))
     text = text_of(render(load_template("chatml"), row))
     assert text.index("Hello") < text.index("<|im_start|>system\nBe kind.<|im_end|>\n") < text.rindex("Hi")
+
+
+def test_empty_system_prompts_are_left_out():
+    row = Sample("a", (Message("system", ("",)), *HELLO.messages, Message("system", ("",)), *HELLO.messages))
+    assert "system" not in text_of(render(load_template("Hermes-2"), row))

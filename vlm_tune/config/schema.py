@@ -65,6 +65,8 @@ class Precision(Enum):
 
 @dataclass
 class TilesConfig:
+    """How pictures are cut."""
+
     size: int = 448  # pixels, side of a tile
     min: int = 1
     max: int = 12  # without the thumbnail; shared by the pictures of one sample
@@ -74,6 +76,8 @@ class TilesConfig:
 
 @dataclass
 class VisionConfig:
+    """The vision encoder."""
+
     path: str | None = None  # folder, hub id or recipe:NAME; null = the part inside model.path
     select_layer: int = -1  # index into the hidden states (0 = embeddings); later layers are not run
     normalize: str = "imagenet"  # imagenet | clip (InternVL) | openai_clip (LLaVA) | siglip | half
@@ -82,6 +86,8 @@ class VisionConfig:
 
 @dataclass
 class ProjectorConfig:
+    """The network between encoder and language model."""
+
     kind: str = "mlp"  # mlp (LayerNorm, Linear, GELU, Linear) | mlp2x_gelu (LLaVA 1.5) | linear (LLaVA)
     shuffle: int = 2  # pixel shuffle: r x r patches become one token; 1 = none
     shuffle_version: str = "v2"  # v1 = transposed token order, as in the first InternVL 1.5
@@ -89,6 +95,8 @@ class ProjectorConfig:
 
 @dataclass
 class LlmConfig:
+    """The language model."""
+
     path: str | None = None
     targets: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -97,6 +105,8 @@ class LlmConfig:
 
 @dataclass
 class ModelConfig:
+    """Which weights, and how text and pictures reach them."""
+
     name: str = "demo"
     path: str | None = None  # a whole checkpoint: folder or hub id; null = built from vision.path and llm.path
     template: str = "chatml"  # a name of data/templates.yaml
@@ -109,6 +119,8 @@ class ModelConfig:
 
 @dataclass
 class ImageConfig:
+    """Where pictures are, and their limits."""
+
     root: str | None = None  # folder of relative picture paths; null = the folder of the data file
     exif: bool = False  # honour the EXIF orientation (the reference implementations ignore it)
     max_pixels: int = 100_000_000
@@ -116,6 +128,8 @@ class ImageConfig:
 
 @dataclass
 class AugmentConfig:
+    """Random changes of training pictures; all off by default."""
+
     flip: bool = False  # mirror half of the pictures
     crop: float = 1.0  # smallest share of the picture's sides that a random crop keeps; 1 = no crop
     jpeg: bool = False  # re-encode with a random JPEG quality of 75 to 100 (InternVL's data_augment)
@@ -123,6 +137,8 @@ class AugmentConfig:
 
 @dataclass
 class DataConfig:
+    """The rows to train, validate and test on."""
+
     path: str = "???"  # file, folder or recipe:NAME/FILE
     val: str = "auto"  # file; auto = the file beside data.path with "train" read as "val", else a split; none
     val_share: float = 0.02  # of the rows, when data.val=auto finds no file
@@ -138,6 +154,8 @@ class DataConfig:
 
 @dataclass
 class TrainParts:
+    """How each part is trained."""
+
     vision: Train = Train.frozen
     projector: Train = Train.full
     llm: Train = Train.frozen
@@ -145,6 +163,8 @@ class TrainParts:
 
 @dataclass
 class LearningRates:
+    """The peak learning rate of each part."""
+
     vision: float = 2e-6
     projector: float = 1e-3
     llm: float = 2e-4
@@ -152,6 +172,8 @@ class LearningRates:
 
 @dataclass
 class LoraConfig:
+    """peft's adapters."""
+
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.05
@@ -161,6 +183,8 @@ class LoraConfig:
 
 @dataclass
 class StageConfig:
+    """What a stage trains, and how."""
+
     name: str = "finetune"
     init_from: str = "auto"  # run folder or checkpoint to start from; auto = newest run of init_stage; none
     init_stage: str | None = None  # stage that `auto` looks for; null = start from the base weights
@@ -183,6 +207,8 @@ class StageConfig:
 
 @dataclass
 class TrainerConfig:
+    """Devices, batch sizes and intervals."""
+
     accelerator: str = "auto"
     devices: int = 1
     nodes: int = 1
@@ -212,16 +238,22 @@ class Strategy(Enum):
 
 @dataclass
 class StrategyConfig:
+    """How several devices share the work."""
+
     name: Strategy = Strategy.auto
 
 
 @dataclass
 class LoggerConfig:
+    """Where metrics go."""
+
     names: list[str] = field(default_factory=lambda: ["tensorboard"])  # beside metrics.csv, which every run writes
 
 
 @dataclass
 class Config:
+    """A whole run."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     stage: StageConfig = field(default_factory=StageConfig)

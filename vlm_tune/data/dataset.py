@@ -86,6 +86,7 @@ class Tiling:
     tiles: TilesConfig
 
     def __call__(self, max_tiles: int) -> tuple[int, ...]:
+        """Count the tiles of each picture when the sample may have `max_tiles` in all."""
         return picture_tiles(self.sizes, self.is_frame, self.tiles, max_tiles)
 
 

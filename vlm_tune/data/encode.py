@@ -96,6 +96,8 @@ class Encoder:
         self.template = template
         self.settings = settings or EncoderSettings()
         self._tokens = TextTokenizer(tokenizer, False if template.has_bos else self.settings.add_bos)
+        if self.settings.system and not template.system:
+            raise ConfigError(f"model.system is set, but model.template={template.name} has no place for it: remove it")
         name = tokenizer.name_or_path
         self.stop_ids = self._find_stop_ids(name)
         self.context_id = self._find_token(self.settings.image_context, name)  # None = takes no pictures
@@ -113,7 +115,7 @@ class Encoder:
         items = self._lay_out(sample)
         encodings = self._tokens.plain(keys_of(items))
         num_fixed, num_supervised = self._count(items, encodings)
-        self._check(sample, num_supervised)
+        _check_supervised(sample, num_supervised)
         fit = self._fit(sample, num_fixed, tiling)
         if fit.is_long:
             return self._trim(sample, fit)
@@ -122,16 +124,21 @@ class Encoder:
     def encode_prompt(self, sample: Sample, tiling: Tiling = no_pictures) -> Example:
         """Encode the question for generation: ids (L,) end after the header of the answer to the last question.
 
-        Up to there they are those of `encode`; answers after the last question are left out. No label carries loss.
+        Up to there they are those of `encode`; what follows the last question is left out. No label carries loss.
         Raises DataError for a prompt that is too long (its text is never trimmed).
         """
-        items = self._lay_out(sample, for_generation=True)
+        num_asked = len(sample.messages)
+        while num_asked and sample.messages[num_asked - 1].role == "assistant":
+            num_asked -= 1
+        asked = replace(sample, messages=sample.messages[:num_asked])
+        num_pictures = len(asked.pictures)
+        items = self._lay_out(asked, for_generation=True)
         encodings = self._tokens.plain(keys_of(items))
         num_fixed, _ = self._count(items, encodings)
-        fit = self._fit(sample, num_fixed, tiling)
+        fit = self._fit(asked, num_fixed, lambda max_tiles: tiling(max_tiles)[:num_pictures])
         if fit.is_long:
-            raise self._too_long(sample, num_fixed, fit.num_tiles)
-        return self._assemble(sample, items, encodings, fit)
+            raise self._too_long(asked, num_fixed, fit.num_tiles)
+        return self._assemble(asked, items, encodings, fit)
 
     def encode_lengths(self, samples: Sequence[Sample], tilings: Sequence[Tiling]) -> list[Lengths | DataError]:
         """Count the tokens of many samples at once, equal to `encode` one by one, in a fraction of its time.
@@ -160,7 +167,7 @@ class Encoder:
         self, sample: Sample, items: list[Item], encodings: dict[PlainKey, Encoding], tiling: Tiling
     ) -> Lengths:
         num_fixed, num_supervised = self._count(items, encodings)
-        self._check(sample, num_supervised)
+        _check_supervised(sample, num_supervised)
         fit = self._fit(sample, num_fixed, tiling)
         if fit.is_long:
             trimmed = self._trim(sample, fit)
@@ -175,6 +182,9 @@ class Encoder:
         items = lay_out(segments, self._tokens, splits_at_pictures=not self._start_ids)
         if for_generation and self.template.assistant.endswith(" "):
             items = drop_last_space(items)
+        if sum(isinstance(item, Picture) for item in items) != len(sample.pictures):
+            template = self.template.name
+            raise _fault(sample, f"a picture in a turn that model.template={template} leaves out: remove the turn")
         return items
 
     def _count(self, items: list[Item], encodings: dict[PlainKey, Encoding]) -> tuple[int, int]:
@@ -223,10 +233,6 @@ class Encoder:
             max_tiles=fit.max_tiles,
             note=fit.note,
         )
-
-    def _check(self, sample: Sample, num_supervised: int) -> None:
-        if num_supervised == 0:
-            raise _fault(sample, "no supervised token: the row needs an answer with text whose loss flag is not off")
 
     def _fit(self, sample: Sample, num_fixed: int, tiling: Tiling) -> _Fit:
         """Choose the tiles of each picture so that the sample fits, as data.on_too_long says."""
@@ -330,6 +336,11 @@ class Encoder:
     def _image_edge(self, content: str, tokenizer_name: str) -> tuple[int, ...]:
         token_id = self._find_token(content, tokenizer_name)
         return () if token_id is None else (token_id,)
+
+
+def _check_supervised(sample: Sample, num_supervised: int) -> None:
+    if num_supervised == 0:
+        raise _fault(sample, "no supervised token: the row needs an answer with text whose loss flag is not off")
 
 
 def _fault(sample: Sample, reason: str) -> DataError:

@@ -23,7 +23,7 @@ from vlm_tune.data.formats_text import (
     read_text,
 )
 from vlm_tune.data.rows import Rows
-from vlm_tune.data.sample import Message, Part, Picture, Sample
+from vlm_tune.data.sample import Message, Sample
 from vlm_tune.errors import ConfigError, DataError
 
 Reader = Callable[[Row], list[Message]]
@@ -201,19 +201,3 @@ def _parse_by_user(record: Record, fmt: str, where: str, index: int, image_root:
     if isinstance(result, dict):
         return parse_record(result, "auto", where, index, image_root)
     raise DataError(f"{fmt} returned {kind_of(result)}, not a Sample or a record. Mend the function.", where, own_id)
-
-
-def image_first(sample: Sample) -> Sample:
-    """Move each turn's pictures to its front, a line end behind each, as LLaVA and XTuner do before they encode.
-
-    Not done by default: InternVL keeps a picture where the user put it.
-    """
-    moved = []
-    for message in sample.messages:
-        pictures = [part for part in message.parts if isinstance(part, Picture)]
-        if pictures:
-            parts: list[Part] = [part for shown in pictures for part in (shown, "\n")][:-1]
-            text = message.text.strip()
-            message = Message(message.role, (*parts, f"\n{text}") if text else tuple(parts), message.supervised)
-        moved.append(message)
-    return Sample(sample.id, tuple(moved), sample.where)

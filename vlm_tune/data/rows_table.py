@@ -23,7 +23,7 @@ class TableRows:
     """Read single rows of a table; `where` counts as a spreadsheet does (parquet and Arrow: from 1, no header)."""
 
     def __init__(self, path: Path, name: str, index_folder: Path | None) -> None:
-        """Open the table; csv, tsv, xlsx and parquet are converted to Arrow once, in `index_folder`.
+        """Open the table; all but .arrow are converted once, into `index_folder` (.feather is mostly compressed).
 
         Raise DataError for a damaged file, rows of unequal length and text that is not UTF-8.
         """
@@ -31,7 +31,7 @@ class TableRows:
         self.name = name
         self._first_row = 2 if suffix in SPREADSHEETS else 1
         self._path = path
-        if suffix in (*SPREADSHEETS, ".parquet"):
+        if suffix != ".arrow":
             folder = rows_folder(index_folder)
             self._path = derived(path, folder, f"{path.name}.arrow", lambda target: _convert(path, name, target))
         self._batches = _batches(self._path, name)
@@ -80,7 +80,9 @@ def _batches(path: Path, name: str) -> list[pa.RecordBatch]:
 
 def _convert(path: Path, name: str, target: Path) -> None:
     """Write a table as an Arrow stream; its batches are small, so that one row is found without its neighbours."""
-    read = {".xlsx": _read_xlsx, ".parquet": _read_parquet}.get(path.suffix.lower(), _read_csv)
+    read = {".xlsx": _read_xlsx, ".parquet": _read_parquet, ".feather": _read_feather}.get(
+        path.suffix.lower(), _read_csv
+    )
     batches = read(path, name)
     first = next(batches, None)
     if first is None:
@@ -97,6 +99,11 @@ def _read_parquet(path: Path, name: str) -> Iterator[pa.RecordBatch]:
             yield from file.iter_batches(batch_size=_BATCH)
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"not a parquet file, or damaged: {error}. Write or download it again.", name) from error
+
+
+def _read_feather(path: Path, name: str) -> Iterator[pa.RecordBatch]:
+    for batch in _batches(path, name):
+        yield from (batch.slice(start, _BATCH) for start in range(0, batch.num_rows, _BATCH))
 
 
 def _read_csv(path: Path, name: str) -> Iterator[pa.RecordBatch]:

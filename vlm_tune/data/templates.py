@@ -86,7 +86,7 @@ def render(
     """Write a sample as segments, in order.
 
     The system prompt is the row's, else `system`, else the template's; an empty one is left out. With
-    `for_generation` the text ends after the header of the answer to the last question, and nothing is supervised.
+    `for_generation` the header of an answer follows the sample, and nothing is supervised.
 
     Example (template chatml, question "Hi", answer "Hello"; c = control, * = supervised):
         c"<|im_start|>user\\n" "Hi" c"<|im_end|>\\n" c"<|im_start|>assistant\\n" *"Hello" c*"<|im_end|>" c"\\n"
@@ -148,16 +148,15 @@ class _Writer:
 def _prepare(template: Template, sample: Sample, system: str | None, for_generation: bool) -> list[Message]:
     """Choose the system prompt, and leave out what this template or generation has no place for."""
     kept = list(sample.messages)
-    if for_generation:  # the answer to generate takes the place of the recorded one
-        while kept and kept[-1].role == "assistant":
-            kept.pop()
-        kept = [Message(each.role, each.parts) for each in [*kept, Message("assistant", ())]]  # nothing is supervised
+    if for_generation:  # a place for the answer, and nothing supervised before it
+        kept = [Message(each.role, each.parts) for each in [*kept, Message("assistant", ())]]
     if not kept or kept[0].role != "system":
         chosen = template.default_system if system is None else system
         kept.insert(0, Message("system", (chosen or "",)))
-    if not kept[0].text or "{pictures}" in template.user:
-        kept.pop(0)
-    elif not template.system:
+    kept = [each for each in kept if each.role != "system" or any(each.parts)]
+    if "{pictures}" in template.user:
+        kept = [each for each in kept if each.role != "system"]
+    elif not template.system and any(each.role == "system" for each in kept):
         reason = f"a system prompt, but model.template={template.name} has no place for one: remove it"
         raise DataError(reason, sample.where, sample.id)
     first = next((index for index, message in enumerate(kept) if message.role != "system"), None)

@@ -17,7 +17,8 @@ from vlm_tune.evaluation.metrics import accuracy, is_match, majority
 from vlm_tune.model.build import Model
 from vlm_tune.model.generate import Prompt, answer
 
-BATCH = 16
+BATCH = 32
+SPARE_TOKENS = 4  # an answer that goes on beyond the longest expected one is wrong anyway
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,16 @@ def ask(
     model: Model,
     test: Conversations,
     questions: list[Question],
-    max_new_tokens: int = 24,
+    max_new_tokens: int | None = None,
     report: Callable[[int], None] = lambda done: None,
 ) -> list[Prediction]:
-    """Answer all questions greedily, in batches of like length."""
+    """Answer all questions greedily, in batches of like length.
+
+    Without `max_new_tokens` answers may be a little longer than the longest expected one.
+    """
+    if max_new_tokens is None:
+        expected = [model.tokenizer.encode(q.expected, add_special_tokens=False) for q in questions]
+        max_new_tokens = max(map(len, expected)) + SPARE_TOKENS
     predictions: dict[int, Prediction] = {}
     prompts = {question.row: prompt_of(test, question.sample) for question in questions}
     by_length = sorted(questions, key=lambda question: len(prompts[question.row].example.input_ids))

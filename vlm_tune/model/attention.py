@@ -64,15 +64,16 @@ def packed_attention(
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     scale = options.get("scaling") or query.shape[-1] ** -0.5
-    assert query.shape[0] == 1 and sum(segments.lengths) == query.shape[2], "segments must fill the packed row"
+    assert query.shape[0] == 1, "a pack is one row"
+    assert sum(segments.lengths) == query.shape[2], "segments must fill the packed row"
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         return _varlen(query, key, value, segments.lengths, scale), None
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (L, heads, d)
     outputs = [_attend_short(q, k, v, index, scale) for index in segments.short]
     for start, length in segments.long:
         rows = slice(start, start + length)
-        part = [tensor[:, :, rows] for tensor in (query, key, value)]
-        whole = scaled_dot_product_attention(*part, is_causal=True, scale=scale, enable_gqa=True)
+        part_q, part_k, part_v = (tensor[:, :, rows] for tensor in (query, key, value))
+        whole = scaled_dot_product_attention(part_q, part_k, part_v, is_causal=True, scale=scale, enable_gqa=True)
         outputs.append(whole[0].transpose(0, 1))
     return torch.cat(outputs).index_select(0, segments.order).unsqueeze(0), None
 
@@ -86,7 +87,9 @@ def _attend_short(query: Tensor, key: Tensor, value: Tensor, index: Tensor, scal
     count, width = index.shape
     flat = index.flatten()
     heads, kv_heads, size = query.shape[1], key.shape[1], query.shape[2]
-    q, k, v = (tensor.index_select(0, flat).view(count, width, -1, size).transpose(1, 2) for tensor in (query, key, value))
+    q, k, v = (
+        tensor.index_select(0, flat).view(count, width, -1, size).transpose(1, 2) for tensor in (query, key, value)
+    )
     grouped = q.reshape(count, kv_heads, heads // kv_heads * width, size)
     scores = torch.matmul(grouped, k.transpose(2, 3)).view(count, kv_heads, -1, width, width)
     future = torch.ones(width, width, dtype=torch.bool, device=query.device).triu(1)

@@ -67,7 +67,7 @@ def run_config(checkpoint: Path, overrides: list[str] | None = None) -> Config:
 
 
 def start_of(checkpoint: Path) -> Path | None:
-    """Read which earlier checkpoint a run had started from: parts that it keeps frozen are not in its own checkpoints."""
+    """Read which earlier checkpoint a run had started from: its own leave out parts that it keeps frozen."""
     path = run_of(checkpoint) / START
     start = path.read_text(encoding="utf-8").strip() if path.exists() else ""
     return find_checkpoint(start) if start else None
@@ -113,8 +113,8 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path, com
     if problems:
         listed = "\n  ".join(problems[:10]) + (f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else "")
         raise CheckpointError(
-            f"{source}: it does not fit this model and stage\n  {listed}\n  Use the model and LoRA settings of that run, "
-            "or export it merged and start from model.path=FOLDER"
+            f"{source}: it does not fit this model and stage\n  {listed}\n  Use the model and LoRA settings of that "
+            "run, or export it merged and start from model.path=FOLDER"
         )
     with torch.no_grad():
         for name, weight in weights.items():

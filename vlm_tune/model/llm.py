@@ -1,9 +1,9 @@
 """The language model: any causal LM of transformers, read with packed attention, grown by the image tokens."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 from tokenizers import AddedToken
 from transformers import (
     AutoModelForCausalLM,
@@ -38,7 +38,7 @@ def quantization(quantize: Quantize, dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def guard_4bit(llm: nn.Module) -> None:
+def guard_4bit(llm: Any) -> None:
     """Keep bitsandbytes from repacking 4-bit weights in place on AVX512 CPUs.
 
     It does so at the first forward pass in eval mode and never undoes it: gradients are silently wrong ever after.

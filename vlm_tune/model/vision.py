@@ -17,11 +17,11 @@ class VisionEncoder(nn.Module):
     Layers after `select_layer` are never run: they are cut off when the encoder is made.
     """
 
-    def __init__(self, tower: nn.Module, select_layer: int = -1) -> None:
+    def __init__(self, tower: Any, select_layer: int = -1) -> None:
         super().__init__()
         self.tower = tower
         self.is_timm = not hasattr(tower, "config")
-        self.width = int(tower.num_features if self.is_timm else tower.config.hidden_size)  # type: ignore[arg-type, union-attr]
+        self.width = int(tower.num_features if self.is_timm else tower.config.hidden_size)
         if not self.is_timm:
             cut_layers(tower, select_layer)
 
@@ -33,7 +33,7 @@ class VisionEncoder(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """(T, 3, H, W) -> (T, P, C)."""
         if self.is_timm:
-            features = self.tower.forward_features(pixels)  # type: ignore[operator]
+            features = self.tower.forward_features(pixels)
             if features.ndim == 4:  # a convolutional network
                 features = features.flatten(2).transpose(1, 2)  # (T, P, C)
             return features[:, getattr(self.tower, "num_prefix_tokens", 0) :]
@@ -44,7 +44,7 @@ class VisionEncoder(nn.Module):
     @property
     def patch_size(self) -> int:
         """Pixels of a patch's side."""
-        size = self.tower.config.patch_size  # type: ignore[union-attr]
+        size = self.tower.config.patch_size
         return int(size[0] if isinstance(size, list | tuple) else size)
 
     def num_patches(self, tile_size: int) -> int:
@@ -56,7 +56,7 @@ class VisionEncoder(nn.Module):
             return self(tile).shape[1]
 
 
-def cut_layers(tower: nn.Module, select_layer: int) -> None:
+def cut_layers(tower: Any, select_layer: int) -> None:
     """Remove the layers after `select_layer`, an index into the hidden states (0 = embeddings, -1 = last, normed)."""
     if select_layer == -1:
         return
@@ -66,14 +66,14 @@ def cut_layers(tower: nn.Module, select_layer: int) -> None:
     if not 0 < keep <= len(layers):
         raise ConfigError(f"model.vision.select_layer={select_layer}: the encoder has {len(layers)} layers")
     setattr(owner, name, layers[:keep])
-    tower.config.num_hidden_layers = keep  # type: ignore[union-attr]
+    tower.config.num_hidden_layers = keep
     for holder in (tower, getattr(tower, "vision_model", None)):
         for norm in ("layernorm", "post_layernorm"):  # hidden states are taken before the final norm
             if holder is not None and hasattr(holder, norm):
                 setattr(holder, norm, nn.Identity())
 
 
-def _layer_list(tower: nn.Module) -> tuple[nn.Module, str]:
+def _layer_list(tower: Any) -> tuple[nn.Module, str]:
     for path in ("encoder.layer", "encoder.layers", "vision_model.encoder.layers", "model.layer"):
         holder_path, _, name = path.rpartition(".")
         try:
@@ -85,7 +85,7 @@ def _layer_list(tower: nn.Module) -> tuple[nn.Module, str]:
     raise ConfigError(f"model.vision.select_layer: {type(tower).__name__} has no list of layers to cut; set it to -1")
 
 
-def resample_positions(tower: nn.Module, tile_size: int) -> None:
+def resample_positions(tower: Any, tile_size: int) -> None:
     """Resize the position table once, bicubically, when tiles differ in size from the encoder's own pictures.
 
     Source: InternVL `modeling_intern_vit.py:_get_pos_embed` and transformers' `interpolate_pos_encoding`.
@@ -94,20 +94,20 @@ def resample_positions(tower: nn.Module, tile_size: int) -> None:
     table = getattr(embeddings, "position_embeddings", None)
     if not isinstance(table, nn.Parameter):
         return
-    patch = tower.config.patch_size  # type: ignore[union-attr]
+    patch = tower.config.patch_size
     side = tile_size // int(patch[0] if isinstance(patch, list | tuple) else patch)
     old = int((table.shape[1] - 1) ** 0.5)
-    tower.config.image_size = [tile_size, tile_size]  # type: ignore[union-attr]
-    embeddings.image_size = (tile_size, tile_size)  # type: ignore[union-attr]
+    tower.config.image_size = [tile_size, tile_size]
+    embeddings.image_size = (tile_size, tile_size)
     if old == side:
         return
     grid = table[:, 1:].detach().float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
     grid = interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
     patches = grid.permute(0, 2, 3, 1).reshape(1, side * side, -1).to(table.dtype)
-    embeddings.position_embeddings = nn.Parameter(torch.cat([table[:, :1], patches], dim=1), requires_grad=False)  # type: ignore[union-attr]
+    embeddings.position_embeddings = nn.Parameter(torch.cat([table[:, :1], patches], dim=1), requires_grad=False)
 
 
-def load_tower(folder: Path, dtype: torch.dtype) -> nn.Module:
+def load_tower(folder: Path, dtype: torch.dtype) -> Any:
     """Load an encoder from a folder of transformers' or timm's layout; no code comes out of the folder."""
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if "architecture" in config:

@@ -45,7 +45,9 @@ class Examiner:
         elif data.val is not None:
             self.test = data.val.data
             self.shown = read_questions(self.test, config.trainer.num_chats, data.val.index.rows)
-        self.chats = SampleAnswers(model, self.test, self.shown, config.trainer.chat_every, run) if self.shown else None
+        self.chats = None
+        if self.test is not None and self.shown:
+            self.chats = SampleAnswers(model, self.test, self.shown, config.trainer.chat_every, run)
 
     def callbacks(self) -> list[L.Callback]:
         """What runs during training."""

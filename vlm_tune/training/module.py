@@ -25,6 +25,7 @@ class VlmModule(L.LightningModule):
         self.config = config
         self.max_steps = max_steps
         self.num_samples = self.num_tokens = 0  # of the run so far, this rank
+        self.step_loss = torch.zeros(())  # of the optimizer step so far
         self.train_seconds = 0.0  # wall, of the run so far, interruptions left out
 
     def on_train_start(self) -> None:
@@ -95,7 +96,7 @@ class VlmModule(L.LightningModule):
         """Copy a Batch."""
         return batch.to(device)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Only what is trained: a checkpoint of LoRA and projector weighs megabytes, not gigabytes."""
         return {f"vlm.{name}": parameter.data for name, parameter in trained_parameters(self.vlm)}
 

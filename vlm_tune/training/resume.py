@@ -32,8 +32,8 @@ def find_resume(config: Config) -> Path | None:
         run = find_run(Path(config.runs), config.stage.name, config.model.name)
         if run is None:
             raise CheckpointError(
-                f"resume=last: {config.runs} holds no run of stage={config.stage.name} model={config.model.name} with a "
-                "checkpoint. Start it without resume"
+                f"resume=last: {config.runs} holds no run of stage={config.stage.name} model={config.model.name} with "
+                "a checkpoint. Start it without resume"
             )
         checkpoint = find_checkpoint(str(run))
     else:

@@ -7,6 +7,7 @@ projector.safetensors), for models that no class of transformers describes: each
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -67,8 +68,12 @@ def save_tower(vision: VisionEncoder, folder: Path) -> None:
         vision.tower.save_pretrained(folder)  # type: ignore[operator]
         return
     folder.mkdir(parents=True)
-    pretrained = vision.tower.pretrained_cfg  # type: ignore[union-attr]
-    config = {"architecture": pretrained["architecture"], "num_classes": 0, "pretrained_cfg": {"num_classes": 0}}
+    tower: Any = vision.tower
+    config = {
+        "architecture": tower.pretrained_cfg["architecture"],
+        "num_classes": 0,
+        "pretrained_cfg": {"num_classes": 0},
+    }
     (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     weights = {name: weight.contiguous() for name, weight in vision.tower.state_dict().items()}
     save_file(weights, folder / "model.safetensors")

@@ -53,6 +53,7 @@ def jinja_template(template: Template, system: str | None) -> str:
     default = system if system is not None else template.default_system or ""
     before, _, after = template.user.partition("{question}")
     opening, _, closing = template.system.partition("{system}")
+    unsaid = opening + default + closing if default else template.no_system
     content = (
         "{%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}"
         "{%- for part in message['content'] -%}"
@@ -60,13 +61,17 @@ def jinja_template(template: Template, system: str | None) -> str:
         "{%- elif part['type'] == 'text' -%}{{ part['text'] }}{%- endif -%}"
         "{%- endfor -%}{%- endif -%}"
     )
+    turns = {
+        "system": (opening, closing),
+        "user": (before, after),
+        "assistant": (template.assistant, template.end + template.after),
+    }
+    branches = [
+        f"{{%- if message['role'] == {role!r} -%}}{{{{ {head!r} }}}}{content}{{{{ {tail!r} }}}}{{%- endif -%}}"
+        for role, (head, tail) in turns.items()
+    ]
     return (
-        f"{{{{ {template.start!r} }}}}"
-        f"{{%- if messages[0]['role'] != 'system' and {bool(default)} -%}}{{{{ {opening + default + closing!r} }}}}{{%- endif -%}}"
-        "{%- for message in messages -%}"
-        f"{{%- if message['role'] == 'system' -%}}{{{{ {opening!r} }}}}{content}{{{{ {closing!r} }}}}"
-        f"{{%- elif message['role'] == 'user' -%}}{{{{ {before!r} }}}}{content}{{{{ {after!r} }}}}"
-        f"{{%- else -%}}{{{{ {template.assistant!r} }}}}{content}{{{{ {template.end + template.after!r} }}}}{{%- endif -%}}"
-        "{%- endfor -%}"
+        f"{{%- if messages[0]['role'] != 'system' -%}}{{{{ {unsaid!r} }}}}{{%- endif -%}}"
+        f"{{%- for message in messages -%}}{''.join(branches)}{{%- endfor -%}}"
         f"{{%- if add_generation_prompt -%}}{{{{ {template.assistant!r} }}}}{{%- endif -%}}"
     )

@@ -38,9 +38,7 @@ class ProgressLine(L.Callback):
         """Count the time since the last step's end as waiting for data."""
         self.waiting += time.perf_counter() - self.mark
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: VlmModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:  # type: ignore[override]
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]
         """Update the line after each optimizer step, and log the speed."""
         self.mark = time.perf_counter()
         if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.global_step % self.log_every:

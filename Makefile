@@ -1,0 +1,53 @@
+# make help lists the targets. Everything runs in .venv, which the first target that needs it sets up.
+PYTHON ?= python3
+BIN := .venv/bin
+export DS_BUILD_OPS := 0            # deepspeed compiles what it needs when it needs it
+export OMP_WAIT_POLICY := PASSIVE   # waiting threads that spin take time from the data workers
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo demo-cnn test test-slow check format docs bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+install: .venv/installed ## set up .venv with everything in it
+
+demo: .venv/installed ## teach a small vision-language model to see: pretrain, fine-tune, report (CPU, minutes)
+	$(BIN)/python -m vlm_tune stage=pretrain
+	$(BIN)/python -m vlm_tune stage=finetune
+
+demo-cnn: .venv/installed ## the same with a convolutional vision encoder
+	$(BIN)/python -m vlm_tune stage=pretrain model=demo_cnn
+	$(BIN)/python -m vlm_tune stage=finetune model=demo_cnn
+
+test: .venv/installed ## run the tests
+	$(BIN)/python -m pytest -m "not slow and not network"
+
+test-slow: .venv/installed ## run the tests that take minutes
+	$(BIN)/python -m pytest -m "slow or network"
+
+check: .venv/installed ## lint, format, types, spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell vlm_tune conf data_recipes docs tests benchmarks README.md CHANGELOG.md CONTRIBUTING.md
+
+format: .venv/installed ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: .venv/installed ## write docs/configuration.md anew from the schema
+	$(BIN)/python docs/write_configuration.py
+
+bench: .venv/installed ## measure: three seeds of both demos, tiles
+	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python benchmarks/tiles.py
+
+clean: ## remove the environment, caches and build output (runs/ stays)
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
