@@ -94,7 +94,7 @@ class DataModule(L.LightningDataModule):
     def write_quarantine(self, path: Path) -> None:
         """List the rows that were left out, with the reason of each."""
         parts = {id(part.findings): part for part in (self.train, self.val) if part is not None}
-        faults = [fault for part in parts.values() for fault in part.findings.faults]
+        faults = [fault for part in parts.values() for fault in (*part.findings.faults, *part.findings.skipped)]
         if faults:
             write_faults(faults, path)
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from vlm_tune.config.schema import AugmentConfig, DataConfig, TilesConfig
 from vlm_tune.data.augment import augment
 from vlm_tune.data.encode import Encoder, Example
-from vlm_tune.data.formats import parse_record, recognise
+from vlm_tune.data.formats import parse_record, recognise_rows
 from vlm_tune.data.images import ImageReader
 from vlm_tune.data.recipe import run_recipe
 from vlm_tune.data.rows import open_rows
@@ -39,16 +39,16 @@ class Conversations:
         self.rows = open_rows(path)
         self.encoder = encoder
         self.pictures = pictures
-        root = Path(config.image.root) if config.image.root else path if path.is_dir() else path.parent
-        self.reader = ImageReader(config.image, root)
-        self.format = config.format if config.format != "auto" else recognise(self.rows[0])
+        self.root = Path(config.image.root) if config.image.root else path if path.is_dir() else path.parent
+        self.reader = ImageReader(config.image, self.root)
+        self.format = config.format if config.format != "auto" else recognise_rows(self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def sample(self, row: int) -> Sample:
         """Parse one row."""
-        return parse_record(self.rows[row], self.format, self.rows.where(row), row)
+        return parse_record(self.rows[row], self.format, self.rows.where(row), row, self.root)
 
     def encode(self, row: int, whole: bool = False) -> Example:
         """Encode one row; its pictures' sizes come from their headers alone. `whole` also finds truncated files."""

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vlm_tune.data.dataset import Conversations
+from vlm_tune.data.encode import SkippedSample
 from vlm_tune.errors import DataError
 
 SHOWN = 20  # faults that an error message lists
@@ -36,6 +37,7 @@ class Findings:
     """What the pass over all rows found beside the sizes."""
 
     faults: list[DataError]
+    skipped: list[DataError]  # rows that data.on_too_long=skip leaves out
     notes: list[str]  # rows that a policy for long rows changed
 
 
@@ -44,10 +46,13 @@ def build_index(
 ) -> tuple[Index, Findings]:
     """Encode every row once, pictures by their headers alone. `report` may wrap the row numbers in a progress bar."""
     kept: list[tuple[int, int, int, int]] = []
-    findings = Findings([], [])
+    findings = Findings([], [], [])
     for row in report(range(len(data)), len(data)):
         try:
             example = data.encode(row, whole=True)
+        except SkippedSample as skipped:
+            findings.skipped.append(skipped)
+            continue
         except DataError as fault:
             findings.faults.append(fault)
             continue

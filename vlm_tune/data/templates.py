@@ -160,7 +160,8 @@ def _prepare(template: Template, sample: Sample, system: str | None, for_generat
         reason = f"a system prompt, but model.template={template.name} has no place for one: remove it"
         raise DataError(reason, sample.where, sample.id)
     first = next((index for index, message in enumerate(kept) if message.role != "system"), None)
-    if template.drops_greeting and first is not None and kept[first].role == "assistant":
+    has_question = any(each.role == "user" for each in kept)  # a row of plain text has none, and is no greeting
+    if template.drops_greeting and has_question and first is not None and kept[first].role == "assistant":
         kept.pop(first)
     if template.trims:
         kept = [Message(each.role, _trim(each.parts), each.supervised) for each in kept]

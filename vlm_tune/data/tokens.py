@@ -64,7 +64,8 @@ class TextTokenizer:
 
     def plain(self, keys: Iterable[PlainKey]) -> dict[PlainKey, Encoding]:
         """Tokenize distinct texts in one batch, no special token among the results."""
-        opening, inner = [], []
+        opening: list[PlainKey] = []
+        inner: list[PlainKey] = []
         for key in dict.fromkeys(keys):
             (opening if key[0] else inner).append(key)
         encodings: dict[PlainKey, Encoding] = {}

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from vlm_tune.config.schema import Config, ModelConfig, Precision, Quantize
 from vlm_tune.data.encode import Encoder, EncoderSettings
 from vlm_tune.data.recipe import run_recipe
-from vlm_tune.data.templates import load_template
+from vlm_tune.data.chat_template import choose_template
 from vlm_tune.errors import ConfigError
 from vlm_tune.model.layouts import internvl_hf, parts
 from vlm_tune.model.vlm import ImageTokens, VisionLanguageModel
@@ -49,7 +49,7 @@ def build_model(config: Config) -> Model:
         on_too_long=config.data.on_too_long,
         system=model.system,
     )
-    return Model(vlm, tokenizer, Encoder(tokenizer, load_template(model.template), settings))
+    return Model(vlm, tokenizer, Encoder(tokenizer, choose_template(model.template, tokenizer), settings))
 
 
 def load_parts(model: ModelConfig, dtype: torch.dtype, quantize: Quantize) -> parts.Loaded:

@@ -90,7 +90,7 @@ def resample_positions(tower: Any, tile_size: int) -> None:
 
     Source: InternVL `modeling_intern_vit.py:_get_pos_embed` and transformers' `interpolate_pos_encoding`.
     """
-    embeddings = getattr(tower, "embeddings", None)
+    embeddings: Any = getattr(tower, "embeddings", None)
     table = getattr(embeddings, "position_embeddings", None)
     if not isinstance(table, nn.Parameter):
         return

@@ -109,7 +109,7 @@ def describe_data(data: DataModule) -> dict[str, Any]:
         "path": str(data.train.data.path),
         "rows": len(index),
         "val_rows": len(data.val.index) if data.val else 0,
-        "skipped": len(data.train.findings.faults),
+        "skipped": len(data.train.findings.faults) + len(data.train.findings.skipped),
         "shortened": len(data.train.findings.notes),
         "supervised_share": round(float(index.supervised.sum() / index.tokens.sum()), 4),
         "pack_fill": round(data.stream().fill(), 4) if data.config.stage.packing else None,
