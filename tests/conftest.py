@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 PARENTS_PROCESSES = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 os.environ |= {
-    "OMP_NUM_THREADS": os.environ.get("TN","2"), "OMP_WAIT_POLICY": "PASSIVE",
+    "OMP_NUM_THREADS": "2",  # before torch is imported anywhere: results must not depend on the machine's cores
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin make tiny models ten times slower on a busy machine
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
 }

@@ -38,6 +38,14 @@ class TooLong(Enum):
     trim_text = "trim_text"
 
 
+class FeatureCaching(Enum):
+    """Whether a frozen encoder's features are kept on disk."""
+
+    auto = "auto"  # when they fit and nothing random touches the pictures
+    on = "on"
+    off = "off"
+
+
 class LossWeight(Enum):
     """Weight of one supervised token in a sample with x of them: 1, 1/x or 1/sqrt(x)."""
 
@@ -149,6 +157,8 @@ class DataConfig:
     max_length: int = 8192  # tokens of one sample, image tokens counted
     image: ImageConfig = field(default_factory=ImageConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    feature_cache: FeatureCaching = FeatureCaching.auto  # a frozen encoder then runs once a picture
+    feature_cache_gib: float = 10.0
     workers: int = 2
 
 

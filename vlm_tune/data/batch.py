@@ -19,18 +19,14 @@ class Batch:
     input_ids: Tensor  # (B, L)
     position_ids: Tensor  # (B, L), restarting at 0 with each sample
     segments: list[int] | None  # lengths of the samples of a pack (B = 1); None: each row is one sample, padded right
-    tiles: Tensor  # (T, H, W, 3) uint8
     predicting: Tensor  # (N,) flat positions whose next token is supervised
     targets: Tensor  # (N,) that next token
     weights: Tensor  # (N,) its share in the loss of the optimizer step
     sample_ids: list[str]
     num_tokens: int  # without padding
+    tiles: Tensor | None = None  # (T, H, W, 3) uint8
+    features: Tensor | None = None  # (T, P, C) in place of tiles, where a frozen encoder's output is kept
     cursor: tuple[int, int, int] = (0, 0, 0)  # where the stream goes on after this batch's optimizer step
-
-    @property
-    def tile_size(self) -> int:
-        """Pixels of a tile's side."""
-        return int(self.tiles.shape[1])
 
     def to(self, device: torch.device, non_blocking: bool = True) -> "Batch":
         """Copy the tensors to a device."""
@@ -60,12 +56,24 @@ def token_weight(num_supervised: npt.NDArray[np.int32], weight: LossWeight) -> n
     return num_supervised.astype(np.float64) ** powers[weight]
 
 
-def collate(examples: list[Example], tiles: list[npt.NDArray[np.uint8]], weights: list[float], packing: bool) -> Batch:
-    """Join examples: `tiles` holds one array (T_i, H, W, 3) an example, `weights` the weight of each one's tokens."""
-    for example, pixels in zip(examples, tiles, strict=True):
-        assert sum(example.num_tiles) == len(pixels), (
-            f"{example.where} ({example.id}): {sum(example.num_tiles)} tiles were counted, {len(pixels)} made"
-        )
+def add_pictures(
+    batch: Batch, examples: list[Example], tiles: list[npt.NDArray[np.uint8]], features: list[Tensor]
+) -> None:
+    """Put the tiles (or kept features) of all examples into a batch.
+
+    Each example's count must be the one it was encoded with, or its neighbour would get its pictures.
+    """
+    counts = [sum(example.num_tiles) for example in examples if example.num_tiles]
+    made = [len(pixels) for pixels in tiles if len(pixels)] or [len(seen) for seen in features]
+    assert counts == made, f"{batch.sample_ids}: {counts} tiles were counted, {made} made"
+    if features:
+        batch.features = torch.cat(features)
+    elif made:
+        batch.tiles = torch.from_numpy(np.concatenate(tiles))
+
+
+def collate(examples: list[Example], weights: list[float], packing: bool) -> Batch:
+    """Join the text of examples; `weights` holds the weight of each one's supervised tokens."""
     lengths = [len(example.input_ids) for example in examples]
     width = sum(lengths) if packing else max(lengths)
     starts = np.cumsum([0, *lengths[:-1]]) if packing else np.arange(len(lengths)) * width
@@ -84,7 +92,6 @@ def collate(examples: list[Example], tiles: list[npt.NDArray[np.uint8]], weights
         input_ids=torch.from_numpy(ids).view(shape),
         position_ids=torch.from_numpy(positions).view(shape),
         segments=lengths if packing else None,
-        tiles=torch.from_numpy(np.concatenate(tiles)),
         predicting=torch.from_numpy(np.concatenate(predicting)),
         targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
         weights=torch.from_numpy(np.concatenate(token_weights)),

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vlm_tune.config.schema import AugmentConfig, BadSample, Config
-from vlm_tune.data.batch import Batch, collate, token_weight
+from vlm_tune.data.batch import Batch, add_pictures, collate, token_weight
 from vlm_tune.data.dataset import Conversations, PictureSettings, find_file, sibling
 from vlm_tune.data.encode import Encoder
 from vlm_tune.data.index import Findings, Index, build_index, refuse_faults, write_faults
@@ -28,17 +28,21 @@ class MicroBatches(Dataset[Batch]):
         self.is_random = is_training and data.pictures.augment != AugmentConfig()
 
     def __getitem__(self, item: MicroBatch) -> Batch:
-        examples, tiles = [], []
+        examples, tiles, features = [], [], []
         for entry in item.rows:
             row = int(self.index.rows[entry])
             sample = self.data.sample(row)
             example = self.data.encoder.encode(sample, self.data.tiling(sample))
             generator = np.random.default_rng((self.settings.seed, item.epoch, row)) if self.is_random else None
             examples.append(example)
-            tiles.append(self.data.make_tiles(sample, example, generator))
+            if self.data.cache is None:
+                tiles.append(self.data.make_tiles(sample, example, generator))
+            elif example.num_tiles:
+                features.append(self.data.read_features(sample, example))
         counts = np.array([example.num_supervised for example in examples], dtype=np.int32)
         weights = token_weight(counts, self.settings.loss) / item.step_weight
-        batch = collate(examples, tiles, weights.tolist(), self.settings.packing)
+        batch = collate(examples, weights.tolist(), self.settings.packing)
+        add_pictures(batch, examples, tiles, features)
         batch.cursor = item.after
         return batch
 

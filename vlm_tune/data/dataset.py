@@ -6,15 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from vlm_tune.config.schema import AugmentConfig, DataConfig, TilesConfig
 from vlm_tune.data.augment import augment
 from vlm_tune.data.encode import Encoder, Example
+from vlm_tune.data.feature_cache import FeatureCache
 from vlm_tune.data.formats import parse_record, recognise_rows
 from vlm_tune.data.images import ImageReader
 from vlm_tune.data.recipe import run_recipe
 from vlm_tune.data.rows import open_rows
-from vlm_tune.data.sample import Sample
+from vlm_tune.data.sample import Picture, Sample
 from vlm_tune.data.tiles import make_tiles, picture_tiles, tile_limits
 from vlm_tune.errors import DataError
 
@@ -41,6 +44,7 @@ class Conversations:
         self.pictures = pictures
         self.root = Path(config.image.root) if config.image.root else path if path.is_dir() else path.parent
         self.reader = ImageReader(config.image, self.root)
+        self.cache: FeatureCache | None = None  # set where a frozen encoder's features are kept
         self.format = config.format if config.format != "auto" else recognise_rows(self.rows)
 
     def __len__(self) -> int:
@@ -65,16 +69,35 @@ class Conversations:
         self, sample: Sample, example: Example, generator: np.random.Generator | None = None
     ) -> npt.NDArray[np.uint8]:
         """Cut all pictures of a sample into tiles (T, H, W, 3); a generator turns augmentation on."""
-        tiles, settings = self.pictures.tiles, self.pictures
-        limits = tile_limits([picture.is_frame for picture in sample.pictures], tiles, example.max_tiles)
-        made = [np.zeros((0, tiles.size, tiles.size, 3), dtype=np.uint8)]
+        size = self.pictures.tiles.size
+        made = [
+            self.cut(picture, limit, sample, generator) for picture, limit in self.limited_pictures(sample, example)
+        ]
+        return np.concatenate([np.zeros((0, size, size, 3), dtype=np.uint8), *made])
+
+    def cut(
+        self, picture: Picture, limit: int, sample: Sample, generator: np.random.Generator | None = None
+    ) -> npt.NDArray[np.uint8]:
+        """Cut one picture into at most `limit` tiles and its thumbnail: (T, H, W, 3)."""
+        image = self.reader.open_picture(picture, sample.where, sample.id)
+        if generator is not None:
+            image = augment(image, self.pictures.augment, generator)
+        return make_tiles(image, self.pictures.tiles, limit, self.pictures.normalization)
+
+    def read_features(self, sample: Sample, example: Example) -> Tensor:
+        """Read what the frozen encoder saw in a sample's pictures: (T, P, C)."""
+        assert self.cache is not None
+        features = [
+            self.cache.read(self.cache.key(self.reader.read_bytes(picture, sample.where, sample.id), limit))
+            for picture, limit in self.limited_pictures(sample, example)
+        ]
+        return torch.cat(features)
+
+    def limited_pictures(self, sample: Sample, example: Example) -> list[tuple[Picture, int]]:
+        """Pair the pictures that an example kept with the most tiles that each may have."""
+        limits = tile_limits([picture.is_frame for picture in sample.pictures], self.pictures.tiles, example.max_tiles)
         kept = len(example.num_tiles)  # trimming a long row may leave out its last turns, pictures and all
-        for picture, limit in zip(sample.pictures[:kept], limits, strict=False):
-            image = self.reader.open_picture(picture, sample.where, sample.id)
-            if generator is not None:
-                image = augment(image, settings.augment, generator)
-            made.append(make_tiles(image, tiles, limit, settings.normalization))
-        return np.concatenate(made)
+        return list(zip(sample.pictures, limits, strict=True))[:kept]
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,14 @@ class ImageReader:
                 _decode(header)
             return header.size
 
+    def read_bytes(self, picture: Picture, where: str = "", sample_id: str | None = None) -> bytes:
+        """Return the encoded file, under the same limits on its place. Raise DataError."""
+        try:
+            with self._open_file(picture) as file:
+                return file.read()
+        except DataError as error:
+            raise DataError(f"{picture.path or 'the picture in the row'} {error.reason}", where, sample_id) from error
+
     def open_picture(self, picture: Picture, where: str = "", sample_id: str | None = None) -> Image.Image:
         """Return the decoded picture, RGB, upright where config.exif is set. Raise DataError.
 

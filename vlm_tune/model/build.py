@@ -8,9 +8,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from vlm_tune.config.schema import Config, ModelConfig, Precision, Quantize
+from vlm_tune.data.chat_template import choose_template
 from vlm_tune.data.encode import Encoder, EncoderSettings
 from vlm_tune.data.recipe import run_recipe
-from vlm_tune.data.chat_template import choose_template
 from vlm_tune.errors import ConfigError
 from vlm_tune.model.layouts import internvl_hf, parts
 from vlm_tune.model.vlm import ImageTokens, VisionLanguageModel

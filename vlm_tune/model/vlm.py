@@ -28,6 +28,14 @@ class ImageTokens:
         return [token for token in (self.start, self.end, self.context) if token]
 
 
+@dataclass(frozen=True)
+class View:
+    """What the encoder is shown: tiles of this many pixels a side, normalised this way."""
+
+    tile_size: int
+    normalization: str
+
+
 class VisionLanguageModel(nn.Module):
     """Answer from pictures and text.
 
@@ -37,14 +45,20 @@ class VisionLanguageModel(nn.Module):
     """
 
     def __init__(
-        self, vision: VisionEncoder, projector: Projector, llm: PreTrainedModel, context_id: int, normalization: str
+        self,
+        vision: VisionEncoder,
+        projector: Projector,
+        llm: PreTrainedModel,
+        context_id: int,
+        view: View,
     ) -> None:
         super().__init__()
         self.vision = vision
         self.projector = projector
         self.llm = llm
         self.context_id = context_id
-        self.normalization = normalization
+        self.normalization = view.normalization
+        self.tile_size = view.tile_size
         self.is_blind = False  # answer with image features set to zero, to measure what pictures contribute
 
     @property
@@ -52,30 +66,35 @@ class VisionLanguageModel(nn.Module):
         """Where the weights are."""
         return next(self.projector.parameters()).device
 
-    def encode_tiles(self, tiles: Tensor) -> Tensor:
-        """(T, H, W, 3) uint8 -> (T, S, D)."""
+    def see(self, tiles: Tensor) -> Tensor:
+        """Run the vision encoder: tiles (T, H, W, 3) uint8 -> features (T, P, C)."""
         is_trained = any(parameter.requires_grad for parameter in self.vision.parameters())
         pixels = normalize(tiles, self.normalization, self.vision.dtype)  # (T, 3, H, W)
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
             features = self.vision(pixels)  # (T, P, C)
+        return features
+
+    def project(self, features: Tensor) -> Tensor:
+        """Translate features (T, P, C) into tokens (T, S, D)."""
         if not torch.is_autocast_enabled(features.device.type):
             features = features.to(self.projector.linear_1.weight.dtype)
         tokens = self.projector(features)  # (T, S, D)
         return torch.zeros_like(tokens) if self.is_blind else tokens
 
-    def embed(self, input_ids: Tensor, tiles: Tensor) -> Tensor:
-        """Token ids (B, L) and tiles (T, H, W, 3) -> embeddings (B, L, D) with the image features in place."""
+    def embed(self, input_ids: Tensor, tiles: Tensor | None, features: Tensor | None = None) -> Tensor:
+        """Embed token ids (B, L), with the features of tiles (T, H, W, 3) in their places: (B, L, D)."""
         embeddings = self.llm.get_input_embeddings()(input_ids)  # (B, L, D)
-        if len(tiles) == 0:
+        if features is None and tiles is not None and len(tiles):
+            features = self.see(tiles)  # (T, P, C)
+        if features is None:
             return embeddings
-        features = self.encode_tiles(tiles)  # (T, S, D)
-        return merge_features(embeddings, input_ids == self.context_id, features)
+        return merge_features(embeddings, input_ids == self.context_id, self.project(features))
 
     def forward(self, batch: Batch) -> Tensor:
         """Sum of weighted losses of a batch: a scalar in float32."""
-        embeddings = self.embed(batch.input_ids, batch.tiles)  # (B, L, D)
-        if len(batch.tiles) == 0 and self.training and torch.distributed.is_initialized():
-            embeddings = embeddings + self._unused_features(batch).to(embeddings.dtype)
+        embeddings = self.embed(batch.input_ids, batch.tiles, batch.features)  # (B, L, D)
+        if batch.tiles is None and batch.features is None and self.training and torch.distributed.is_initialized():
+            embeddings = embeddings + self._unused_features().to(embeddings.dtype)
         hidden = self.llm.get_decoder()(
             inputs_embeds=embeddings,
             position_ids=batch.position_ids,
@@ -85,11 +104,10 @@ class VisionLanguageModel(nn.Module):
         rows = hidden.flatten(0, 1)[batch.predicting]  # (N, D)
         return supervised_loss(rows, self.llm.get_output_embeddings(), batch.targets, batch.weights)
 
-    def _unused_features(self, batch: Batch) -> Tensor:
+    def _unused_features(self) -> Tensor:
         """Run one blank tile with no effect: a rank without pictures must still take part in the gradient exchange."""
-        size = batch.tile_size
-        tile = torch.zeros(1, size, size, 3, dtype=torch.uint8, device=batch.input_ids.device)
-        return self.encode_tiles(tile).sum() * 0.0
+        tile = torch.zeros(1, self.tile_size, self.tile_size, 3, dtype=torch.uint8, device=self.device)
+        return self.project(self.see(tile)).sum() * 0.0
 
 
 def merge_features(embeddings: Tensor, is_context: Tensor, features: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from vlm_tune.config.schema import Config
 from vlm_tune.data.datamodule import DataModule
 from vlm_tune.model.build import build_model
 from vlm_tune.model.checkpoint import run_of, start_of
+from vlm_tune.model.fill_cache import use_feature_cache
 from vlm_tune.model.parts import apply_stage
 from vlm_tune.training.examiner import Examiner
 from vlm_tune.training.module import VlmModule
@@ -42,6 +43,7 @@ def train(config: Config) -> Path:
     module = VlmModule(model, config, data.max_steps())
     examiner = Examiner(config, model, data, run)
     trainer = make_trainer(config, module.max_steps, run, examiner.callbacks())
+    use_feature_cache(model.vlm, data, config, trainer.strategy.root_device)
     if trainer.is_global_zero:
         examiner.before(trainer.strategy.root_device)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)

@@ -23,7 +23,7 @@ from vlm_tune.model import attention
 from vlm_tune.model.llm import guard_4bit, load_tokenizer, quantization
 from vlm_tune.model.projector import Projector
 from vlm_tune.model.vision import VisionEncoder, resample_positions
-from vlm_tune.model.vlm import ImageTokens, VisionLanguageModel
+from vlm_tune.model.vlm import ImageTokens, View, VisionLanguageModel
 
 
 def load(
@@ -49,7 +49,9 @@ def load(
     guard_4bit(llm)
     tokenizer = load_tokenizer(folder)
     context_id = tokenizer.convert_tokens_to_ids(ImageTokens().context)
-    return VisionLanguageModel(vision, projector, llm, context_id, model.vision.normalize), tokenizer
+    return VisionLanguageModel(
+        vision, projector, llm, context_id, View(model.tiles.size, model.vision.normalize)
+    ), tokenizer
 
 
 def as_causal_lm(native: PreTrainedModel) -> PreTrainedModel:

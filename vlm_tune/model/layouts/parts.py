@@ -17,7 +17,7 @@ from vlm_tune.config.schema import ModelConfig, ProjectorConfig, Quantize
 from vlm_tune.model.llm import add_tokens, load_llm, load_tokenizer
 from vlm_tune.model.projector import Projector
 from vlm_tune.model.vision import VisionEncoder, load_tower, resample_positions
-from vlm_tune.model.vlm import ImageTokens, VisionLanguageModel
+from vlm_tune.model.vlm import ImageTokens, View, VisionLanguageModel
 
 SETTINGS = "vlm_tune.json"  # what joins the parts: projector and encoder settings
 PROJECTOR = "projector.safetensors"
@@ -38,7 +38,9 @@ def join(vision_folder: Path, llm_folder: Path, model: ModelConfig, dtype: torch
         projector = Projector(model.projector, vision.width, llm.config.hidden_size)
     projector.match_scale(llm.get_input_embeddings().weight)
     context_id = tokenizer.convert_tokens_to_ids(tokens.context)
-    return VisionLanguageModel(vision, projector, llm, context_id, model.vision.normalize), tokenizer
+    return VisionLanguageModel(
+        vision, projector, llm, context_id, View(model.tiles.size, model.vision.normalize)
+    ), tokenizer
 
 
 def load(folder: Path, model: ModelConfig, dtype: torch.dtype, quantize: Quantize) -> Loaded:

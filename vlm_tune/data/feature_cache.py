@@ -1,0 +1,59 @@
+"""What a frozen vision encoder sees in a picture, kept on disk: the encoder then runs once a picture, not once a step.
+
+One file a picture, named by its content, its tile limit and everything that decides the encoder's output. Files are
+whole or absent (written aside and renamed), so runs, ranks and workers share the folder, and a kill leaves no damage.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+NAME = "features"
+
+
+@dataclass(frozen=True)
+class FeatureCache:
+    """Read and write features (T, P, C) of pictures, in a folder of one encoder and one way of tiling."""
+
+    folder: Path
+
+    def key(self, content: bytes, max_tiles: int) -> str:
+        """Name a picture by its encoded file and the most tiles that it may have."""
+        return hashlib.blake2b(content, digest_size=16, salt=max_tiles.to_bytes(4, "little")).hexdigest()
+
+    def path(self, key: str) -> Path:
+        """Spread the files over 256 folders."""
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def has(self, key: str) -> bool:
+        """Tell whether a picture's features are there."""
+        return self.path(key).is_file()
+
+    def read(self, key: str) -> Tensor:
+        """(T, P, C) in the encoder's dtype."""
+        with safe_open(self.path(key), framework="pt") as file:
+            features: Tensor = file.get_tensor(NAME)
+        return features
+
+    def write(self, key: str, features: Tensor) -> None:
+        """Keep the features (T, P, C) of a picture."""
+        path = self.path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        save_file({NAME: features.detach().cpu().contiguous()}, partial)
+        partial.replace(path)
+
+
+def fingerprint(weights: dict[str, Tensor], settings: str) -> str:
+    """Name an encoder by its weights and by the settings that decide what it is shown."""
+    digest = hashlib.blake2b(settings.encode(), digest_size=12)
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
