@@ -94,9 +94,7 @@ def test_a_module_has_a_layer(name):
 def test_imports_point_down(name):
     own = name.split(".")[1]
     wrong = [
-        found
-        for found in sorted(GRAPH[name])
-        if (other := found.split(".")[1]) != own and LAYERS[other] >= LAYERS[own]
+        found for found in sorted(GRAPH[name]) if (other := found.split(".")[1]) != own and LAYERS[other] >= LAYERS[own]
     ]
     assert not wrong, f"{name} imports {wrong}: a layer knows only lower ones ({LAYERS})"
 
@@ -132,7 +130,9 @@ def test_functions_are_short(path):
 @by_path
 def test_functions_take_few_parameters(path):
     many = {
-        function.name: names for function in functions(TREES[path]) if len(names := parameters(function)) > MAX_PARAMETERS
+        function.name: names
+        for function in functions(TREES[path])
+        if len(names := parameters(function)) > MAX_PARAMETERS
     }
     assert not many, "pass a dataclass"
 

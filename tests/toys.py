@@ -120,9 +120,7 @@ def toy_row(name: str, number: int, folder: Path, chance: random.Random) -> dict
 def turns(*pairs: tuple[str, str]) -> list[dict[str, str]]:
     """Write questions and answers in the LLaVA dialect."""
     return [
-        {"from": speaker, "value": text}
-        for pair in pairs
-        for speaker, text in zip(("human", "gpt"), pair, strict=True)
+        {"from": speaker, "value": text} for pair in pairs for speaker, text in zip(("human", "gpt"), pair, strict=True)
     ]
 
 

@@ -134,7 +134,7 @@ def find_file(path: str) -> Path:
 def sibling(path: str, part: str) -> Path | None:
     """Find the validation or test file beside a training file: x_train.jsonl -> x_val.jsonl, or test.jsonl."""
     train = find_file(path)
-    for name in (train.name.replace("train", part), f"{part}{train.suffix}"):
+    for name in (part.join(train.name.rsplit("train", 1)), f"{part}{train.suffix}"):  # pretrain_train: the last one
         if name != train.name and train.with_name(name).is_file():
             return train.with_name(name)
     return None

@@ -48,13 +48,14 @@ def use_feature_cache(vlm: VisionLanguageModel, data: DataModule, config: Config
     if not fits:
         if wanted is FeatureCaching.on:
             raise ConfigError(
-                f"data.feature_cache=on needs {need:.1f} GiB, {limit:.1f} are allowed or free: raise data.feature_cache_gib"
+                f"data.feature_cache=on needs {need:.1f} GiB, {limit:.1f} are allowed or free: raise "
+                "data.feature_cache_gib, or set data.feature_cache=auto"
             )
         return
     cache = FeatureCache(folder)
     with FileLock(folder / ".lock"):  # of several ranks one works, the others find everything done
         vlm.to(device)
-        for part in {id(part.data): part for part in parts}.values():
+        for part in parts:
             fill(vlm, part, cache)
     for part in parts:
         part.data.cache = cache
