@@ -2,7 +2,7 @@
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,12 @@ from PIL import Image, ImageDraw
 from transformers import AutoTokenizer, InternVLVisionConfig, InternVLVisionModel, LlamaConfig, LlamaForCausalLM
 
 from vlm_tune.config.parse import load_config
+from vlm_tune.config.schema import Config
+from vlm_tune.data.batch import Batch
+from vlm_tune.data.datamodule import DataModule, MicroBatches
+from vlm_tune.data.stream import MicroBatch
 from vlm_tune.model.build import Model, build_model
-from vlm_tune.model.parts import apply_stage
+from vlm_tune.model.parts import PartSummary, apply_stage
 
 TOKENIZER = Path(__file__).parent / "golden" / "tokenizer"
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 30), "blue": (40, 40, 220), "white": (250, 250, 250)}
@@ -52,13 +56,38 @@ class Toys:
         given = {argument.partition("=")[0]: argument for argument in more}
         return [*(f"{key}={value}" for key, value in ours.items() if key not in given), *more]
 
-    def model(self, *overrides: str, stage: str | None = None) -> Model:
-        """Build the toy model; with `stage`, open what that stage trains."""
-        config = load_config(self.arguments(f"stage={stage or 'finetune'}", *overrides))
+    def model(self, *overrides: str) -> Model:
+        """Build the toy model as it stands, nothing trained or frozen by a stage."""
+        return build_model(load_config(self.arguments(*overrides)))
+
+    def staged(self, *overrides: str) -> "Staged":
+        """Build the toy model and data, with what the stage trains opened."""
+        config = load_config(self.arguments(*overrides))
         model = build_model(config)
-        if stage is not None:
-            apply_stage(model.vlm, config)
-        return model
+        parts = apply_stage(model.vlm, config)
+        data = DataModule(config, model.encoder)
+        data.setup()
+        return Staged(config, model, parts, data)
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A model, its stage and its data, as a run holds them before the first step."""
+
+    config: Config
+    model: Model
+    parts: list[PartSummary]
+    data: DataModule
+
+    def batch(self, rows: list[int], packing: bool = True, step_weight: float | None = None) -> Batch:
+        """Make one batch of training rows, weighted by themselves alone unless `step_weight` says otherwise."""
+        assert self.data.train is not None
+        settings = replace(self.data.settings(1), packing=packing)
+        if step_weight is None:
+            stream = self.data.stream()
+            step_weight = float(stream.row_weights(rows).sum())
+        item = MicroBatch(tuple(rows), 0, step_weight, (0, 0, 0))
+        return MicroBatches(self.data.train.data, self.data.train.index, settings, True)[item]
 
 
 def build_toys(folder: Path) -> Toys:

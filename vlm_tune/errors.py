@@ -27,5 +27,9 @@ class DataError(VlmTuneError):
         super().__init__(f"{where}{identity}: {reason}" if where else reason)
 
 
+class TrainingError(VlmTuneError):
+    """Report a run that cannot go on: its loss is no longer a number."""
+
+
 class CheckpointError(VlmTuneError):
     """Report a checkpoint that is missing, incomplete, or does not fit the model."""

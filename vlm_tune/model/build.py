@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from vlm_tune.config.schema import Config, ModelConfig, Precision, Quantize
+from vlm_tune.config.schema import Config, ModelConfig, Precision, Quantize, TooLong
 from vlm_tune.data.chat_template import choose_template
 from vlm_tune.data.encode import Encoder, EncoderSettings
 from vlm_tune.data.recipe import run_recipe
@@ -39,17 +39,30 @@ def build_model(config: Config) -> Model:
             f"model.projector.shuffle={model.projector.shuffle} does not divide the {num_patches} patches of a tile of "
             f"model.tiles.size={model.tiles.size}: choose another tile size or shuffle"
         )
+    tokens_per_tile = num_patches // model.projector.shuffle**2
+    check_room(config, tokens_per_tile)
     settings = EncoderSettings(
         image_start=tokens.start,
         image_context=tokens.context,
         image_end=tokens.end,
-        tokens_per_tile=num_patches // model.projector.shuffle**2,
+        tokens_per_tile=tokens_per_tile,
         max_tiles=model.tiles.max,
         max_length=config.data.max_length,
         on_too_long=config.data.on_too_long,
         system=model.system,
     )
     return Model(vlm, tokenizer, Encoder(tokenizer, choose_template(model.template, tokenizer), settings))
+
+
+def check_room(config: Config, tokens_per_tile: int) -> None:
+    """Refuse settings under which one large picture could never fit."""
+    tiles, data = config.model.tiles, config.data
+    most = tiles.max + (tiles.thumbnail and tiles.max > 1)
+    if most * tokens_per_tile >= data.max_length and data.on_too_long is TooLong.error:
+        raise ConfigError(
+            f"model.tiles.max={tiles.max} needs up to {most}*{tokens_per_tile}={most * tokens_per_tile} image tokens, "
+            f"data.max_length is {data.max_length}: raise it, lower model.tiles.max or set data.on_too_long=fewer_tiles"
+        )
 
 
 def load_parts(model: ModelConfig, dtype: torch.dtype, quantize: Quantize) -> parts.Loaded:

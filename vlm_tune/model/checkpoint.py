@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vlm_tune.config.parse import read_config
 from vlm_tune.config.schema import Config
-from vlm_tune.errors import CheckpointError
+from vlm_tune.errors import CheckpointError, ConfigError
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -33,7 +33,10 @@ def find_runs(runs: Path) -> list[Path]:
 def find_run(runs: Path, stage: str, model: str) -> Path | None:
     """Find the newest run of a stage and a model that holds a checkpoint."""
     for run in reversed(find_runs(runs)):
-        config = read_config(run / CONFIG)
+        try:
+            config = read_config(run / CONFIG)
+        except ConfigError:
+            continue  # a run of an older version: no reason to stop this one
         if (config.stage.name, config.model.name) == (stage, model):
             return run
     return None

@@ -26,15 +26,16 @@ def load_llm(folder: Path, dtype: torch.dtype, quantize: Quantize = Quantize.non
     return llm
 
 
-def quantization(quantize: Quantize, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Describe the storage of a frozen base: NF4 with double quantization (QLoRA), or 8-bit."""
+def quantization(quantize: Quantize, dtype: torch.dtype, skip: list[str] | None = None) -> BitsAndBytesConfig:
+    """Describe the storage of a frozen base: NF4 with double quantization (QLoRA), or 8-bit; `skip` stays as it is."""
     if quantize is Quantize.int8:
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skip,
     )
 
 

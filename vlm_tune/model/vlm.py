@@ -21,11 +21,12 @@ class ImageTokens:
     context: str = "<IMG_CONTEXT>"
     start: str = "<img>"
     end: str = "</img>"
+    video: str = "<video>"  # transformers' InternVL processor asks for one; the trainer itself writes frames as pictures
 
     @property
     def all(self) -> list[str]:
         """The tokens that a tokenizer must know."""
-        return [token for token in (self.start, self.end, self.context) if token]
+        return [token for token in (self.start, self.end, self.context, self.video) if token]
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,8 @@ def merge_features(embeddings: Tensor, is_context: Tensor, features: Tensor) -> 
     Counts are checked for each sample when a batch is made; here the sum must fit, or features would move to a
     neighbour's places.
     """
+    num_places, num_features = int(is_context.sum()), features.shape[0] * features.shape[1]
+    assert num_places == num_features, f"{num_places} places for {num_features} image features in the batch"
     merged = embeddings.clone()
-    merged[is_context] = features.flatten(0, 1).to(embeddings.dtype)  # raises when the counts differ
+    merged[is_context] = features.flatten(0, 1).to(embeddings.dtype)
     return merged

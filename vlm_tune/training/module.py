@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vlm_tune.config.schema import Config
 from vlm_tune.data.batch import Batch
+from vlm_tune.errors import TrainingError
 from vlm_tune.model.build import Model
 from vlm_tune.model.parts import set_modes, trained_parameters
 from vlm_tune.training.optim import make_optimizer, make_schedule
@@ -26,6 +27,7 @@ class VlmModule(L.LightningModule):
         self.max_steps = max_steps
         self.num_samples = self.num_tokens = 0  # of the run so far, this rank
         self.step_loss = torch.zeros(())  # of the optimizer step so far
+        self.step_ids: list[str] = []
         self.train_seconds = 0.0  # wall, of the run so far, interruptions left out
 
     def on_train_start(self) -> None:
@@ -44,6 +46,7 @@ class VlmModule(L.LightningModule):
         strategies average over the devices, so both are multiplied back in.
         """
         loss = self.vlm(batch)
+        self.step_ids = batch.sample_ids + (self.step_ids if self._continues(batch_idx) else [])
         self.num_samples += len(batch.sample_ids)
         self.num_tokens += batch.num_tokens
         self.step_loss = loss.detach() + (self.step_loss if self._continues(batch_idx) else 0.0)
@@ -68,7 +71,11 @@ class VlmModule(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Stop at a loss that is not a number, before it reaches the weights."""
         if not torch.isfinite(self.step_loss):
-            raise FloatingPointError(f"the loss is {float(self.step_loss)} at step {self.global_step}")
+            raise TrainingError(
+                f"the loss is {float(self.step_loss)} at step {self.global_step}, rows {', '.join(self.step_ids)}: no "
+                "weight was changed by it. Look at these rows, lower stage.lr, or set trainer.precision=bf16; then go "
+                "on with resume=last"
+            )
 
     def on_validation_epoch_start(self) -> None:
         """Begin a new sum over the validation rows; dropout is off."""

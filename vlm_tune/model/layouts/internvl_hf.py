@@ -25,6 +25,8 @@ from vlm_tune.model.projector import Projector
 from vlm_tune.model.vision import VisionEncoder, resample_positions
 from vlm_tune.model.vlm import ImageTokens, View, VisionLanguageModel
 
+OTHER_PARTS = ["vision_tower", "multi_modal_projector", "lm_head"]  # these stay in 16 bit
+
 
 def load(
     folder: Path, model: ModelConfig, dtype: torch.dtype, quantize: Quantize
@@ -33,7 +35,9 @@ def load(
     config = AutoConfig.from_pretrained(folder)
     if not isinstance(config, InternVLConfig):
         raise ConfigError(f"model.path={folder}: a {config.model_type} folder; an internvl folder is needed here")
-    options = {"quantization_config": quantization(quantize, dtype)} if quantize is not Quantize.none else {}
+    options = (
+        {"quantization_config": quantization(quantize, dtype, OTHER_PARTS)} if quantize is not Quantize.none else {}
+    )
     native = InternVLForConditionalGeneration.from_pretrained(
         folder, dtype=dtype, attn_implementation={"text_config": attention.NAME, "vision_config": "sdpa"}, **options
     )

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from transformers import GotOcr2ImageProcessorPil, InternVLProcessor, InternVLVideoProcessor, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GotOcr2ImageProcessorPil, InternVLProcessor, InternVLVideoProcessor, PreTrainedTokenizerBase
 
 from vlm_tune.config.schema import ModelConfig, TileRule
 from vlm_tune.data.encode import Encoder
@@ -31,11 +31,10 @@ def save_processor(tokenizer: PreTrainedTokenizerBase, encoder: Encoder, model: 
         do_convert_rgb=True,
     )
     tokens = ImageTokens()
-    tokenizer.add_special_tokens(
-        {"start_image_token": tokens.start, "end_image_token": tokens.end, "context_image_token": tokens.context}
-        | {"video_token": "<video>"},
-        replace_extra_special_tokens=False,
-    )
+    named = {"start_image_token": tokens.start, "end_image_token": tokens.end, "context_image_token": tokens.context}
+    tokenizer.save_pretrained(folder)
+    # the processor asks for these by name, and only a tokenizer that is loaded with them knows them by name
+    tokenizer = AutoTokenizer.from_pretrained(folder, extra_special_tokens={**named, "video_token": tokens.video})
     template = jinja_template(encoder.template, model.system)
     tokenizer.chat_template = template
     processor = InternVLProcessor(

@@ -1,0 +1,138 @@
+"""Packing isolates: a sample in a pack has the hidden states and gradients that it has alone."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from vlm_tune.model import attention
+from vlm_tune.model.attention import SHORT, Segments
+
+PACKS = {
+    "short": [5, 7, 9, 40, 41],
+    "one token": [1, 1, 6],
+    "alone": [30],
+    "long": [SHORT + 8, SHORT + 60],
+    "mixed": [3, SHORT + 1, SHORT, 17, SHORT + 48, 1, 18],
+}
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel for packs exists on GPUs only")
+
+
+@pytest.fixture(scope="module")
+def packed(toys):
+    return load(toys, attention.NAME)
+
+
+@pytest.fixture(scope="module")
+def reference(toys):
+    return load(toys, "eager")  # transformers' own plain formula, which knows nothing of packs
+
+
+def load(toys, implementation):
+    return AutoModelForCausalLM.from_pretrained(toys.llm, attn_implementation=implementation)
+
+
+def draw(lengths, seed=0):
+    """Draw the embeddings of a pack (1, L, D), and a direction (1, L, D) that turns its hidden states into a loss."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(1, sum(lengths), 32, generator=generator) for _ in range(2))
+
+
+def run(llm, embeddings, **options):
+    return llm.get_decoder()(inputs_embeds=embeddings, use_cache=False, **options).last_hidden_state
+
+
+def run_packed(llm, embeddings, lengths):
+    positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0).to(embeddings.device)
+    return run(llm, embeddings, position_ids=positions, segments=Segments.plan(lengths, embeddings.device))
+
+
+def run_alone(llm, embeddings, lengths):
+    return torch.cat([run(llm, sample) for sample in embeddings.split(lengths, dim=1)], dim=1)
+
+
+def gradients(llm, embeddings, hidden, direction):
+    """Gradients of <hidden, direction> by the embeddings and by every weight of the layers."""
+    weights = [weight for name, weight in llm.model.named_parameters() if "layers" in name]
+    return torch.autograd.grad((hidden * direction).sum(), [embeddings, *weights])
+
+
+@pytest.mark.parametrize("lengths", PACKS.values(), ids=PACKS)
+def test_packed_hidden_states_equal_those_of_each_sample_alone(packed, reference, lengths):
+    embeddings, _ = draw(lengths)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            run_packed(packed, embeddings, lengths), run_alone(reference, embeddings, lengths), atol=1e-5, rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("lengths", PACKS.values(), ids=PACKS)
+def test_packed_gradients_equal_the_sum_over_samples(packed, reference, lengths):
+    embeddings, direction = draw(lengths)
+    ours, theirs = embeddings.clone().requires_grad_(), embeddings.clone().requires_grad_()
+    found = gradients(packed, ours, run_packed(packed, ours, lengths), direction)
+    wanted = gradients(reference, theirs, run_alone(reference, theirs, lengths), direction)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5 * float(other.abs().max()) + 1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [PACKS["short"], PACKS["mixed"]], ids=["short", "mixed"])
+def test_another_sample_changes_nothing(packed, lengths):
+    embeddings, _ = draw(lengths)
+    changed = embeddings.clone()
+    changed[:, : lengths[0]] += 10.0
+    with torch.no_grad():
+        before, after = run_packed(packed, embeddings, lengths), run_packed(packed, changed, lengths)
+    assert not torch.allclose(before[:, : lengths[0]], after[:, : lengths[0]])
+    assert torch.equal(before[:, lengths[0] :], after[:, lengths[0] :])
+
+
+def test_a_later_token_of_the_same_sample_changes_nothing(packed):
+    lengths = PACKS["mixed"]
+    embeddings, _ = draw(lengths)
+    changed = embeddings.clone()
+    changed[:, 2] += 10.0  # the last token of the first sample
+    with torch.no_grad():
+        before, after = run_packed(packed, embeddings, lengths), run_packed(packed, changed, lengths)
+    assert torch.equal(before[:, :2], after[:, :2])
+
+
+def test_without_the_plan_the_samples_would_see_one_another(packed):
+    # what the tests above could not tell apart from isolation if it did nothing
+    lengths = PACKS["short"]
+    embeddings, _ = draw(lengths)
+    with torch.no_grad():
+        assert not torch.allclose(run(packed, embeddings), run_packed(packed, embeddings, lengths), atol=1e-2)
+
+
+@pytest.mark.parametrize("lengths", PACKS.values(), ids=PACKS)
+def test_a_plan_takes_each_token_once(lengths):
+    plan = Segments.plan(lengths, torch.device("cpu"))
+    assert len(plan.order) == len(set(plan.order.tolist())) == sum(lengths)
+    rows = sum(index.numel() for index in plan.short) + sum(length for _, length in plan.long)
+    assert int(plan.order.max()) < rows
+
+
+def test_a_plan_that_does_not_fill_the_row_is_refused(packed):
+    embeddings, _ = draw([5, 7])
+    with pytest.raises(AssertionError, match="must fill the packed row"):
+        run(packed, embeddings, segments=Segments.plan([5, 6], embeddings.device))
+
+
+def test_right_padding_changes_nothing(packed, reference):
+    # padded training builds no mask: what stands to the right is hidden by causality alone
+    embeddings, _ = draw([20])
+    padded = torch.cat([embeddings, torch.randn(1, 9, 32)], dim=1)
+    with torch.no_grad():
+        torch.testing.assert_close(run(packed, padded)[:, :20], run(reference, embeddings), atol=1e-5, rtol=1e-5)
+
+
+@needs_gpu
+@pytest.mark.parametrize("lengths", PACKS.values(), ids=PACKS)
+def test_the_gpu_kernel_for_packs_equals_each_sample_alone(toys, lengths):
+    # the kernel wants 16 bit and heads of 8 numbers or more, which the toy's are
+    llm, plain = (load(toys, name).to("cuda", torch.bfloat16) for name in (attention.NAME, "eager"))
+    embeddings, _ = (tensor.to("cuda", torch.bfloat16) for tensor in draw(lengths))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            run_packed(llm, embeddings, lengths), run_alone(plain, embeddings, lengths), atol=0.05, rtol=0.05
+        )
