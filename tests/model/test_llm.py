@@ -71,10 +71,11 @@ def test_a_new_token_is_one_special_token(toys, plain_tokenizer):
 
 
 def test_known_tokens_are_not_added_again(toys):
-    tokenizer = load_tokenizer(toys.llm)
-    size = len(tokenizer)
-    add_tokens(tokenizer, load_llm(toys.llm, torch.float32), TOKENS)
-    assert len(tokenizer) == size
+    tokenizer, llm = load_tokenizer(toys.llm), load_llm(toys.llm, torch.float32)
+    add_tokens(tokenizer, llm, TOKENS)
+    sizes = len(tokenizer), llm.get_input_embeddings().weight.shape
+    add_tokens(tokenizer, llm, TOKENS)
+    assert (len(tokenizer), llm.get_input_embeddings().weight.shape) == sizes
 
 
 def test_a_table_that_is_large_enough_stays_as_it_is(toys, tmp_path):

@@ -84,7 +84,7 @@ def test_the_embeddings_given_stay_as_they_were():
 def test_a_wrong_number_of_features_is_refused(vlm, staged, num_tiles):
     batch = staged.batch([PICTURE])
     wrong = torch.zeros(num_tiles, *batch.tiles.shape[1:], dtype=torch.uint8)
-    with pytest.raises((AssertionError, RuntimeError), match="image features|shape"):
+    with pytest.raises((AssertionError, RuntimeError), match=r"image features|shape"):
         vlm(replace(batch, tiles=wrong))
 
 

@@ -68,7 +68,10 @@ def read_config(path: Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError(f"{path}: no such file. Name a run folder, for example ckpt=runs/latest") from error
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: {explain(error)}") from error
-    return to_config(raw)  # type: ignore[arg-type]
+    try:
+        return to_config(raw)  # type: ignore[arg-type]
+    except ConfigError as error:
+        raise ConfigError(str(error) if overrides else f"{path}: {error}") from error
 
 
 def write_config(config: Config, path: Path) -> None:

@@ -81,7 +81,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or "the file ends too early").splitlines()[0]
         raise CheckpointError(f"{path}: not a readable checkpoint ({reason}). Take an older one of the run") from error
     except Exception as error:
         if type(error).__name__ != "UnpicklingError":

@@ -52,15 +52,12 @@ class VlmModule(L.LightningModule):
         self.step_loss = loss.detach() + (self.step_loss if self._continues(batch_idx) else 0.0)
         if not self._continues(batch_idx + 1):
             self._log_step()
+            # callbacks save before this module's own hook at the batch's end would run, so the cursor moves here
+            self.trainer.datamodule.cursor = batch.cursor  # type: ignore[attr-defined]
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def _continues(self, batch_idx: int) -> bool:
         return batch_idx % self.trainer.accumulate_grad_batches != 0
-
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Move the stream's cursor behind a finished optimizer step."""
-        if not self._continues(batch_idx + 1):
-            self.trainer.datamodule.cursor = batch.cursor  # type: ignore[attr-defined]
 
     def _log_step(self) -> None:
         loss = self.trainer.strategy.reduce(self.step_loss, reduce_op="sum")

@@ -20,7 +20,8 @@ PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "pillo
 
 def make_run_folder(config: Config, start: Path | None) -> Path:
     """Make runs/DATE_TIME_STAGE_MODEL, with a counter where that name is taken; point runs/latest at it."""
-    if handed := os.environ.get(FOLDER_VARIABLE):
+    handed = os.environ.get(FOLDER_VARIABLE)
+    if handed and os.environ.get("LOCAL_RANK", "0") != "0":  # a later run of the first process has a folder of its own
         return Path(handed)
     runs = Path(config.runs)
     name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{config.stage.name}_{config.model.name}"
