@@ -1,11 +1,17 @@
-"""Which samples share a pack: best-fit decreasing over a bounded window, within a budget of tokens and one of tiles."""
+"""Which samples share a pack: best-fit decreasing over a bounded window, within a budget of tokens and one of tiles.
 
+Best fit alone fills packs with samples of one length, and those tend to be of one kind: a step of short answers, a
+step of long captions, and a loss that jumps. So the same number of packs is filled evenly where that is possible.
+"""
+
+import heapq
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 
+MIXING_COST = 0.01  # share of packs that an even mixture of lengths may cost
 WINDOW = 2048  # samples looked at together: bounds memory, and keeps the order random
 
 
@@ -22,7 +28,9 @@ def plan_packs(
         window = order[start : start + WINDOW]
         rank = {int(row): position for position, row in enumerate(window)}
         by_size = sorted(rank, key=lambda row: (-int(tokens[row]), rank[row]))
-        packs = _best_fit(by_size, tokens, tiles, budget)
+        fewest = _best_fit(by_size, tokens, tiles, budget)
+        mixed = _mix(by_size, tokens, tiles, budget, len(fewest))
+        packs = mixed if len(mixed) <= (1 + MIXING_COST) * len(fewest) else fewest
         for pack in packs:
             pack.sort(key=rank.__getitem__)
         yield from sorted(packs, key=lambda pack: rank[pack[0]])
@@ -52,6 +60,37 @@ def _best_fit(
         if left > need_tokens:
             insort(open_packs, (left - need_tokens, pack))
     return packs
+
+
+def _mix(
+    rows: list[int],
+    tokens: npt.NDArray[np.int32],
+    tiles: npt.NDArray[np.int32],
+    budget: tuple[int, int],
+    num_packs: int,
+) -> list[list[int]]:
+    """Put each row, largest first, into the emptiest of `num_packs` packs that has room; more are opened if need be."""
+    max_tokens, max_tiles = budget
+    packs: list[list[int]] = [[] for _ in range(num_packs)]
+    used_tiles = [0] * num_packs
+    emptiest = [(0, pack) for pack in range(num_packs)]  # a heap of (tokens used, pack)
+    for row in rows:
+        need_tokens, need_tiles = int(tokens[row]), int(tiles[row])
+        full_of_tiles = []
+        while emptiest and used_tiles[emptiest[0][1]] + need_tiles > max_tiles:
+            full_of_tiles.append(heapq.heappop(emptiest))
+        if emptiest and emptiest[0][0] + need_tokens <= max_tokens:
+            used, pack = heapq.heappop(emptiest)
+        else:
+            used, pack = 0, len(packs)
+            packs.append([])
+            used_tiles.append(0)
+        packs[pack].append(row)
+        used_tiles[pack] += need_tiles
+        heapq.heappush(emptiest, (used + need_tokens, pack))
+        for entry in full_of_tiles:
+            heapq.heappush(emptiest, entry)
+    return [pack for pack in packs if pack]
 
 
 def plan_batches(
