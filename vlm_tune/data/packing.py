@@ -5,13 +5,14 @@ step of long captions, and a loss that jumps. So the same number of packs is fil
 """
 
 import heapq
+import math
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 
-MIXING_COST = 0.01  # share of packs that an even mixture of lengths may cost
+MIXING_COST = 0.02  # share of packs that an even mixture of lengths may cost
 WINDOW = 2048  # samples looked at together: bounds memory, and keeps the order random
 
 
@@ -29,8 +30,9 @@ def plan_packs(
         rank = {int(row): position for position, row in enumerate(window)}
         by_size = sorted(rank, key=lambda row: (-int(tokens[row]), rank[row]))
         fewest = _best_fit(by_size, tokens, tiles, budget)
-        mixed = _mix(by_size, tokens, tiles, budget, len(fewest))
-        packs = mixed if len(mixed) <= (1 + MIXING_COST) * len(fewest) else fewest
+        allowed = range(len(fewest), math.ceil((1 + MIXING_COST) * len(fewest)) + 1)
+        mixtures = ((size, _mix(by_size, tokens, tiles, budget, size)) for size in allowed)
+        packs = next((mixed for size, mixed in mixtures if len(mixed) <= size), fewest)
         for pack in packs:
             pack.sort(key=rank.__getitem__)
         yield from sorted(packs, key=lambda pack: rank[pack[0]])
