@@ -1,13 +1,13 @@
 """Which samples share a pack: best-fit decreasing over a bounded window, within a budget of tokens and one of tiles.
 
 Best fit alone fills packs with samples of one length, and those tend to be of one kind: a step of short answers, a
-step of long captions, and a loss that jumps. So the same number of packs is filled evenly where that is possible.
+step of long captions, and a loss that jumps. So as many packs are filled evenly instead, where that is possible.
 """
 
 import heapq
 import math
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,65 +19,43 @@ WINDOW = 2048  # samples looked at together: bounds memory, and keeps the order 
 def plan_packs(
     order: npt.NDArray[np.int64], tokens: npt.NDArray[np.int32], tiles: npt.NDArray[np.int32], budget: tuple[int, int]
 ) -> Iterator[list[int]]:
-    """Yield packs of rows, each row exactly once, in an order that depends on nothing but the arguments.
+    """Yield packs of rows, each entry of `order` exactly once, in an order that depends on nothing but the arguments.
 
-    order   (R,) row numbers, shuffled; tokens, tiles: sizes by row number; budget: tokens and tiles of one pack.
+    order   (R,) row numbers, shuffled (a mixture may name a row twice); tokens, tiles: sizes by row number;
+    budget  tokens and tiles of one pack.
     A row larger than a budget has a pack of its own. Packs of one window come in random-like order: that of their
     first row in `order`.
     """
     for start in range(0, len(order), WINDOW):
         window = order[start : start + WINDOW]
-        rank = {int(row): position for position, row in enumerate(window)}
-        by_size = sorted(rank, key=lambda row: (-int(tokens[row]), rank[row]))
-        fewest = _best_fit(by_size, tokens, tiles, budget)
-        allowed = range(len(fewest), math.ceil((1 + MIXING_COST) * len(fewest)) + 1)
-        mixtures = ((size, _mix(by_size, tokens, tiles, budget, size)) for size in allowed)
-        packs = next((mixed for size, mixed in mixtures if len(mixed) <= size), fewest)
-        for pack in packs:
-            pack.sort(key=rank.__getitem__)
-        yield from sorted(packs, key=lambda pack: rank[pack[0]])
+        need_tokens, need_tiles = tokens[window], tiles[window]
+        by_size = np.argsort(-need_tokens, kind="stable").tolist()
+        packs = _pack(by_size, need_tokens.tolist(), need_tiles.tolist(), budget)
+        packs = sorted(map(sorted, packs))  # no place stands in two packs, so the first decides
+        yield from (window[pack].tolist() for pack in packs)
 
 
-def _best_fit(
-    rows: list[int], tokens: npt.NDArray[np.int32], tiles: npt.NDArray[np.int32], budget: tuple[int, int]
+def _pack(places: list[int], tokens: Sequence[int], tiles: Sequence[int], budget: tuple[int, int]) -> list[list[int]]:
+    """Mix lengths within packs where that costs at most MIXING_COST more packs than the fewest."""
+    fewest = _best_fit(places, tokens, tiles, budget)
+    most = math.ceil((1 + MIXING_COST) * len(fewest))
+    for num_packs in range(len(fewest), most + 1):
+        mixed = _spread(places, tokens, tiles, (*budget, num_packs))
+        if len(mixed) <= num_packs:
+            return mixed
+    return fewest
+
+
+def _spread(
+    places: list[int], tokens: Sequence[int], tiles: Sequence[int], limits: tuple[int, int, int]
 ) -> list[list[int]]:
-    """Put each row, largest first, into the fullest pack that still has room for its tokens and its tiles."""
-    max_tokens, max_tiles = budget
-    packs: list[list[int]] = []
-    room_tiles: list[int] = []
-    open_packs: list[tuple[int, int]] = []  # (tokens left, pack), sorted: the fullest that fits is found by bisection
-    for row in rows:
-        need_tokens, need_tiles = int(tokens[row]), int(tiles[row])
-        for position in range(bisect_left(open_packs, (need_tokens, -1)), len(open_packs)):
-            left, pack = open_packs[position]
-            if room_tiles[pack] >= need_tiles:
-                del open_packs[position]
-                break
-        else:
-            pack, left = len(packs), max_tokens
-            packs.append([])
-            room_tiles.append(max_tiles)
-        packs[pack].append(row)
-        room_tiles[pack] -= need_tiles
-        if left > need_tokens:
-            insort(open_packs, (left - need_tokens, pack))
-    return packs
-
-
-def _mix(
-    rows: list[int],
-    tokens: npt.NDArray[np.int32],
-    tiles: npt.NDArray[np.int32],
-    budget: tuple[int, int],
-    num_packs: int,
-) -> list[list[int]]:
-    """Put each row, largest first, into the emptiest of `num_packs` packs that has room; more are opened if need be."""
-    max_tokens, max_tiles = budget
+    """Put each place, largest first, into the emptiest pack that has room; open more packs than planned if need be."""
+    max_tokens, max_tiles, num_packs = limits
     packs: list[list[int]] = [[] for _ in range(num_packs)]
     used_tiles = [0] * num_packs
     emptiest = [(0, pack) for pack in range(num_packs)]  # a heap of (tokens used, pack)
-    for row in rows:
-        need_tokens, need_tiles = int(tokens[row]), int(tiles[row])
+    for place in places:
+        need_tokens, need_tiles = tokens[place], tiles[place]
         full_of_tiles = []
         while emptiest and used_tiles[emptiest[0][1]] + need_tiles > max_tiles:
             full_of_tiles.append(heapq.heappop(emptiest))
@@ -87,12 +65,38 @@ def _mix(
             used, pack = 0, len(packs)
             packs.append([])
             used_tiles.append(0)
-        packs[pack].append(row)
+        packs[pack].append(place)
         used_tiles[pack] += need_tiles
         heapq.heappush(emptiest, (used + need_tokens, pack))
         for entry in full_of_tiles:
             heapq.heappush(emptiest, entry)
     return [pack for pack in packs if pack]
+
+
+def _best_fit(
+    places: list[int], tokens: Sequence[int], tiles: Sequence[int], budget: tuple[int, int]
+) -> list[list[int]]:
+    """Put each place, largest first, into the fullest pack that still has room for its tokens and its tiles."""
+    max_tokens, max_tiles = budget
+    packs: list[list[int]] = []
+    room_tiles: list[int] = []
+    open_packs: list[tuple[int, int]] = []  # (tokens left, pack), sorted: the fullest that fits is found by bisection
+    for place in places:
+        need_tokens, need_tiles = tokens[place], tiles[place]
+        for position in range(bisect_left(open_packs, (need_tokens, -1)), len(open_packs)):
+            left, pack = open_packs[position]
+            if room_tiles[pack] >= need_tiles:
+                del open_packs[position]
+                break
+        else:
+            pack, left = len(packs), max_tokens
+            packs.append([])
+            room_tiles.append(max_tiles)
+        packs[pack].append(place)
+        room_tiles[pack] -= need_tiles
+        if left > need_tokens:
+            insort(open_packs, (left - need_tokens, pack))
+    return packs
 
 
 def plan_batches(
