@@ -55,5 +55,5 @@ def fingerprint(weights: dict[str, Tensor], settings: str) -> str:
     digest = hashlib.blake2b(settings.encode(), digest_size=12)
     for name, weight in sorted(weights.items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
