@@ -41,8 +41,9 @@ format: .venv/installed ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: .venv/installed ## write docs/configuration.md anew from the schema
+docs: .venv/installed ## write docs/configuration.md and the tree of README.md anew
 	$(BIN)/python docs/write_configuration.py
+	$(BIN)/python docs/write_tree.py
 
 bench: .venv/installed ## measure: three seeds of both demos, tiles
 	$(BIN)/python benchmarks/demo.py

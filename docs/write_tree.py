@@ -1,4 +1,4 @@
-"""Write the tree of README.md: each file with the first line of its docstring, or its first comment or heading."""
+"""Write the tree of README.md: each file with the first line of its docstring, or its first comment."""
 
 import ast
 import re
@@ -6,95 +6,102 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 START, END = "<!-- TREE -->\n```text\n", "```\n<!-- /TREE -->"
-COLUMN = 32  # where the purposes begin
+COLUMN = 36  # where the purposes begin
+FOLDERS = ("vlm_tune", "conf", "data_recipes", "notebooks", "tests", "benchmarks", "docs")
+FILES = ("Makefile", ".ci/run", "pyproject.toml", "constraints.txt", "CHANGELOG.md", "CONTRIBUTING.md")
+IN_ONE_LINE = ("conf/", "data_recipes/", "tests/", "benchmarks/")  # their folders hold files that are alike
 
-# Folders of many like files have one line each, and so have files that cannot say what they are for.
+# What cannot say by itself what it is for.
 PURPOSES = {
-    "conf": "Hydra's groups; they ship inside the wheel",
-    "conf/data": "rows to train on",
-    "conf/experiment": "a stage, a model and more under one name",
-    "conf/logger": "where metrics go beside metrics.csv",
-    "conf/model": "weights, chat template, tiles, LoRA targets: one YAML a model",
-    "conf/stage": "what is trained, at which learning rate: one YAML a stage",
-    "conf/strategy": "how several devices share the work",
-    "conf/trainer": "batch sizes and intervals",
-    "conf/tuned": "settings of one model in one stage, where they differ from the stage's own",
-    "data_recipes": "data and weights from the package registries: README.md and prepare.py each",
-    "docs": "",
-    "notebooks": "",
-    "tests": "",
-    "tests/golden": "recordings of the reference implementations, which the golden tests compare with",
-    "benchmarks": "",
-    "benchmarks/results": "what the benchmarks measured",
+    "benchmarks": "Speed, memory and accuracy, measured; the figures are in its README.",
+    "benchmarks/README.md": "What was measured, how, and on which machine.",
+    "benchmarks/results": "The figures as JSON.",
+    "CHANGELOG.md": "What changed, by version.",
+    "conf": "Hydra's groups; they ship inside the wheel.",
+    "conf/data": "Rows to train on.",
+    "conf/experiment": "A stage, a model and more under one name.",
+    "conf/logger": "Where metrics go beside metrics.csv.",
+    "conf/model": "Weights, chat template, tiles, LoRA targets: one YAML a model.",
+    "conf/stage": "What is trained, at which learning rate: one YAML a stage.",
+    "conf/strategy": "How several devices share the work.",
+    "conf/trainer": "Batch sizes and intervals.",
+    "conf/tuned": "Settings of one model in one stage, where they differ from the stage's own.",
+    "constraints.txt": "The exact versions that were tested.",
+    "CONTRIBUTING.md": "Set-up, rules of code and messages, the proof rule.",
+    "data_recipes": "Data and weights from the package registries; each folder has a README.md and a prepare.py.",
+    "docs": "Pages to read.",
+    "docs/architecture.md": "Layers, the six files, decisions and why.",
+    "docs/configuration.md": "Every key, its default and meaning (written by make docs).",
+    "docs/data_format.md": "Files, dialects, and every fault of a row.",
+    "docs/faq.md": "Error texts, their causes and remedies.",
+    "docs/recipes.md": "The data recipes, and how to write one.",
+    "docs/scaling.md": "Devices and strategies; what was not measured.",
+    "notebooks": "Each runs in a minute on a CPU, with the demo's data and model.",
+    "pyproject.toml": "The package, its dependencies, and the settings of the checks.",
+    "tests": "The folders mirror the package.",
+    "tests/golden": "Recordings of the reference implementations, which the golden tests compare with.",
     "vlm_tune/py.typed": "Tells type checkers that the package has types.",
-    "pyproject.toml": "The package, its dependencies, and the settings of the checks",
-    "constraints.txt": "The exact versions that were tested",
 }
-LISTED = ("conf/",)  # groups: their choices stand in the line
+BY_SUFFIX = {".html": "The frame of a page.", ".css": "The look of a page."}
 
 
 def tree() -> str:
     """Draw the whole tree."""
-    lines: list[str] = []
-    for name in ("vlm_tune", "conf", "data_recipes", "notebooks", "tests", "benchmarks", "docs"):
-        lines += folder_lines(ROOT / name, 0)
-    for name in ("Makefile", ".ci/run", "pyproject.toml", "constraints.txt", "CHANGELOG.md", "CONTRIBUTING.md"):
-        lines.append(line(name, purpose(ROOT / name), 0))
+    lines = [line for name in FOLDERS for line in folder_lines(ROOT / name, 0)]
+    lines += [entry(name, purpose(ROOT / name), 0) for name in FILES]
     return "\n".join(lines) + "\n"
 
 
 def folder_lines(folder: Path, depth: int) -> list[str]:
-    """Draw a folder: itself, then its files, then its folders; as one line where its files are all alike."""
-    name = folder.relative_to(ROOT).as_posix()
-    lines = [line(f"{folder.name}/", purpose(folder), depth)]
-    if name.startswith(LISTED):
-        choices = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-        return [line(f"{folder.name}/", f"{PURPOSES[name]} ({choices})" if len(choices) < 60 else PURPOSES[name], depth)]
-    if name.startswith(("data_recipes/", "tests/", "benchmarks/")):
+    """Draw a folder: itself, its files, then its folders."""
+    lines = [entry(f"{folder.name}/", purpose(folder), depth)]
+    if short(folder).startswith(IN_ONE_LINE):
         return lines
-    entries = [path for path in sorted(folder.iterdir()) if not path.name.startswith((".", "__"))]
-    for path in entries:
-        if path.is_file():
-            lines.append(line(path.name, purpose(path), depth + 1))
-    for path in entries:
-        if path.is_dir() and any(path.rglob("*.*")):
+    paths = [path for path in sorted(folder.iterdir()) if not path.name.startswith((".", "__"))]
+    lines += [entry(path.name, purpose(path), depth + 1) for path in paths if path.is_file()]
+    for path in paths:
+        if path.is_dir() and any(file.is_file() and "__pycache__" not in file.parts for file in path.rglob("*")):
             lines += folder_lines(path, depth + 1)
     return lines
 
 
-def line(name: str, text: str, depth: int) -> str:
+def entry(name: str, text: str, depth: int) -> str:
     """Write a name and its purpose in columns."""
     return f"{'  ' * depth}{name}".ljust(COLUMN - 1) + f" {text}".rstrip()
 
 
+def short(path: Path) -> str:
+    """Name a path as seen from the repository's root."""
+    return path.relative_to(ROOT).as_posix()
+
+
 def purpose(path: Path) -> str:
     """Say what a file or folder is for, in its own words."""
-    name = path.relative_to(ROOT).as_posix()
-    if name in PURPOSES:
-        return PURPOSES[name]
+    name = short(path)
+    if name in PURPOSES or path.suffix in BY_SUFFIX:
+        return PURPOSES.get(name) or BY_SUFFIX[path.suffix]
+    if name.startswith("tests/") and path.is_dir():
+        tested = name.removeprefix("tests/")
+        return f"Tests of {tested if (ROOT / tested).is_dir() else f'vlm_tune/{tested}'}."
     if path.is_dir():
-        parts = path.relative_to(ROOT).parts
-        if parts[0] == "tests":
-            return f"tests of {'/'.join(('vlm_tune', *parts[1:]) if parts[1] != 'data_recipes' else parts[1:])}"
-        return purpose(path / ("prepare.py" if parts[0] == "data_recipes" else "__init__.py"))
+        return purpose(path / ("prepare.py" if name.startswith("data_recipes/") else "__init__.py"))
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
     if path.suffix == ".ipynb":
-        text = text.partition('"# ')[2].partition('"')[0].replace("\\n", "")
-        return text
-    comment = re.search(r"^(?:#(?!!)|/\*|<!--) *(.+?)(?: *(?:\*/|-->))?$", text, re.MULTILINE)
+        return re.sub(r"\W+$", "", text.partition('"# ')[2].partition("\\n")[0]) + "."
+    comment = re.search(r"^# *(\w.+)$", text, re.MULTILINE)
     return comment[1] if comment else ""
 
 
 def with_tree(readme: str) -> str:
     """Put the tree between its marks."""
     before, _, rest = readme.partition(START)
-    _, _, after = rest.partition(END)
-    assert rest and after, "README.md has lost its marks <!-- TREE --> and <!-- /TREE -->"
+    _, end, after = rest.partition(END)
+    assert end, "README.md has lost its marks <!-- TREE --> and <!-- /TREE -->"
     return f"{before}{START}{tree()}{END}{after}"
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(with_tree(path.read_text(encoding="utf-8")), encoding="utf-8")
+    page = ROOT / "README.md"
+    page.write_text(with_tree(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -16,6 +16,8 @@ python -m vlm_tune [VERB] key=value ...
   chat       talk to a trained model      ckpt=runs/latest image=photo.jpg
   evaluate   score a test file            ckpt=runs/latest data.test=test.jsonl
   export     write a merged model folder  ckpt=runs/latest out=my_model
+  check      find every fault in a file   data.path=my.jsonl model=internvl2_2b out=FOLDER
+  inspect    see a row as the model does  data.path=my.jsonl row=17 out=row.html (or --text)
   configs    list stages, models, data
 
 All keys with their defaults: docs/configuration.md. VLM_TUNE_DEBUG=1 shows the traceback of an error.
@@ -82,6 +84,30 @@ def export_verb(arguments: list[str]) -> int:
     return 0
 
 
+def check_verb(arguments: list[str]) -> int:
+    """Find every faulty row of a data file; 1 when there are any."""
+    own, overrides = take_own(arguments, {"out": "", "repeated_ids": "error"})
+    config = load_config(overrides)
+    from vlm_tune.data.check import check
+    from vlm_tune.model.encoder import build_encoder
+
+    encoder, _ = build_encoder(config)
+    return check(config, encoder, own["out"], own["repeated_ids"])
+
+
+def inspect_verb(arguments: list[str]) -> int:
+    """Show what the model sees of one row."""
+    own, overrides = take_own([each for each in arguments if each != "--text"], {"row": "0", "out": ""})
+    if not own["row"].isdecimal():
+        raise ConfigError(f"row={own['row']}: give the number of a row, counted from 0")
+    config = load_config(overrides)
+    from vlm_tune.data.inspect import inspect
+    from vlm_tune.model.encoder import build_encoder
+
+    inspect(config, build_encoder(config), int(own["row"]), own["out"], "--text" in arguments)
+    return 0
+
+
 def configs_verb(arguments: list[str]) -> int:
     """List what each configuration group offers."""
     for group in GROUPS:
@@ -94,6 +120,8 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "chat": chat_verb,
     "evaluate": evaluate_verb,
     "export": export_verb,
+    "check": check_verb,
+    "inspect": inspect_verb,
     "configs": configs_verb,
 }
 
@@ -114,6 +142,12 @@ def split_own(arguments: list[str], defaults: dict[str, str]) -> tuple[dict[str,
                 f"{key}: no such key. This verb has: {', '.join(defaults)}, and keys of the run (data.test=...)"
             )
     return own, overrides
+
+
+def take_own(arguments: list[str], defaults: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Part the keys of a verb that reads the whole configuration, as `train` does, from the overrides."""
+    own = {key: value for key, _, value in (each.partition("=") for each in arguments) if key in defaults}
+    return defaults | own, [each for each in arguments if each.partition("=")[0] not in defaults]
 
 
 def quiet_libraries() -> None:

@@ -38,7 +38,8 @@ def test_an_entry_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.Mo
         ({"a": ENTRY}, True),
         ({"conversations": []}, False),
         ({}, False),
-        ([ENTRY], False),
+        ([ENTRY], True),
+        ([ENTRY | {"conversations": []}], False),
         ("{", False),
     ],
 )

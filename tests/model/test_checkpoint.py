@@ -46,7 +46,7 @@ def make_run(folder, *steps, stage="finetune"):
     (folder / CHECKPOINTS).mkdir(parents=True)
     write_config(load_config(["model=tiny", f"stage={stage}"]), folder / CONFIG)
     for step in steps:
-        path = folder / CHECKPOINTS / f"step={step:08d}.ckpt"
+        path = folder / CHECKPOINTS / f"step_{step:08d}.ckpt"
         torch.save({"state_dict": {"vlm.weight": torch.full((2,), float(step))}}, path)
         os.utime(path, (1000 + step, 1000 + step))
     return folder
@@ -70,7 +70,7 @@ def test_a_failed_write_says_what_where_and_what_to_do(tmp_path, small_files):
 
 def test_a_failed_write_leaves_what_was_there(tmp_path, small_files):
     save(10)(tmp_path / "best.ckpt")
-    save(20)(tmp_path / "step=1.ckpt")
+    save(20)(tmp_path / "step_1.ckpt")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(CheckpointError):
         write_atomically(tmp_path / "best.ckpt", save(LIMIT))
@@ -125,13 +125,13 @@ def test_a_file_without_weights_is_refused(tmp_path):
 def test_checkpoints_are_ordered_by_step(tmp_path):
     run = make_run(tmp_path / "run", 900, 1000, 20)
     (run / CHECKPOINTS / "best.ckpt").touch()
-    (run / CHECKPOINTS / ".step=00009999.ckpt.partial").touch()
-    assert [path.name for path in checkpoints(run)] == [f"step={step:08d}.ckpt" for step in (20, 900, 1000)]
+    (run / CHECKPOINTS / ".step_00009999.ckpt.partial").touch()
+    assert [path.name for path in checkpoints(run)] == [f"step_{step:08d}.ckpt" for step in (20, 900, 1000)]
 
 
 def test_a_run_folder_means_its_newest_checkpoint(tmp_path):
     run = make_run(tmp_path / "run", 2, 4)
-    assert find_checkpoint(str(run)).name == "step=00000004.ckpt"
+    assert find_checkpoint(str(run)).name == "step_00000004.ckpt"
 
 
 def test_a_link_to_a_run_is_followed(tmp_path):
@@ -154,11 +154,11 @@ def test_a_path_without_checkpoint_is_an_error(tmp_path, path, said):
 
 
 def test_a_checkpoint_away_from_its_run_is_an_error(tmp_path):
-    save(1)(tmp_path / "step=00000001.ckpt")
+    save(1)(tmp_path / "step_00000001.ckpt")
     with pytest.raises(
         CheckpointError, match=r"there is no config\.yaml two folders above it\. Keep a checkpoint in its"
     ):
-        run_config(tmp_path / "step=00000001.ckpt")
+        run_config(tmp_path / "step_00000001.ckpt")
 
 
 def test_a_run_without_checkpoint_is_not_found(tmp_path):

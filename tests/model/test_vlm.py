@@ -115,3 +115,18 @@ def test_a_trained_encoder_gets_gradients(toys):
     loss = staged.model.vlm(staged.batch([PICTURE]))
     gradients = torch.autograd.grad(loss, [staged.model.vlm.vision.tower.embeddings.cls_token])
     assert gradients[0].abs().sum() > 0
+
+
+def test_a_step_without_pictures_gives_the_projector_a_gradient_of_zero(toys):
+    # none at all would let the optimizer stand still on one rank, where with two ranks it moves on by its momentum
+    staged = toys.staged("stage=finetune")
+    staged.model.vlm(staged.batch([TEXT])).backward()
+    for weight in staged.model.vlm.projector.parameters():
+        assert weight.grad is not None
+        assert not weight.grad.any()
+
+
+def test_a_stage_that_does_not_train_sight_runs_no_blank_tile(toys, monkeypatch):
+    staged = toys.staged("stage=sft")
+    monkeypatch.setattr(staged.model.vlm, "see", None)
+    staged.model.vlm(staged.batch([TEXT])).backward()

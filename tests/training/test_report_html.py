@@ -71,7 +71,7 @@ def report(photo: str) -> dict[str, Any]:
             "steps": 40,
             "samples": 5000,
             "tokens": 300000,
-            "init_from": "runs/earlier/checkpoints/step=00000200.ckpt",
+            "init_from": "runs/earlier/checkpoints/step_00000200.ckpt",
             "command": "python -m vlm_tune stage=finetune",
         },
         "train_seconds": 280.1,
@@ -114,7 +114,7 @@ def page_of(report: dict[str, Any], tmp_path: Path) -> Page:
 def test_the_page_says_everything_of_the_report(report, tmp_path):
     page = page_of(report, tmp_path)
     expected = """
-        demo · finetune | 21 November 2026, 23:19 | 300,000 tokens | runs/earlier/checkpoints/step=00000200.ckpt
+        demo · finetune | 21 November 2026, 23:19 | 300,000 tokens | runs/earlier/checkpoints/step_00000200.ckpt
         68.3% | 43.3 points above always the most frequent answer | 5.0 points below the same model without the picture
         best validation 0.410, at step 40 | 3.3 min | 4.7 min with the stages before | 1,500 tokens a second | 2.2 GiB
         ± 2.7 | 1,120 | 1,217,088 | 5.23% | 1e-3 | median 60, at most 1,200 | 97.0% | name: finetune | 2.9.1

@@ -2,15 +2,20 @@
 
 import csv
 import json
+import random
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from vlm_tune.config.parse import load_config
+from vlm_tune.errors import CheckpointError, ConfigError
 from vlm_tune.model.checkpoint import CHECKPOINTS, checkpoints
 from vlm_tune.training.run import train
+from vlm_tune.training.run_folder import make_run_folder
 
 STEPS = 9
 ALL = (
@@ -25,14 +30,15 @@ ALL = (
     "trainer.micro_batch=1",
     "trainer.save_every=1",
     "trainer.keep=100",
-    "trainer.val_every=3",
+    "trainer.val_every=4",
     "trainer.num_chats=1",
 )
 WAYS = {
     "packed": [],
     "augmented": ["data.augment={flip: true, crop: 0.6, jpeg: true}"],  # each worker draws, and no features are kept
     "padded": ["stage.packing=false", "trainer.micro_batch=2", "trainer.global_batch=4"],
-    "without workers": ["data.workers=0", "data.feature_cache=off"],
+    "without workers": ["data.workers=0"],
+    "without kept features": ["data.feature_cache=off"],
     "16 bit": ["trainer.precision=bf16"],
 }
 
@@ -42,7 +48,7 @@ def arguments(toys, runs, *more):
 
 
 def state_of(run, step):
-    path = run / CHECKPOINTS / f"step={step:08d}.ckpt"
+    path = run / CHECKPOINTS / f"step_{step:08d}.ckpt"
     return torch.load(path, weights_only=True)
 
 
@@ -50,6 +56,10 @@ def metrics_of(run):
     """Read metrics.csv as text, the times left out."""
     with (run / "metrics.csv").open(newline="", encoding="utf-8") as file:
         return [{name: value for name, value in row.items() if "speed" not in name} for row in csv.DictReader(file)]
+
+
+def report_of(run):
+    return json.loads((run / "report.json").read_text(encoding="utf-8"))
 
 
 def interrupt(run: Path, step: int, runs: Path) -> Path:
@@ -74,13 +84,16 @@ def interrupt(run: Path, step: int, runs: Path) -> Path:
     return killed
 
 
+PASSING = ("seconds", "epoch_loop.val_loop.batch_progress")  # time, and how often validation was shown again
+
+
 def assert_same(one, other, place="checkpoint"):
     """Compare what two checkpoints hold, tensors bit by bit."""
     assert type(one) is type(other), place
     if isinstance(one, dict):
         assert one.keys() == other.keys(), place
         for key in one:
-            if key != "seconds":
+            if key not in PASSING:
                 assert_same(one[key], other[key], f"{place}[{key!r}]")
     elif isinstance(one, list | tuple):
         assert len(one) == len(other), place
@@ -105,8 +118,21 @@ def straight(toys, tmp_path_factory):
     return run
 
 
-def resumed(toys, run, step, runs, way):
-    """Go on with a run that was killed at a step."""
+@pytest.fixture(scope="module")
+def resumed(toys, straight, tmp_path_factory):
+    """Give a function that returns the run of a way that was killed at a step and went on, made once."""
+    made = {}
+
+    def run(way, step):
+        if (way, step) not in made:
+            made[way, step] = go_on(toys, straight(way), step, tmp_path_factory.mktemp("resumed"), way)
+        return made[way, step]
+
+    return run
+
+
+def go_on(toys, run, step, runs, way):
+    """Kill a run at a step and go on with it."""
     killed = interrupt(run, step, runs)
     torch.manual_seed(step)  # a new process would have another generator state
     assert train(load_config(arguments(toys, runs, *WAYS[way], "resume=last"))) == killed
@@ -126,31 +152,38 @@ def test_the_steps_below_hold_an_epochs_middle_its_end_and_a_step_across_the_end
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 4, 7, 8])
-def test_a_resumed_run_equals_the_straight_one(toys, straight, tmp_path, step):
-    run = resumed(toys, straight("packed"), step, tmp_path, "packed")
+def test_a_resumed_run_equals_the_straight_one(straight, resumed, step):
+    run = resumed("packed", step)
     assert_same(state_of(run, STEPS), state_of(straight("packed"), STEPS))
     assert metrics_of(run) == metrics_of(straight("packed"))
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "packed"])
-def test_it_does_so_in_other_ways_of_training(toys, straight, tmp_path, way):
-    run = resumed(toys, straight(way), 4, tmp_path, way)
+def test_it_does_so_in_other_ways_of_training(straight, resumed, way):
+    run = resumed(way, 4)
     assert_same(state_of(run, STEPS), state_of(straight(way), STEPS))
     assert metrics_of(run) == metrics_of(straight(way))
 
 
-@pytest.mark.parametrize("step", [3, 4])
-def test_the_best_checkpoint_is_the_straight_runs(toys, straight, tmp_path, step):
-    # step 3 is validated, and a kill may come between its checkpoint and its validation
-    run = resumed(toys, straight("packed"), step, tmp_path, "packed")
-    one, other = (torch.load(each / CHECKPOINTS / "best.ckpt", weights_only=True) for each in (run, straight("packed")))
-    assert_same(one["state_dict"], other["state_dict"])
-
-
-def test_a_run_resumed_twice_equals_the_straight_one(toys, straight, tmp_path):
-    once = resumed(toys, straight("packed"), 2, tmp_path / "once", "packed")
-    twice = resumed(toys, once, 6, tmp_path / "twice", "packed")
+def test_a_run_resumed_twice_equals_the_straight_one(toys, straight, resumed, tmp_path):
+    twice = go_on(toys, resumed("packed", 2), 6, tmp_path, "packed")
     assert_same(state_of(twice, STEPS), state_of(straight("packed"), STEPS))
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_the_best_checkpoint_is_the_straight_runs(straight, resumed, step):
+    # step 4 is validated, and a kill may come between its checkpoint and its validation
+    one, other = (run / CHECKPOINTS / "best.ckpt" for run in (resumed("packed", step), straight("packed")))
+    assert_same(*(torch.load(path, weights_only=True)["state_dict"] for path in (one, other)))
+
+
+def test_a_run_can_go_on_from_its_best_checkpoint(toys, straight, tmp_path):
+    # it is written while the validation goes on, another point of Lightning's loop than the others
+    shutil.copytree(straight("packed"), tmp_path / "run")
+    best = tmp_path / "run" / CHECKPOINTS / "best.ckpt"
+    assert torch.load(best, weights_only=True)["global_step"] < STEPS
+    train(load_config(arguments(toys, tmp_path, f"resume='{best}'")))
+    assert_same(state_of(tmp_path / "run", STEPS), state_of(straight("packed"), STEPS))
 
 
 def test_the_number_of_workers_plays_no_part(straight):
@@ -164,16 +197,121 @@ def test_dropout_is_on_and_differs_from_step_to_step(toys, straight, tmp_path):
     assert metrics_of(run)[3] != metrics_of(straight("packed"))[3]
 
 
-def test_a_finished_run_goes_nowhere(toys, straight, tmp_path):
-    run = resumed(toys, straight("packed"), STEPS, tmp_path, "packed")
+def test_a_finished_run_goes_nowhere(straight, resumed):
+    run = resumed("packed", STEPS)
     assert_same(state_of(run, STEPS), state_of(straight("packed"), STEPS))
-    assert (run / "report.json").is_file()
+    assert report_of(run)["answers"] == report_of(straight("packed"))["answers"]
 
 
-def test_answers_before_training_are_those_of_the_first_start(toys, straight, tmp_path):
-    run = resumed(toys, straight("packed"), 4, tmp_path, "packed")
-    ours, theirs = (
-        json.loads((each / "report.json").read_text(encoding="utf-8")) for each in (run, straight("packed"))
+def test_the_report_is_the_straight_runs(straight, resumed):
+    ours, theirs = report_of(resumed("packed", 4)), report_of(straight("packed"))
+    for name in ("answers", "loss_curve", "val_curve", "best", "parts", "data"):
+        assert ours[name] == theirs[name], name
+    assert ours["run"]["samples"] == theirs["run"]["samples"]
+
+
+# --------------------------------------------------------------------------------------------- what may not be resumed
+
+
+def refusal(toys, run, tmp_path, *more, kind=ConfigError):
+    killed = interrupt(run, 2, tmp_path)
+    before = {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()}
+    with pytest.raises(kind) as caught:
+        train(load_config(arguments(toys, tmp_path, "resume=last", *more)))
+    assert {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()} == before, (
+        "a refusal changed the run"
     )
-    assert ours["answers"] == theirs["answers"]
-    assert ours["loss_curve"] == theirs["loss_curve"]
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("stage.lora.dropout=0.2", "stage.lora.dropout: 0.1 then, 0.2 now"),
+        ("stage.lr.llm=0.02", "stage.lr.llm: 0.01 then, 0.02 now"),
+        ("trainer.global_batch=4", "trainer.global_batch: 2 then, 4 now"),
+        ("stage.max_steps=12", "stage.max_steps: 9 then, 12 now"),
+        ("trainer.precision=bf16", "trainer.precision: fp32 then, bf16 now"),
+        ("seed=1", "seed: 0 then, 1 now"),
+    ],
+)
+def test_other_settings_are_refused(toys, straight, tmp_path, change, said):
+    message = refusal(toys, straight("packed"), tmp_path, change)
+    assert message.startswith(f"resume=last: 1 settings differ from those of {tmp_path}/")
+    assert f"\n  {said}\n" in message
+    assert "allow a change by its key: resume_allow=[KEY]" in message
+
+
+def test_all_other_settings_are_listed(toys, straight, tmp_path):
+    message = refusal(toys, straight("packed"), tmp_path, "seed=1", "stage.lora.rank=3")
+    assert message.startswith("resume=last: 2 settings differ")
+
+
+def test_settings_that_change_no_number_are_free(toys, straight, tmp_path):
+    run = interrupt(straight("packed"), 8, tmp_path)
+    free = ["data.workers=0", "trainer.keep=3", "trainer.log_every=2", "trainer.chat_every=5", "logger=csv"]
+    train(load_config(arguments(toys, tmp_path, "resume=last", *free)))
+    assert_same(state_of(run, STEPS)["state_dict"], state_of(straight("packed"), STEPS)["state_dict"])
+
+
+def test_a_change_may_be_allowed_by_its_key(toys, straight, tmp_path):
+    run = interrupt(straight("packed"), 8, tmp_path)
+    changes = ["stage.max_steps=10", "resume_allow=[stage.max_steps]"]
+    train(load_config(arguments(toys, tmp_path, "resume=last", *changes)))
+    assert checkpoints(run)[-1].name == "step_00000010.ckpt"
+
+
+def test_an_allowed_change_of_what_is_trained_is_refused_all_the_same(toys, straight, tmp_path):
+    changes = ["stage.train.vision=full", "resume_allow=[stage.train.vision]"]
+    message = refusal(toys, straight("packed"), tmp_path, *changes, kind=CheckpointError)
+    assert "vision.tower" in message
+    assert "missing in the checkpoint" in message
+
+
+def test_other_data_are_refused(toys, straight, tmp_path):
+    shutil.copytree(toys.data, tmp_path / "data")
+    rows = (tmp_path / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "data" / "train.jsonl").write_text("".join(rows[:-1]), encoding="utf-8")
+    changes = [f"data.path={tmp_path}/data/train.jsonl", "resume_allow=[data.path]"]
+    message = refusal(toys, straight("packed"), tmp_path / "runs", *changes, kind=CheckpointError)
+    assert message.startswith("the interrupted run had 26 training rows, data.path now has 25")
+
+
+def test_no_run_to_resume_is_an_error(toys, tmp_path):
+    with pytest.raises(
+        CheckpointError, match=r"resume=last: .* holds no run of stage=finetune model=tiny with a checkp"
+    ):
+        train(load_config(arguments(toys, tmp_path, "resume=last")))
+
+
+def test_resume_last_passes_over_an_empty_run(toys, straight, tmp_path):
+    run = interrupt(straight("packed"), 8, tmp_path)
+    make_run_folder(load_config(arguments(toys, tmp_path)), None)  # a run that was killed before its first checkpoint
+    assert train(load_config(arguments(toys, tmp_path, "resume=last"))) == run
+
+
+@pytest.mark.parametrize("name", ["", f"{CHECKPOINTS}/step_00000007.ckpt"], ids=["run", "checkpoint"])
+def test_resume_takes_a_run_or_a_checkpoint(toys, straight, tmp_path, name):
+    run = interrupt(straight("packed"), 8, tmp_path)
+    assert train(load_config(arguments(toys, tmp_path / "elsewhere", f"resume='{run / name}'"))) == run
+    assert_same(state_of(run, STEPS), state_of(straight("packed"), STEPS))
+
+
+# ------------------------------------------------------------------------------------------------------- a real kill
+
+
+def test_a_process_killed_at_any_moment_goes_on(toys, start_cli, tmp_path):
+    steps, moment = 60, random.Random()
+    given = [f"stage.max_steps={steps}", "trainer.save_every=2", "trainer.val_every=25"]
+    process = start_cli(*arguments(toys, tmp_path / "killed", *given))
+    folder = f"*/{CHECKPOINTS}/step_{2 * moment.randint(1, 15):08d}.ckpt"
+    while not list((tmp_path / "killed").glob(folder)):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    time.sleep(moment.uniform(0, 0.05))
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "it had come to its end: give it more steps"
+    run = train(load_config(arguments(toys, tmp_path / "killed", *given, "resume=last")))
+    straight = train(load_config(arguments(toys, tmp_path / "straight", *given)))
+    assert_same(state_of(run, steps), state_of(straight, steps))
+    assert metrics_of(run) == metrics_of(straight)

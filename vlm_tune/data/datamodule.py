@@ -11,9 +11,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlm_tune.config.schema import AugmentConfig, BadSample, Config
 from vlm_tune.data.batch import Batch, add_pictures, collate, token_weight
-from vlm_tune.data.dataset import Conversations, PictureSettings, find_file, sibling
-from vlm_tune.data.encode import Encoder
-from vlm_tune.data.index import Findings, Index, build_index, refuse_faults, write_faults
+from vlm_tune.data.dataset import Conversations, find_file, sibling
+from vlm_tune.data.encode import Encoder, Example
+from vlm_tune.data.index import Findings, Index, refuse_faults, write_faults
+from vlm_tune.data.mixture import Mixture, open_data, open_sizes
 from vlm_tune.data.stream import BatchStream, Cursor, MicroBatch, StreamSettings
 from vlm_tune.errors import CheckpointError, DataError
 
@@ -21,24 +22,29 @@ from vlm_tune.errors import CheckpointError, DataError
 class MicroBatches(Dataset[Batch]):
     """Make the batch that a MicroBatch names. Random augmentation depends on (seed, epoch, row) alone."""
 
-    def __init__(self, data: Conversations, index: Index, settings: StreamSettings, is_training: bool) -> None:
+    def __init__(
+        self, data: Conversations | Mixture, index: Index, settings: StreamSettings, is_training: bool
+    ) -> None:
         self.data = data
         self.index = index
         self.settings = settings
-        self.is_random = is_training and data.pictures.augment != AugmentConfig()
+        self.is_training = is_training
 
     def __getitem__(self, item: MicroBatch) -> Batch:
         examples, tiles, features = [], [], []
         for entry in item.rows:
             row = int(self.index.rows[entry])
-            sample = self.data.sample(row)
-            example = self.data.encoder.encode(sample, self.data.tiling(sample))
-            generator = np.random.default_rng((self.settings.seed, item.epoch, row)) if self.is_random else None
+            data, number = self.data.locate(row)
+            sample = data.sample(number)
+            example = data.encoder.encode(sample, data.tiling(sample))
+            self._check_sizes(entry, example)
+            is_random = self.is_training and data.pictures.augment != AugmentConfig()
+            generator = np.random.default_rng((self.settings.seed, item.epoch, row)) if is_random else None
             examples.append(example)
-            if self.data.cache is None:
-                tiles.append(self.data.make_tiles(sample, example, generator))
+            if data.cache is None:
+                tiles.append(data.make_tiles(sample, example, generator))
             elif example.num_tiles:
-                features.append(self.data.read_features(sample, example))
+                features.append(data.read_features(sample, example))
         counts = np.array([example.num_supervised for example in examples], dtype=np.int32)
         weights = token_weight(counts, self.settings.loss) / item.step_weight
         batch = collate(examples, weights.tolist(), self.settings.packing)
@@ -46,12 +52,23 @@ class MicroBatches(Dataset[Batch]):
         batch.cursor = item.after
         return batch
 
+    def _check_sizes(self, entry: int, example: Example) -> None:
+        """Refuse a row whose pictures were replaced since it was measured: its pack was planned for others."""
+        planned = int(self.index.tokens[entry]), int(self.index.supervised[entry]), int(self.index.tiles[entry])
+        made = len(example.input_ids), example.num_supervised, sum(example.num_tiles)
+        if made != planned:
+            reason = (
+                "has {} tokens, {} supervised, and {} tiles, but had {}, {} and {} when it was measured: a picture was "
+                "replaced. Put it back, or save the data file anew, so that all rows are measured again"
+            )
+            raise DataError(reason.format(*made, *planned), example.where, example.id)
+
 
 @dataclass
 class Part:
-    """One opened data file with its sizes."""
+    """One opened data file, or several as a mixture, with their sizes."""
 
-    data: Conversations
+    data: Conversations | Mixture
     index: Index
     findings: Findings
 
@@ -86,11 +103,8 @@ class DataModule(L.LightningDataModule):
             self._split()
 
     def _open(self, path: Path) -> Part:
-        settings = PictureSettings(
-            self.config.model.tiles, self.config.model.vision.normalize, self.config.data.augment
-        )
-        data = Conversations(path, self.config.data, self.encoder, settings)
-        index, findings = build_index(data)
+        data = open_data(path, self.config, self.encoder)
+        index, findings = open_sizes(data, self.config.data.workers)
         if self.config.data.on_bad_sample is BadSample.error:
             refuse_faults(findings, path)
         return Part(data, index, findings)
@@ -114,7 +128,7 @@ class DataModule(L.LightningDataModule):
 
     def settings(self, groups_per_step: int) -> StreamSettings:
         """What decides the order of training."""
-        stage, trainer = self.config.stage, self.config.trainer
+        stage, trainer, train = self.config.stage, self.config.trainer, self.train
         return StreamSettings(
             packing=stage.packing,
             budget=(stage.pack_length, stage.pack_tiles),
@@ -122,6 +136,7 @@ class DataModule(L.LightningDataModule):
             groups_per_step=groups_per_step,
             loss=stage.loss,
             seed=self.config.seed,
+            draw=train.data.draw(train.index) if train is not None and isinstance(train.data, Mixture) else None,
         )
 
     def stream(self, rank: int = 0, world: int = 1) -> BatchStream:
@@ -168,7 +183,15 @@ class DataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Say where the stream goes on, and on which data."""
-        return {"cursor": list(self.cursor), "num_rows": len(self.train.index) if self.train else 0}
+        state: dict[str, Any] = {"cursor": list(self.cursor), "num_rows": 0}
+        if self.train is not None:
+            state |= {"num_rows": len(self.train.index), "rows": self._name_rows()}
+        return state
+
+    def _name_rows(self) -> str:
+        """Name what decides the order of training beside the configuration."""
+        assert self.train is not None
+        return f"{self.train.index.fingerprint()} {self.settings(1).draw}"
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint's place in the stream."""
@@ -176,6 +199,11 @@ class DataModule(L.LightningDataModule):
         if rows and state_dict["num_rows"] != rows:
             raise CheckpointError(
                 f"the interrupted run had {state_dict['num_rows']} training rows, data.path now has {rows}: its order "
+                "cannot be continued. Restore the data, or start a new run with stage.init_from=RUN"
+            )
+        if rows and state_dict.get("rows", self._name_rows()) != self._name_rows():
+            raise CheckpointError(
+                "data.path has as many rows as in the interrupted run, but not the same sizes or mixture: its order "
                 "cannot be continued. Restore the data, or start a new run with stage.init_from=RUN"
             )
         epoch, window, group = state_dict["cursor"]

@@ -13,6 +13,7 @@ from vlm_tune.config.schema import AugmentConfig, DataConfig, TilesConfig
 from vlm_tune.data.augment import augment
 from vlm_tune.data.encode import Encoder, Example
 from vlm_tune.data.feature_cache import FeatureCache
+from vlm_tune.data.fetch import cache_folder
 from vlm_tune.data.formats import parse_record, recognise_rows
 from vlm_tune.data.images import ImageReader
 from vlm_tune.data.recipe import run_recipe
@@ -39,7 +40,7 @@ class Conversations:
 
     def __init__(self, path: Path, config: DataConfig, encoder: Encoder, pictures: PictureSettings) -> None:
         self.path = path
-        self.rows = open_rows(path)
+        self.rows = open_rows(path, cache_folder() / "rows")
         self.encoder = encoder
         self.pictures = pictures
         self.root = Path(config.image.root) if config.image.root else path if path.is_dir() else path.parent
@@ -49,6 +50,15 @@ class Conversations:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def sets(self) -> list["Conversations"]:
+        """Be a mixture of one set (see mixture.py)."""
+        return [self]
+
+    def locate(self, row: int) -> tuple["Conversations", int]:
+        """Find a row of a mixture of one set."""
+        return self, row
 
     def sample(self, row: int) -> Sample:
         """Parse one row."""

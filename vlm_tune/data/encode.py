@@ -104,6 +104,10 @@ class Encoder:
         self._start_ids = self._image_edge(self.settings.image_start, name)
         self._end_ids = self._image_edge(self.settings.image_end, name)
 
+    def fingerprint(self) -> str:
+        """Name all that decides how many tokens a sample has: tokenizer, template, limits."""
+        return f"{self._tokens.fingerprint()} {self.template} {self.settings}"
+
     def encode(self, sample: Sample, tiling: Tiling = no_pictures) -> Example:
         """Encode a sample for training: ids and labels (L,).
 

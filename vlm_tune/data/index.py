@@ -1,18 +1,41 @@
-"""Sizes of all rows, found before the first step: tokens, supervised tokens, tiles; and every faulty row."""
+"""Sizes of all rows, found before the first step: tokens, supervised tokens, tiles; and every faulty row.
 
+They are found once, by several processes, and kept in the cache as a mapped array: 20 bytes a row.
+"""
+
+import gc
+import hashlib
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from filelock import FileLock
+from rich.console import Console
+from rich.progress import Progress
+from torch.utils.data import DataLoader, Dataset
 
-from vlm_tune.data.dataset import Conversations
+from vlm_tune.data.dataset import Conversations, Tiling
 from vlm_tune.data.encode import SkippedSample
+from vlm_tune.data.fetch import cache_folder
+from vlm_tune.data.rows import find_files
+from vlm_tune.data.rows_cache import content_key
+from vlm_tune.data.sample import Sample
 from vlm_tune.errors import DataError
 
 SHOWN = 20  # faults that an error message lists
+CHUNK = 500  # rows that are tokenized together
+MANY = 5000  # rows that are worth processes of their own
+PATIENCE = 3.0  # seconds before a progress bar appears
+ROW = np.dtype([("row", "<i8"), ("tokens", "<i4"), ("supervised", "<i4"), ("tiles", "<i4")])
+SIZES, FINDINGS = "sizes.npy", "findings.json"
+CODE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -24,6 +47,19 @@ class Index:
     supervised: npt.NDArray[np.int32]
     tiles: npt.NDArray[np.int32]
 
+    @classmethod
+    def of(cls, table: npt.NDArray[np.void], first_row: int = 0) -> "Index":
+        """View a table of ROWs; of a mixture, the rows of a set are numbered from `first_row`."""
+        rows = table["row"] + first_row if first_row else table["row"]
+        return cls(rows, table["tokens"], table["supervised"], table["tiles"])
+
+    @classmethod
+    def join(cls, parts: list["Index"]) -> "Index":
+        """Put the entries of several sets one behind the other."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(*(np.concatenate(column) for column in zip(*(vars(part).values() for part in parts), strict=True)))
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -31,37 +67,184 @@ class Index:
         """Keep the chosen entries, in their order."""
         return Index(self.rows[chosen], self.tokens[chosen], self.supervised[chosen], self.tiles[chosen])
 
+    def fingerprint(self) -> str:
+        """Name the entries: with the seed and the settings, they decide the order of training."""
+        digest = hashlib.blake2b(digest_size=8)
+        for column in vars(self).values():
+            digest.update(np.ascontiguousarray(column).tobytes())
+        return digest.hexdigest()
+
 
 @dataclass
 class Findings:
     """What the pass over all rows found beside the sizes."""
 
-    faults: list[DataError]
-    skipped: list[DataError]  # rows that data.on_too_long=skip leaves out
-    notes: list[str]  # rows that a policy for long rows changed
+    faults: list[DataError] = field(default_factory=list)
+    skipped: list[DataError] = field(default_factory=list)  # rows that data.on_too_long=skip leaves out
+    notes: list[str] = field(default_factory=list)  # rows that a policy for long rows changed
+    fault_rows: list[int] = field(default_factory=list)  # the numbers of the rows in `faults`
+
+    def merge(self, other: "Findings") -> None:
+        """Add what was found in other rows."""
+        for name, found in vars(other).items():
+            getattr(self, name).extend(found)
 
 
-def build_index(
-    data: Conversations, report: Callable[[Iterable[int], int], Iterable[int]] = lambda rows, total: rows
-) -> tuple[Index, Findings]:
-    """Encode every row once, pictures by their headers alone. `report` may wrap the row numbers in a progress bar."""
-    kept: list[tuple[int, int, int, int]] = []
-    findings = Findings([], [], [])
-    for row in report(range(len(data)), len(data)):
-        try:
-            example = data.encode(row, whole=True)
-        except SkippedSample as skipped:
-            findings.skipped.append(skipped)
-            continue
-        except DataError as fault:
-            findings.faults.append(fault)
-            continue
-        if example.note:
-            findings.notes.append(f"{example.where}: {example.note}")
-        kept.append((row, len(example.input_ids), example.num_supervised, sum(example.num_tiles)))
-    table = np.array(kept, dtype=np.int64).reshape(-1, 4)
-    sizes = [table[:, column].astype(np.int32) for column in (1, 2, 3)]
-    return Index(table[:, 0], *sizes), findings
+Measured = tuple[npt.NDArray[np.void], Findings]
+
+
+def open_index(data: Conversations, workers: int = 0) -> Measured:
+    """Read the sizes of all rows, a table of ROWs, from the cache, or measure them and keep them there.
+
+    Rows that were faulty are looked at again each time: their pictures may have been mended since, which the key of the
+    cache does not see. Several processes may ask at once: one works, the others wait.
+    """
+    folder = cache_folder() / "index" / index_key(data)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        if not (folder / SIZES).is_file():
+            table, findings = measure_all(data, np.arange(len(data)), workers)
+            save(folder, table, findings)
+            return load(folder)
+        table, findings = load(folder)
+        if findings.faults:
+            mended, still = measure_all(data, np.array(findings.fault_rows), workers)
+            if still.fault_rows != findings.fault_rows:
+                findings.faults, findings.fault_rows = [], []
+                findings.merge(still)
+                joined = np.concatenate([table, mended])
+                save(folder, joined[np.argsort(joined["row"])], findings)
+                return load(folder)
+    return table, findings
+
+
+def index_key(data: Conversations) -> str:
+    """Name everything that the sizes and the faults of a file's rows depend on, this program's own code included."""
+    facts = [str(data.path.resolve()), *(content_key(file) for file in find_files(data.path))]
+    facts += [data.format, str(data.root.resolve()), str(data.reader.config), str(data.pictures.tiles)]
+    facts.append(data.encoder.fingerprint())
+    code = [file for file in sorted(CODE.iterdir()) if file.suffix in (".py", ".yaml")]
+    if ":" in data.format:
+        code.append(Path(data.format.rpartition(":")[0]))
+    facts += [hashlib.blake2b(file.read_bytes()).hexdigest() for file in code]
+    return hashlib.blake2b("\n".join(facts).encode(), digest_size=12).hexdigest()
+
+
+def save(folder: Path, table: npt.NDArray[np.void], findings: Findings) -> None:
+    """Keep sizes and findings. The sizes come last, and whole or not at all: without them there is no index."""
+    (folder / SIZES).unlink(missing_ok=True)  # a kill between the two files must not leave one of each age
+    plain = {name: [as_json(each) for each in found] for name, found in vars(findings).items()}
+    (folder / FINDINGS).write_text(json.dumps(plain, ensure_ascii=True), encoding="utf-8")
+    partial = folder / f".{SIZES}"
+    with partial.open("wb") as file:
+        np.save(file, table)
+    partial.replace(folder / SIZES)
+
+
+def load(folder: Path) -> Measured:
+    """Map the sizes, which costs no memory of its own, and read the findings."""
+    # numpy's own class of mapped arrays takes ten times as long for each access as the plain view of it
+    table = np.asarray(np.load(folder / SIZES, mmap_mode="r"))
+    found: dict[str, list[Any]] = json.loads((folder / FINDINGS).read_text(encoding="utf-8"))
+    faults = [DataError(**fault) for fault in found["faults"]]
+    skipped: list[DataError] = [SkippedSample(**fault) for fault in found["skipped"]]
+    return table, Findings(faults, skipped, found["notes"], found["fault_rows"])
+
+
+def as_json(finding: DataError | str | int) -> object:
+    """Write a finding in plain values."""
+    if isinstance(finding, DataError):
+        return {"reason": finding.reason, "where": finding.where, "sample_id": finding.sample_id}
+    return finding
+
+
+def measure_all(data: Conversations, rows: npt.NDArray[np.int64], workers: int) -> Measured:
+    """Measure the named rows, many of them in two or more processes, with a progress bar where it takes long.
+
+    Processes, not the tokenizer's threads: parsing and pictures take as much time as tokenizing does.
+    """
+    chunks = Chunks(data, rows)
+    loader = DataLoader(
+        chunks,
+        batch_size=None,
+        collate_fn=as_it_is,
+        num_workers=max(2, workers) if len(rows) >= MANY else 0,
+        worker_init_fn=start_worker,
+        generator=torch.Generator(),  # or it would draw from the one that the run is seeded with
+    )
+    tables, findings = [np.zeros(0, ROW)], Findings()
+    for table, found in with_progress(loader, len(chunks), f"measuring {len(rows):,} rows of {data.path.name}"):
+        tables.append(table)
+        findings.merge(found)
+    return np.concatenate(tables), findings
+
+
+def as_it_is(measured: Any) -> Any:
+    """Keep DataLoader from making tensors; a lambda could not be sent to a process that is not forked."""
+    return measured
+
+
+class Chunks(Dataset[Measured]):
+    """Measure rows a chunk at a time; `torch.utils.data.DataLoader` spreads the chunks over processes."""
+
+    def __init__(self, data: Conversations, rows: npt.NDArray[np.int64]) -> None:
+        self.data = data
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // CHUNK)
+
+    def __getitem__(self, number: int) -> Measured:
+        """Measure one chunk; pictures by their headers and last bytes alone."""
+        findings = Findings()
+        read: list[tuple[int, Sample, Tiling]] = []
+        for row in self.rows[number * CHUNK : (number + 1) * CHUNK].tolist():
+            try:
+                sample = self.data.sample(row)
+                read.append((row, sample, self.data.tiling(sample, whole=True)))
+            except DataError as fault:
+                add_fault(findings, fault, row)
+        lengths = self.data.encoder.encode_lengths([sample for _, sample, _ in read], [tiling for *_, tiling in read])
+        kept = []
+        for (row, sample, _), found in zip(read, lengths, strict=True):
+            if isinstance(found, DataError):
+                add_fault(findings, found, row)
+                continue
+            if found.note:
+                findings.notes.append(f"{sample.where}: {found.note}")
+            kept.append((row, found.num_tokens, found.num_supervised, sum(found.num_tiles)))
+        return np.array(kept, ROW), findings
+
+
+def add_fault(findings: Findings, fault: DataError, row: int) -> None:
+    """Tell a row that a policy leaves out from a faulty one."""
+    if isinstance(fault, SkippedSample):
+        findings.skipped.append(fault)
+    else:
+        findings.faults.append(fault)
+        findings.fault_rows.append(row)
+
+
+def start_worker(number: int) -> None:
+    """Keep a process to one thread, and its garbage collector away from what it inherited."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    gc.freeze()
+
+
+def with_progress(chunks: Iterable[Measured], total: int, title: str) -> Iterator[Measured]:
+    """Hand the chunks on, and show a bar once that has taken a while."""
+    console = Console(stderr=True)
+    progress = Progress(console=console, transient=True)
+    task, start = progress.add_task(title, total=total), time.monotonic()
+    try:
+        for chunk in chunks:
+            yield chunk
+            progress.advance(task)
+            if not progress.live.is_started and console.is_terminal and time.monotonic() - start > PATIENCE:
+                progress.start()
+    finally:
+        if progress.live.is_started:
+            progress.stop()
 
 
 def refuse_faults(findings: Findings, path: Path) -> None:

@@ -79,23 +79,24 @@ def _best_fit(
     """Put each place, largest first, into the fullest pack that still has room for its tokens and its tiles."""
     max_tokens, max_tiles = budget
     packs: list[list[int]] = []
-    room_tiles: list[int] = []
-    open_packs: list[tuple[int, int]] = []  # (tokens left, pack), sorted: the fullest that fits is found by bisection
+    # Tiles left -> (tokens left, pack), sorted. One list for all would be walked from end to end where tiles run out
+    # before tokens do.
+    with_room: dict[int, list[tuple[int, int]]] = {}
     for place in places:
         need_tokens, need_tiles = tokens[place], tiles[place]
-        for position in range(bisect_left(open_packs, (need_tokens, -1)), len(open_packs)):
-            left, pack = open_packs[position]
-            if room_tiles[pack] >= need_tiles:
-                del open_packs[position]
-                break
+        fullest, room = (max_tokens, len(packs)), max_tiles  # a new pack, where none has room
+        for tiles_left, candidates in with_room.items():
+            position = bisect_left(candidates, (need_tokens, -1))
+            if tiles_left >= need_tiles and position < len(candidates) and candidates[position] < fullest:
+                fullest, room = candidates[position], tiles_left
+        left, pack = fullest
+        if pack < len(packs):
+            del with_room[room][bisect_left(with_room[room], fullest)]
         else:
-            pack, left = len(packs), max_tokens
             packs.append([])
-            room_tiles.append(max_tiles)
         packs[pack].append(place)
-        room_tiles[pack] -= need_tiles
         if left > need_tokens:
-            insort(open_packs, (left - need_tokens, pack))
+            insort(with_room.setdefault(room - need_tiles, []), (left - need_tokens, pack))
     return packs
 
 

@@ -72,7 +72,7 @@ def open_rows(path: str | Path, index_folder: Path | None = None) -> Rows:
     Raise DataError for a missing, empty or damaged file, an unknown kind of file, and a folder whose files are not
     the shards of one data set.
     """
-    files = _files(Path(path))
+    files = find_files(Path(path))
     opened = [_open_file(file, index_folder) for file in files]
     return opened[0] if len(opened) == 1 else ShardedRows(opened)
 
@@ -106,8 +106,8 @@ def container(path: Path) -> str:
     return kind
 
 
-def _files(path: Path) -> list[Path]:
-    """Find the files that a path, a pattern or a folder names."""
+def find_files(path: Path) -> list[Path]:
+    """Find the files that a path, a pattern or a folder names. Raise DataError as `open_rows` does."""
     if "*" in path.name and not path.exists():
         found = sorted(path.parent.glob(path.name))
         if not found:

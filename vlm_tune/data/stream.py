@@ -17,7 +17,8 @@ from vlm_tune.data.batch import token_weight
 from vlm_tune.data.index import Index
 from vlm_tune.data.packing import WINDOW, plan_batches, plan_packs
 
-PLANNED_WINDOWS = 50  # windows that are planned to count the groups of an epoch; the rest is extrapolated
+COUNTED_WINDOWS = 50  # an epoch of more of them is not planned as a whole, to count its groups,
+SAMPLED_WINDOWS = 10  # but estimated from so many
 
 Cursor = tuple[int, int, int]  # epoch, window, group in the window
 
@@ -33,6 +34,34 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
+class Draw:
+    """Say how often the entries of an index come in one epoch of a mixture.
+
+    The entries of set s are bounds[s] to bounds[s + 1]; counts[s] of them come: of 10 entries and a count of 35, all
+    come three times, and 5 once more. Those are the first 5, as InternVL has it, or with `rotates` others each epoch.
+    """
+
+    bounds: tuple[int, ...]
+    counts: tuple[int, ...]
+    rotates: bool = False
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def entries(self, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+        """Name the entries of an epoch, set after set: (R,)."""
+        drawn = []
+        for number, count in enumerate(self.counts):
+            every = np.arange(self.bounds[number], self.bounds[number + 1])
+            whole, rest = divmod(count, max(1, len(every)))
+            once_more = every
+            if self.rotates:
+                once_more = np.random.default_rng((seed, epoch, number)).permutation(every)
+            drawn += [np.tile(every, whole), once_more[:rest]]
+        return np.concatenate(drawn)
+
+
+@dataclass(frozen=True)
 class StreamSettings:
     """What decides the order of training."""
 
@@ -42,6 +71,7 @@ class StreamSettings:
     groups_per_step: int  # forward passes in an optimizer step, over all devices
     loss: LossWeight
     seed: int
+    draw: Draw | None = None  # of a mixture; None = every entry once an epoch
 
 
 class BatchStream(Sampler[MicroBatch]):
@@ -70,12 +100,12 @@ class BatchStream(Sampler[MicroBatch]):
         return counts * token_weight(counts, self.settings.loss)
 
     def groups_per_epoch(self) -> int:
-        """Count the groups of the first epoch; of more than PLANNED_WINDOWS windows, estimate them from the first."""
+        """Count the groups of the first epoch; of more than COUNTED_WINDOWS windows, estimate them from the first."""
         num_windows = self._num_windows()
-        planned = min(num_windows, PLANNED_WINDOWS)
-        count = sum(len(self._plan(0, window)) for window in range(planned))
-        rows = min(len(self.index), planned * WINDOW)
-        return count if planned == num_windows else round(count * len(self.index) / rows)
+        if num_windows <= COUNTED_WINDOWS:
+            return sum(len(self._plan(0, window)) for window in range(num_windows))
+        sampled = sum(len(self._plan(0, window)) for window in range(SAMPLED_WINDOWS))
+        return round(sampled * self._epoch_length() / (SAMPLED_WINDOWS * WINDOW))
 
     def fill(self) -> float:
         """Share of the token budget that the first windows' packs fill."""
@@ -94,7 +124,10 @@ class BatchStream(Sampler[MicroBatch]):
             epoch, window, group = following
 
     def _num_windows(self) -> int:
-        return -(-len(self.index) // WINDOW)
+        return -(-self._epoch_length() // WINDOW)
+
+    def _epoch_length(self) -> int:
+        return len(self.index) if self.settings.draw is None else len(self.settings.draw)
 
     def _plan(self, epoch: int, window: int) -> list[list[int]]:
         order = self._order(epoch)[window * WINDOW : (window + 1) * WINDOW]
@@ -108,6 +141,8 @@ class BatchStream(Sampler[MicroBatch]):
 
     def _order(self, epoch: int) -> npt.NDArray[np.int64]:
         if getattr(self, "_shuffled", (None, None))[0] != epoch:
-            order = np.random.default_rng((self.settings.seed, epoch)).permutation(len(self.index))
+            seed, draw = self.settings.seed, self.settings.draw
+            order = np.random.default_rng((seed, epoch)).permutation(self._epoch_length())
+            order = order if draw is None else draw.entries(seed, epoch)[order]
             self._shuffled = (epoch, order)
         return self._shuffled[1]

@@ -1,5 +1,6 @@
 """Tokenize control text with its special tokens, and everything else without any, whatever a user writes."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -55,6 +56,11 @@ class TextTokenizer:
             self._inner = Tokenizer.from_str(json.dumps(spec))
         self._check_neutral(tokenizer.unk_token_id)
         self._control: dict[str, tuple[int | str, ...]] = {}
+
+    def fingerprint(self) -> str:
+        """Name all that decides which tokens a text becomes."""
+        control = f"{sorted(self._added.items())} {sorted(self.strips_right)} {self.bos_id} {self.eos_id}"
+        return hashlib.blake2b(f"{self._opening.to_str()} {control}".encode(), digest_size=16).hexdigest()
 
     def control(self, text: str) -> tuple[int | str, ...]:
         """Split control text into the ids of its special tokens and the plain text between them."""

@@ -21,7 +21,7 @@ START = "starts_from.txt"  # the earlier stage's checkpoint; empty = the base we
 
 def checkpoints(run: Path) -> list[Path]:
     """List a run's complete checkpoints, oldest first (`best.ckpt` is not among them)."""
-    return sorted((run / CHECKPOINTS).glob("step=*.ckpt"))
+    return sorted((run / CHECKPOINTS).glob("step_*.ckpt"))
 
 
 def find_runs(runs: Path) -> list[Path]:

@@ -9,9 +9,9 @@ from rich.progress import track
 
 from vlm_tune.config.schema import AugmentConfig, Config, FeatureCaching, Train
 from vlm_tune.data.datamodule import DataModule, Part
-from vlm_tune.data.dataset import Conversations
 from vlm_tune.data.feature_cache import FeatureCache, fingerprint
 from vlm_tune.data.fetch import cache_folder
+from vlm_tune.data.mixture import is_augmented
 from vlm_tune.errors import ConfigError
 from vlm_tune.model.vlm import VisionLanguageModel
 
@@ -30,7 +30,10 @@ def use_feature_cache(vlm: VisionLanguageModel, data: DataModule, config: Config
     wanted = config.data.feature_cache
     if wanted is FeatureCaching.off or num_tiles == 0:
         return
-    if reason := obstacle(config):
+    reason = obstacle(config)
+    if reason is None and any(is_augmented(part.data) for part in parts):
+        reason = '"data_augment" of the mixture changes pictures at random'
+    if reason:
         if wanted is FeatureCaching.on:
             raise ConfigError(f"data.feature_cache=on, but {reason}: set data.feature_cache=off")
         return
@@ -57,8 +60,8 @@ def use_feature_cache(vlm: VisionLanguageModel, data: DataModule, config: Config
         vlm.to(device)
         for part in parts:
             fill(vlm, part, cache)
-    for part in parts:
-        part.data.cache = cache
+    for each in (each for part in parts for each in part.data.sets):
+        each.cache = cache
 
 
 def obstacle(config: Config) -> str | None:
@@ -72,10 +75,10 @@ def obstacle(config: Config) -> str | None:
 
 def fill(vlm: VisionLanguageModel, part: Part, cache: FeatureCache) -> None:
     """Encode the pictures whose features are not there yet."""
-    data: Conversations = part.data
     rows = part.index.rows[part.index.tiles > 0].tolist()
     for row in track(rows, description="encoding pictures", transient=True):
-        sample = data.sample(row)
+        data, number = part.data.locate(row)
+        sample = data.sample(number)
         example = data.encoder.encode(sample, data.tiling(sample))
         for picture, limit in data.limited_pictures(sample, example):
             key = cache.key(data.reader.read_bytes(picture, sample.where, sample.id), limit)

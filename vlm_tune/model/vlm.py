@@ -21,7 +21,9 @@ class ImageTokens:
     context: str = "<IMG_CONTEXT>"
     start: str = "<img>"
     end: str = "</img>"
-    video: str = "<video>"  # transformers' InternVL processor asks for one; the trainer itself writes frames as pictures
+    video: str = (
+        "<video>"  # transformers' InternVL processor asks for one; the trainer itself writes frames as pictures
+    )
 
     @property
     def all(self) -> list[str]:
@@ -94,7 +96,7 @@ class VisionLanguageModel(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Sum of weighted losses of a batch: a scalar in float32."""
         embeddings = self.embed(batch.input_ids, batch.tiles, batch.features)  # (B, L, D)
-        if batch.tiles is None and batch.features is None and self.training and torch.distributed.is_initialized():
+        if batch.tiles is None and batch.features is None and self.training and self._learns_to_see():
             embeddings = embeddings + self._unused_features().to(embeddings.dtype)
         hidden = self.llm.get_decoder()(
             inputs_embeds=embeddings,
@@ -105,8 +107,14 @@ class VisionLanguageModel(nn.Module):
         rows = hidden.flatten(0, 1)[batch.predicting]  # (N, D)
         return supervised_loss(rows, self.llm.get_output_embeddings(), batch.targets, batch.weights)
 
+    def _learns_to_see(self) -> bool:
+        return any(weight.requires_grad for part in (self.vision, self.projector) for weight in part.parameters())
+
     def _unused_features(self) -> Tensor:
-        """Run one blank tile with no effect: a rank without pictures must still take part in the gradient exchange."""
+        """Run one blank tile with no effect: a rank without pictures must still take part in the gradient exchange.
+
+        So does a run of one rank: the optimizer treats a gradient of zero and none at all differently.
+        """
         tile = torch.zeros(1, self.tile_size, self.tile_size, 3, dtype=torch.uint8, device=self.device)
         return self.project(self.see(tile)).sum() * 0.0
 

@@ -43,8 +43,8 @@ class Examiner:
             if config.stage.evaluate:
                 self.scored = read_questions(self.test, config.trainer.max_test_rows)
         elif data.val is not None:
-            self.test = data.val.data
-            self.shown = read_questions(self.test, config.trainer.num_chats, data.val.index.rows)
+            self.test, rows = data.val.data.sets[0], data.val.index.rows  # of a mixture, its first set is asked about
+            self.shown = read_questions(self.test, config.trainer.num_chats, rows[rows < len(self.test)])
         self.chats = None
         if self.test is not None and self.shown:
             self.chats = SampleAnswers(model, self.test, self.shown, config.trainer.chat_every, run)

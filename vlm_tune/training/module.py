@@ -18,7 +18,7 @@ from vlm_tune.training.optim import make_optimizer, make_schedule
 class VlmModule(L.LightningModule):
     """Train a VisionLanguageModel. Its checkpoints hold what the stage trains, and no frozen weight."""
 
-    strict_loading = False  # frozen weights are not in the checkpoint; `on_load_checkpoint` checks the trained ones
+    strict_loading = False  # frozen weights are not in the checkpoint; `resume.go_on_from` checks the trained ones
 
     def __init__(self, model: Model, config: Config, max_steps: int) -> None:
         super().__init__()
@@ -30,10 +30,13 @@ class VlmModule(L.LightningModule):
         self.step_ids: list[str] = []
         self.train_seconds = 0.0  # wall, of the run so far, interruptions left out
 
+    def on_fit_start(self) -> None:
+        """Start the clock."""
+        self.clock = time.perf_counter()
+
     def on_train_start(self) -> None:
         """Set train and eval mode for each part."""
         set_modes(self.vlm, self.config.stage)
-        self.clock = time.perf_counter()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed dropout by the position in the stream: a resumed run then needs no generator state."""

@@ -86,6 +86,14 @@ def initial_checkpoint(config: Config) -> Path | None:
     return find_checkpoint(str(run))
 
 
+def go_on_from(vlm: VisionLanguageModel, checkpoint: Path) -> None:
+    """Load an interrupted run's weights; raise CheckpointError unless they are exactly those that this run trains.
+
+    Lightning loads them once more with the optimizer's state, but passes over names that do not fit.
+    """
+    load_weights(vlm, trained_weights(checkpoint), checkpoint, complete=True)
+
+
 def start_from(vlm: VisionLanguageModel, checkpoint: Path) -> None:
     """Load an earlier stage's trained weights."""
     load_weights(vlm, trained_weights(checkpoint), checkpoint, complete=False)

@@ -14,7 +14,7 @@ from vlm_tune.model.parts import apply_stage
 from vlm_tune.training.examiner import Examiner
 from vlm_tune.training.module import VlmModule
 from vlm_tune.training.report import RunReport, show_data, show_parts
-from vlm_tune.training.resume import find_resume, initial_checkpoint, start_from
+from vlm_tune.training.resume import find_resume, go_on_from, initial_checkpoint, start_from
 from vlm_tune.training.run_folder import make_run_folder
 from vlm_tune.training.trainer import make_trainer
 
@@ -30,6 +30,8 @@ def train(config: Config) -> Path:
     parts = apply_stage(model.vlm, config)
     if start is not None:
         start_from(model.vlm, start)
+    if checkpoint is not None:
+        go_on_from(model.vlm, checkpoint)
 
     data = DataModule(config, model.encoder)
     data.setup()

@@ -25,6 +25,8 @@ def make_trainer(config: Config, max_steps: int, run: Path, callbacks: list[L.Ca
     """Set up the loop. Its steps end the run; epochs are the data stream's affair."""
     trainer = config.trainer
     has_gpu = torch.cuda.is_available() and trainer.accelerator != "cpu"
+    if trainer.accelerator in ("gpu", "cuda") and not has_gpu:
+        raise ConfigError(f"trainer.accelerator={trainer.accelerator}, but there is no GPU here: set it to auto or cpu")
     precision = resolve_precision(trainer.precision)
     if precision is Precision.fp16 and not has_gpu:
         raise ConfigError("trainer.precision=fp16 needs a GPU: set trainer.precision=bf16 or fp32 on a CPU")

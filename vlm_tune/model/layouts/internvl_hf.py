@@ -4,6 +4,7 @@ Any vision transformer that `InternVLVisionModel` can hold, pixel shuffle v2, an
 folder; plain transformers loads it with no code of ours.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,13 @@ def load(
     folder: Path, model: ModelConfig, dtype: torch.dtype, quantize: Quantize
 ) -> tuple[VisionLanguageModel, PreTrainedTokenizerBase]:
     """Take a native folder apart into vision encoder, projector and language model."""
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if kind != "internvl":  # asked of the file itself: transformers would offer to run a strange folder's own code
+        raise ConfigError(
+            f"model.path={folder}: a folder of type {kind}, which is not read yet. Give transformers' own layout "
+            '(type internvl, hub ids that end in "-hf"), or parts: model.vision.path and model.llm.path'
+        )
     config = AutoConfig.from_pretrained(folder)
-    if not isinstance(config, InternVLConfig):
-        raise ConfigError(f"model.path={folder}: a {config.model_type} folder; an internvl folder is needed here")
     options = (
         {"quantization_config": quantization(quantize, dtype, OTHER_PARTS)} if quantize is not Quantize.none else {}
     )

@@ -2,7 +2,13 @@
 
 from pathlib import Path
 
-from transformers import AutoTokenizer, GotOcr2ImageProcessorPil, InternVLProcessor, InternVLVideoProcessor, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    GotOcr2ImageProcessorPil,
+    InternVLProcessor,
+    InternVLVideoProcessor,
+    PreTrainedTokenizerBase,
+)
 
 from vlm_tune.config.schema import ModelConfig, TileRule
 from vlm_tune.data.encode import Encoder

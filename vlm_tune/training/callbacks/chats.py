@@ -28,12 +28,14 @@ class SampleAnswers(L.Callback):
         self.now: list[str] = []
 
     def on_fit_start(self, trainer: L.Trainer, module: Any) -> None:
-        """Answer before the first step (a resumed run reads them back)."""
+        """Answer before the first step; a resumed run reads its answers back."""
         if not trainer.is_global_zero:
             return
-        earlier = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        first = [entry for entry in map(json.loads, earlier) if entry["step"] == 0]
-        self.before = [entry["answer"] for entry in first] if first else self._ask(0)
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        answers = [json.loads(line)["answer"] for line in lines]
+        count = len(self.questions)
+        self.before = answers[:count] if answers else self._ask(0)
+        self.now = answers[-count:] if answers else self.before  # a finished run asks nothing more
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Answer every so many steps."""

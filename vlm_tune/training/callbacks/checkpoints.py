@@ -25,7 +25,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
 
 class SaveCheckpoints(L.Callback):
-    """Save `step=N.ckpt` every `save_every` optimizer steps and at the end; keep the newest ones, and `best.ckpt`."""
+    """Save `step_N.ckpt` every `save_every` optimizer steps and at the end; keep the newest ones, and `best.ckpt`."""
 
     def __init__(self, run: Path, save_every: int, keep: int) -> None:
         self.folder = run / CHECKPOINTS
@@ -35,6 +35,20 @@ class SaveCheckpoints(L.Callback):
         self.best = float("inf")
         self.best_step = -1
         self.saved_step = -1
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Run the validation of the step that the run goes on from: a kill may have come before its end.
+
+        Lightning would leave it out. Checkpoints are written before the validation, so that such a kill costs no steps.
+        """
+        num_batches = trainer.global_step * trainer.accumulate_grad_batches
+        every = trainer.val_check_batch
+        if num_batches and isinstance(every, int) and num_batches % every == 0:
+            loop = trainer.fit_loop.epoch_loop.val_loop
+            loop.restarting = False
+            trainer.validating = True
+            loop.run()
+            trainer.training = True
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -56,7 +70,7 @@ class SaveCheckpoints(L.Callback):
 
     def _save(self, trainer: L.Trainer, step: int) -> None:
         self.saved_step = step
-        trainer.save_checkpoint(self.folder / f"step={step:08d}.ckpt")
+        trainer.save_checkpoint(self.folder / f"step_{step:08d}.ckpt")
         if trainer.is_global_zero:
             for old in checkpoints(self.run)[: -self.keep]:
                 os.remove(old)

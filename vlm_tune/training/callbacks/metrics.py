@@ -29,10 +29,12 @@ class MetricsFile(L.Callback):
         self.log_every = log_every
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
-        """Keep the rows up to the step that the run goes on from."""
+        """Keep the rows up to the step that the run goes on from; the validation of that step is run again."""
         if not trainer.is_global_zero:
             return
-        kept = [row for row in read_metrics(self.path) if row["step"] <= trainer.global_step]
+        step = trainer.global_step
+        rows = read_metrics(self.path)
+        kept = [row for row in rows if row["step"] < step or (row["step"] == step and "val/loss" not in row)]
         with self.path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()

@@ -1,0 +1,33 @@
+"""`python -m vlm_tune inspect data.path=FILE row=17`: see one row as the model does."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from vlm_tune.config.schema import Config
+from vlm_tune.data.dataset import find_file
+from vlm_tune.data.encode import Encoder
+from vlm_tune.data.inspect_html import write_html
+from vlm_tune.data.inspect_row import look
+from vlm_tune.data.inspect_text import print_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def inspect(
+    config: Config, read_by: "tuple[Encoder, PreTrainedTokenizerBase]", row: int, out: str, as_text: bool
+) -> None:
+    """Show one row of data.path, counted from 0: as a page, or with `as_text` in the terminal (and as a page at `out`).
+
+    Raise ConfigError for a row that is not there, DataError for one that is faulty.
+    """
+    seen = look(config, *read_by, row)
+    console = Console(highlight=False, markup=False)
+    if as_text:
+        print_text(seen, console)
+    if out or not as_text:
+        path = Path(out) if out else Path(f"inspect_{find_file(config.data.path).name.partition('.')[0]}_{row}.html")
+        write_html(seen, path)
+        console.print(f"{seen.sample.where} (row {row}, counted from 0): {path}", soft_wrap=True)
