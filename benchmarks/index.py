@@ -4,8 +4,8 @@ COMMAND: python benchmarks/index.py [--rows 1000000] [--samples 100000]
 TIME: about 15 minutes on two CPU cores. Each measurement is a process of its own; the rows lie in a temporary folder.
 
 The rows are LLaVA-like: 2 to 6 turns, 600 characters on average, a picture in 19 of 20, width and height given; the
-tokenizer and the tiles are the demo's. Beside it: what LLaVA and XTuner do (json.load and a list), and datasets. Neither
-of the two counts tokens or tiles or looks at a picture: that comes on top of their figures.
+tokenizer and the tiles are the demo's. Beside it: what LLaVA and XTuner do (json and a list), and datasets. Neither of
+the two counts tokens or tiles or looks at a picture: that comes on top of their figures.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def turns(said: str, num_pairs: int, has_picture: bool) -> list[dict[str, str]]:
     """Part a text into questions, a quarter of it, and answers."""
     share = len(said) // (4 * num_pairs)
     ends = list(accumulate([share, 3 * share] * num_pairs, initial=0))
-    parts = [said[start:end].strip() or "yes" for start, end in zip(ends, ends[1:], strict=False)]
+    parts = [said[start:end].strip() or "yes" for start, end in pairwise(ends)]
     parts[0] = f"<image>\n{parts[0]}" if has_picture else parts[0]
     return [{"from": ("human", "gpt")[number % 2], "value": part} for number, part in enumerate(parts)]
 
@@ -97,7 +97,8 @@ def read(path: Path, num_samples: int) -> dict[str, Any]:
     data = open_data(path)
     data.setup()
     clock = Clock()
-    memory, done = [], 0
+    memory: list[tuple[float, float]] = []
+    done = 0
     for batch in data.train_dataloader():
         done += len(batch.sample_ids)
         if done >= num_samples * (len(memory) + 1) // 10:
@@ -182,7 +183,6 @@ def measure(folder: Path, num_rows: int, num_samples: int) -> dict[str, dict[str
 
 def table(figures: dict[str, dict[str, Any]], num_rows: int) -> str:
     """Write the table of benchmarks/README.md."""
-    ours, memory = figures["read"]["memory_mb"], lambda name: growth(figures, name)
     lines = [
         f"{num_rows:,} rows; load average {figures['load']['before']:.1f} before the first measurement.",
         "",
@@ -197,8 +197,10 @@ def table(figures: dict[str, dict[str, Any]], num_rows: int) -> str:
         ("`datasets.load_dataset('json')`, second", "datasets_second"),
     ):
         each = figures[name]
-        lines.append(f"| {title} | {each['setup_seconds']} | {each['setup_cpu_seconds']} | {memory(name):,.0f} MiB |")
-    first, last = ours[0], ours[-1]
+        lines.append(
+            f"| {title} | {each['setup_seconds']} | {each['setup_cpu_seconds']} | {growth(figures, name):,.0f} MiB |"
+        )
+    first, last = figures["read"]["memory_mb"][0], figures["read"]["memory_mb"][-1]
     return "\n".join(
         [
             *lines,
@@ -220,7 +222,8 @@ def fill_markers(page: Path, name: str, text: str) -> None:
     """Put a text between <!-- name --> and <!-- /name -->."""
     before, start_mark, rest = page.read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
     _, end_mark, after = rest.partition(f"<!-- /{name} -->")
-    assert start_mark and end_mark, f"{page} has no <!-- {name} --> ... <!-- /{name} -->"
+    assert start_mark, f"{page} has no <!-- {name} -->"
+    assert end_mark, f"{page} has no <!-- /{name} -->"
     page.write_text(f"{before}{start_mark}{text}\n{end_mark}{after}", encoding="utf-8")
 
 

@@ -6,11 +6,14 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from vlm_tune.config.schema import Precision
 from vlm_tune.evaluation.evaluate import open_test, prompt_of, read_questions
-from vlm_tune.model.generate import answering, embed_prompts
+from vlm_tune.export import parity
+from vlm_tune.model.checkpoint import checkpoints
+from vlm_tune.model.generate import answer, answering, embed_prompts
 from vlm_tune.model.trained import open_trained
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -18,12 +21,16 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(scope="module")
 def finished(toys, tmp_path_factory):
-    """Pretrain and fine-tune the toy model once; return the runs folder."""
+    """Pretrain, fine-tune as far as a kill after the fourth step, and go on; return the runs folder."""
     from vlm_tune.cli import main
 
     runs = tmp_path_factory.mktemp("runs")
+    given = toys.arguments("stage.lora.dropout=0", "trainer.save_every=2", "trainer.val_every=3", runs=runs)
     for stage in ("pretrain", "finetune"):
-        assert main([f"stage={stage}", *toys.arguments("stage.lora.dropout=0", runs=runs)]) == 0
+        assert main([f"stage={stage}", *given]) == 0
+    for name in ("checkpoints/step_00000006.ckpt", "report.json", "report.html", "predictions.jsonl"):
+        (last_run(runs) / name).unlink()
+    assert main(["stage=finetune", *given, "resume=last"]) == 0
     return runs
 
 
@@ -37,6 +44,12 @@ def test_the_fine_tuning_starts_from_the_pretrained_projector(finished):
     assert start.endswith("step_00000006.ckpt")
 
 
+def test_a_resumed_run_stays_in_its_folder(finished):
+    assert len([path for path in finished.iterdir() if not path.is_symlink()]) == 2
+    names = [path.name for path in checkpoints(last_run(finished))]
+    assert names == ["step_00000004.ckpt", "step_00000006.ckpt"]
+
+
 def test_the_run_folder_holds_what_its_reader_needs(finished):
     run = last_run(finished)
     names = {path.name for path in run.iterdir()}
@@ -47,7 +60,12 @@ def test_the_run_folder_holds_what_its_reader_needs(finished):
     assert report["train_seconds"] > 0
     assert report["peak_rss_mb"] > 0
     assert [point["step"] for point in report["loss_curve"]] == list(range(1, 7))
+    assert [point["step"] for point in report["val_curve"]] == [3, 6]
     assert report["run"]["init_from"].endswith(".ckpt")
+    for name in ("before", "after", "blind", "majority"):
+        assert report["evaluation"][name].keys() == {"colour", "shape"}
+        assert all(0 <= share <= 1 for share in report["evaluation"][name].values())
+    assert all(entry["picture"] and entry["before"] and entry["after"] for entry in report["answers"])
 
 
 def test_a_run_that_needs_a_pretrained_projector_says_so_when_there_is_none(toys, tmp_path, run_cli):
@@ -111,6 +129,50 @@ def test_the_exported_processor_makes_the_tokens_of_training(finished, exported)
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True
     )
     assert made["input_ids"][0] == prompt_of(test, question.sample).example.input_ids.tolist()
+
+
+def test_plain_transformers_reads_a_picture_and_answers_as_the_trained_model(finished, exported):
+    # the whole way without code of ours: template, tiles, pixels, tokens, generation
+    model, config = open_trained(str(last_run(finished)), [], Precision.fp32)
+    test = open_test(config, model)
+    processor = AutoProcessor.from_pretrained(exported)
+    native = AutoModelForImageTextToText.from_pretrained(exported, dtype=torch.float32)
+    compared = 0
+    for question in read_questions(test):
+        if not question.sample.pictures or len(question.sample.messages) > 2:
+            continue
+        picture = test.reader.open_picture(question.sample.pictures[0])
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": question.text}]
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        inputs = processor.apply_chat_template([{"role": "user", "content": content}], **options)
+        said = native.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        theirs = processor.decode(said, skip_special_tokens=True).strip()
+        assert theirs == answer(model, [prompt_of(test, question.sample)], 8)[0]
+        compared += 1
+    assert compared >= 3
+
+
+def test_an_exported_model_is_trained_further(toys, exported, tmp_path, run_cli):
+    # it needs no earlier stage: a whole model brings its own projector
+    given = toys.arguments(f"model.path={exported}", "model.vision.path=null", "model.llm.path=null", runs=tmp_path)
+    done = run_cli("stage=finetune", *given)
+    assert done.code == 0, done.err
+    assert "starts from: the base weights" in done.out
+
+
+def test_an_export_of_16_bits_is_one_throughout(finished, tmp_path, run_cli):
+    done = run_cli("export", f"ckpt={last_run(finished)}", f"out={tmp_path / 'half'}", "dtype=fp16")
+    assert done.code == 0, done.err
+    weights = load_file(tmp_path / "half" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float16}
+
+
+def test_an_export_that_answers_otherwise_does_not_get_its_name(finished, tmp_path, run_cli, monkeypatch):
+    monkeypatch.setattr(parity, "FLOAT32_BOUND", -1.0)  # no difference is small enough
+    done = run_cli("export", f"ckpt={last_run(finished)}", f"out={tmp_path / 'model'}")
+    assert done.code == 2
+    assert "model.failed: the exported model differs from the trained one (logits differ by" in done.err
+    assert [path.name for path in tmp_path.iterdir()] == ["model.failed"]
 
 
 def test_an_export_reports_its_parity_and_overwrites_nothing(finished, exported, run_cli):

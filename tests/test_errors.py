@@ -89,9 +89,9 @@ def test_a_line_that_is_not_json(folder, fail):
 
 def test_a_row_that_is_too_long(folder, fail):
     add_row(folder)
-    message = fail("data.max_length=9")
+    message = fail("data.max_length=15")
     assert "train.jsonl:1" in message
-    assert "but data.max_length=9: raise it" in message
+    assert "but data.max_length=15: raise it" in message
 
 
 def test_several_bad_rows_are_listed_together(folder, fail):
@@ -190,7 +190,7 @@ def test_a_hub_model_without_a_network(run_cli, toys, tmp_path):
     assert "set model.path=FOLDER" in done.err
 
 
-# ------------------------------------------------------------------------------------------------------------- the verbs
+# ---------------------------------------------------------------------------------------------------------- the verbs
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_help_names_every_verb(run_cli):
     assert all(f"\n  {verb} " in done.out for verb in VERBS)
 
 
-# ----------------------------------------------------------------------------------------------------------- a full disk
+# --------------------------------------------------------------------------------------------------------- a full disk
 
 
 @pytest.fixture
@@ -247,8 +247,9 @@ def test_a_disk_that_is_full_when_a_checkpoint_is_written(toys, run_cli, small_d
     (run,) = (path for path in disk.iterdir() if not path.is_symlink())
     kept = checkpoints(run)
     assert 1 <= len(kept) < 9
-    missing = f"step={len(kept) + 1:08d}.ckpt"
+    missing = f"step_{len(kept) + 1:08d}.ckpt"
     assert f"CheckpointError: {run}/checkpoints/{missing}: could not be written (" in done.err
+    assert "0.0 MiB are free there" in done.err
     assert "Older checkpoints are untouched: free some space or set runs=FOLDER on another disk" in done.err
     assert "Traceback" not in done.out + done.err
     assert not [path for path in run.rglob("*") if "partial" in path.name], (
@@ -265,5 +266,5 @@ def test_a_disk_that_is_full_at_any_other_moment(toys, run_cli, tmp_path):
     assert run_cli(*toys.arguments(*SHORT, "trainer.save_every=1", runs=tmp_path)).code == 0
     done = run_cli("evaluate", f"ckpt={tmp_path}/latest", "out=/dev/full")
     assert done.code == 2
-    assert done.err.splitlines()[-1].startswith("VlmTuneError: No space left on device")
+    assert done.err.splitlines()[-1].startswith("VlmTuneError: a file: No space left on device. Free some space; ")
     assert "Traceback" not in done.err

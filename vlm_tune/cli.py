@@ -1,5 +1,6 @@
 """The command line: `python -m vlm_tune [VERB] key=value ...`. Without a verb it trains."""
 
+import errno
 import logging
 import os
 import sys
@@ -40,6 +41,12 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("VLM_TUNE_DEBUG"):
             raise
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or os.environ.get("VLM_TUNE_DEBUG"):
+            raise
+        remedy = "Free some space; an interrupted run then goes on with resume=last"
+        sys.stderr.write(f"VlmTuneError: {error.filename or 'a file'}: {error.strerror}. {remedy}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("\nstopped. Go on with resume=last\n")

@@ -13,6 +13,7 @@ from PIL import Image
 
 from vlm_tune.config.parse import load_config
 from vlm_tune.data.check_report import bins, quantile
+from vlm_tune.data.mixture import open_data, open_sizes
 from vlm_tune.model.build import build_model
 from vlm_tune.model.encoder import build_encoder
 
@@ -123,7 +124,7 @@ FAULTS = {
         "nothing to train on",
     ),
     "repeated id": (changed(id="row_1"), "repeated id", "the id is also that of train.jsonl:2"),
-    "bad encoding": (b'{"id": "caf\xe9"}', "bad encoding", "not UTF-8: byte 0xe9"),
+    "bad encoding": (b'{"id": "x\xe9"}', "bad encoding", "not UTF-8: byte 0xe9"),
     "half a character": (
         b'{"conversations": [{"from": "human", "value": "\\ud83d"}, {"from": "gpt", "value": "x"}]}',
         "bad encoding",
@@ -154,6 +155,19 @@ def test_all_faults_together_are_all_found(check):
     places = [(line, kind) for line, kind in found.bad if kind != "repeated id"]
     assert places == [(line, kind) for line, kind in expected if kind != "repeated id"]
     assert found.report["num_bad_rows"] == len(lines)
+
+
+def test_check_finds_what_stops_the_training(check, folder, parts):
+    rows = [row for row, _, _ in FAULTS.values()]
+    found = check([good_row(1), *rows, good_row(2)], *LIMITS)
+    config = load_config([f"data.path={folder / 'train.jsonl'}", *parts, *LIMITS])
+    encoder, _ = build_encoder(config)
+    index, findings = open_sizes(open_data(folder / "train.jsonl", config, encoder), 0)
+    reported = [row for row in found.report["bad_rows"] if row["kind"] != "repeated id"]
+    assert [row["row"] for row in reported] == findings.fault_rows
+    assert [row["reason"] for row in reported] == [fault.reason for fault in findings.faults]
+    assert found.report["trained"]["tokens"] == index.tokens.sum()
+    assert found.report["trained"]["supervised"] == index.supervised.sum()
 
 
 def test_a_bad_row_of_an_array_in_a_jsonl_file_has_its_line(check):
@@ -292,6 +306,13 @@ def test_a_fault_of_the_configuration_is_no_fault_of_the_data(check, arguments, 
     found = check([good_row(0)], *arguments)
     assert found.code == 2
     assert words in found.err
+
+
+def test_a_report_that_cannot_be_written_is_an_error(run_cli, parts, folder):
+    (folder / "train.jsonl").write_text(json.dumps(good_row(0)))
+    finished = run_cli("check", f"data.path={folder}/train.jsonl", f"out={folder}/0.png", *parts)
+    assert finished.code == 2
+    assert "0.png: File exists. Name a folder" in finished.err
 
 
 def test_a_missing_file_is_an_error_of_the_command(run_cli, parts, tmp_path):

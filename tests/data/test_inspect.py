@@ -46,7 +46,7 @@ def seen(file, parts):
 def test_each_token_has_its_kind_and_every_tile_its_tokens(seen):
     kinds = [token.kind for token in seen.tokens]
     assert [kind == SUPERVISED for kind in kinds] == (seen.example.labels != NO_LOSS).tolist()
-    assert [kind for kind, *_ in runs_of(seen.tokens)][0] == CONTEXT
+    assert kinds[0] == CONTEXT
     tiles = [(tile, len(run)) for kind, tile, run in runs_of(seen.tokens) if kind == IMAGE and tile]
     assert tiles == [(number, 1) for number in range(1, 6)]  # 28 pixels, patches of 14, shuffle 2: one token a tile
     said = "".join(token.text for token in seen.tokens if token.kind == SUPERVISED)
@@ -81,7 +81,7 @@ def test_pictures_are_cut_as_training_does(seen):
     ],
 )
 def test_the_grid_covers_the_picture_and_what_is_padded(rule, grid, canvas):
-    assert canvas_of((100, 50), grid, TilesConfig(size=28, rule=rule)) == canvas
+    assert canvas_of((100, 50), grid, TilesConfig(size=28, rule=rule)) == pytest.approx(canvas)
 
 
 def test_the_pack_holds_the_good_rows_of_the_step(seen):
@@ -141,3 +141,9 @@ def test_a_row_that_cannot_be_shown_is_an_error(run_cli, file, parts, row, words
     finished = run_cli("inspect", f"data.path={file}", f"row={row}", *parts)
     assert finished.code == 2
     assert words in finished.err
+
+
+def test_a_page_that_cannot_be_written_is_an_error(run_cli, file, parts, tmp_path):
+    finished = run_cli("inspect", f"data.path={file}", "row=1", "data.val=none", f"out={tmp_path}", *parts)
+    assert finished.code == 2
+    assert f"out={tmp_path}: Is a directory. Name a file" in finished.err

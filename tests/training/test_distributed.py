@@ -1,17 +1,14 @@
 """Two ranks are one run: the same loss, gradients and weights, whatever each rank happens to get, and no waiting."""
 
 import json
-import multiprocessing
-import os
 import shutil
 import socket
-import sys
 import time
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
+from processes import fork_cli
 from toys import turns, write_jsonl
 
 from vlm_tune.cli import main
@@ -36,38 +33,20 @@ ALL = (
 TWO = ("trainer.devices=2", "trainer.accelerator=cpu", "strategy=ddp")
 
 
-def be_rank(rank, port, folder, arguments, log):
-    """Run the command line as one rank of two, as Lightning's launcher starts it; called in a forked process."""
-    sys.stdout = sys.stderr = log.open("w", encoding="utf-8")
-    torch.set_num_threads(1)  # a forked process cannot use its parent's threads
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    os.environ |= {"LOCAL_RANK": str(rank), FOLDER_VARIABLE: folder}
-    code = 1
-    try:
-        code = main(list(arguments))
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    os._exit(code)
-
-
 def run_two(arguments, runs, is_new=True):
     """Run two ranks. The second starts when the first has made the run's folder, which it is handed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("fork")  # forked, since importing everything anew takes seconds each
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
     logs = [Path(f"{runs}.{rank}.log") for rank in range(2)]
     ends = time.monotonic() + PATIENCE
-    first = context.Process(target=be_rank, args=(0, port, "", arguments, logs[0]))
-    first.start()
-    while is_new and not (runs / "latest").exists() and first.is_alive():
-        time.sleep(0.01)
-    handed = str((runs / "latest").resolve()) if is_new else ""
-    second = context.Process(target=be_rank, args=(1, port, handed, arguments, logs[1]))
-    second.start()
-    ranks = [first, second]
+    ranks = [fork_cli(arguments, logs[0], **shared, LOCAL_RANK="0")]
     try:
+        while is_new and not (runs / "latest").exists() and ranks[0].is_alive():
+            time.sleep(0.01)
+        handed = {FOLDER_VARIABLE: str((runs / "latest").resolve())} if is_new else {}
+        ranks.append(fork_cli(arguments, logs[1], **shared, **handed, LOCAL_RANK="1"))
         for rank in ranks:
             rank.join(max(0, ends - time.monotonic()))
         said = "\n".join(log.read_text(encoding="utf-8") for log in logs)

@@ -34,10 +34,13 @@ def check(config: Config, encoder: Encoder, out: str = "", repeated_ids: str = "
         raise ConfigError(f"repeated_ids={repeated_ids}: set it to {' or '.join(REPEATED_IDS)}")
     path = find_file(config.data.path)
     folder = Path(out) if out else Path(f"check_{path.name.partition('.')[0]}")
+    try:  # before the work, so that none is lost
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out={folder}: {error.strerror}. Name a folder that can be written") from error
     started = time.perf_counter()
     found = check_file(config, encoder, path, repeated_ids == "error")
     report = summarise(found, config, encoder.settings, time.perf_counter() - started)
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "check.json").write_text(json.dumps(report, ensure_ascii=True, indent=1) + "\n", encoding="utf-8")
     write_html(report, folder / "check.html")
     print_report(report, Console(highlight=False, markup=False), folder)

@@ -22,7 +22,7 @@ from rich.progress import Progress
 from torch.utils.data import DataLoader, Dataset
 
 from vlm_tune.data.dataset import Conversations, Tiling
-from vlm_tune.data.encode import SkippedSample
+from vlm_tune.data.encode import Lengths, SkippedSample
 from vlm_tune.data.fetch import cache_folder
 from vlm_tune.data.rows import find_files
 from vlm_tune.data.rows_cache import content_key
@@ -196,33 +196,29 @@ class Chunks(Dataset[Measured]):
 
     def __getitem__(self, number: int) -> Measured:
         """Measure one chunk; pictures by their headers and last bytes alone."""
-        findings = Findings()
-        read: list[tuple[int, Sample, Tiling]] = []
-        for row in self.rows[number * CHUNK : (number + 1) * CHUNK].tolist():
+        rows = self.rows[number * CHUNK : (number + 1) * CHUNK].tolist()
+        outcomes: dict[int, Lengths | DataError] = {}
+        read: dict[int, tuple[Sample, Tiling]] = {}
+        for row in rows:
             try:
                 sample = self.data.sample(row)
-                read.append((row, sample, self.data.tiling(sample, whole=True)))
+                read[row] = sample, self.data.tiling(sample, whole=True)
             except DataError as fault:
-                add_fault(findings, fault, row)
-        lengths = self.data.encoder.encode_lengths([sample for _, sample, _ in read], [tiling for *_, tiling in read])
-        kept = []
-        for (row, sample, _), found in zip(read, lengths, strict=True):
-            if isinstance(found, DataError):
-                add_fault(findings, found, row)
-                continue
-            if found.note:
-                findings.notes.append(f"{sample.where}: {found.note}")
-            kept.append((row, found.num_tokens, found.num_supervised, sum(found.num_tiles)))
-        return np.array(kept, ROW), findings
-
-
-def add_fault(findings: Findings, fault: DataError, row: int) -> None:
-    """Tell a row that a policy leaves out from a faulty one."""
-    if isinstance(fault, SkippedSample):
-        findings.skipped.append(fault)
-    else:
-        findings.faults.append(fault)
-        findings.fault_rows.append(row)
+                outcomes[row] = fault
+        samples, tilings = zip(*read.values(), strict=True) if read else ((), ())
+        outcomes.update(zip(read, self.data.encoder.encode_lengths(samples, tilings), strict=True))
+        sizes, findings = [], Findings()
+        for row in rows:
+            outcome = outcomes[row]
+            if isinstance(outcome, SkippedSample):
+                findings.skipped.append(outcome)
+            elif isinstance(outcome, DataError):
+                findings.faults.append(outcome)
+                findings.fault_rows.append(row)
+            else:
+                sizes.append((row, outcome.num_tokens, outcome.num_supervised, sum(outcome.num_tiles)))
+                findings.notes += [f"{self.data.rows.where(row)}: {outcome.note}"] if outcome.note else []
+        return np.array(sizes, ROW), findings
 
 
 def start_worker(number: int) -> None:

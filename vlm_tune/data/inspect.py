@@ -11,6 +11,7 @@ from vlm_tune.data.encode import Encoder
 from vlm_tune.data.inspect_html import write_html
 from vlm_tune.data.inspect_row import look
 from vlm_tune.data.inspect_text import print_text
+from vlm_tune.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,5 +30,8 @@ def inspect(
         print_text(seen, console)
     if out or not as_text:
         path = Path(out) if out else Path(f"inspect_{find_file(config.data.path).name.partition('.')[0]}_{row}.html")
-        write_html(seen, path)
+        try:
+            write_html(seen, path)
+        except OSError as error:
+            raise ConfigError(f"out={path}: {error.strerror}. Name a file that can be written: out=row.html") from error
         console.print(f"{seen.sample.where} (row {row}, counted from 0): {path}", soft_wrap=True)

@@ -213,8 +213,10 @@ def pack_of(config: Config, part: Part, entries: tuple[int, ...], this: tuple[in
     for entry in entries:
         row = int(part.index.rows[entry])
         data, number = part.data.locate(row)
-        sizes = (int(column[entry]) for column in (part.index.tokens, part.index.supervised, part.index.tiles))
-        rows.append(PackedRow(data.rows.where(number), *sizes, is_this=row == this[0]))
+        tokens, supervised, tiles = (
+            int(column[entry]) for column in (part.index.tokens, part.index.supervised, part.index.tiles)
+        )
+        rows.append(PackedRow(data.rows.where(number), tokens, supervised, tiles, row == this[0]))
     stage = config.stage
     budget = (stage.pack_length * config.trainer.micro_batch, stage.pack_tiles * config.trainer.micro_batch)
     return Pack(rows, budget, stage.packing, this[1])

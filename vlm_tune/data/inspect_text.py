@@ -22,7 +22,7 @@ def print_text(seen: Seen, console: Console) -> None:
             console.print(Text(f"  {line}", STYLES[IMAGE]))
     console.print(token_table(seen))
     if seen.pack is not None:
-        console.print(Text(f"\n{pack_title(seen.pack)}"))
+        console.print(Text(f"\n{pack_title(seen.pack)}"), soft_wrap=True)
         console.print(pack_table(seen.pack))
 
 
@@ -43,7 +43,7 @@ def describe(picture: SeenPicture) -> str:
     """Say how a picture is cut."""
     width, height = picture.image.size
     columns, rows = picture.grid
-    pad = "" if picture.canvas == (0, 0, width, height) else ", padded"
+    pad = ", padded" if max(picture.canvas[2] - width, picture.canvas[3] - height) > 0.5 else ""
     whole = " and the whole picture" if picture.overview is not None else ""
     tiles = f"{len(picture.tiles)} tile{'s' * (len(picture.tiles) > 1)}"
     return f"{width} x {height} pixels{pad}, cut {columns} x {rows}{whole}: {tiles}"

@@ -41,35 +41,37 @@ def _pack(places: list[int], tokens: Sequence[int], tiles: Sequence[int], budget
     most = math.ceil((1 + MIXING_COST) * len(fewest))
     for num_packs in range(len(fewest), most + 1):
         mixed = _spread(places, tokens, tiles, (*budget, num_packs))
-        if len(mixed) <= num_packs:
+        if mixed is not None:
             return mixed
     return fewest
 
 
 def _spread(
     places: list[int], tokens: Sequence[int], tiles: Sequence[int], limits: tuple[int, int, int]
-) -> list[list[int]]:
-    """Put each place, largest first, into the emptiest pack that has room; open more packs than planned if need be."""
+) -> list[list[int]] | None:
+    """Put each place, largest first, into the emptiest pack that has room; None where num_packs are too few."""
     max_tokens, max_tiles, num_packs = limits
     packs: list[list[int]] = [[] for _ in range(num_packs)]
-    used_tiles = [0] * num_packs
-    emptiest = [(0, pack) for pack in range(num_packs)]  # a heap of (tokens used, pack)
+    # Tiles used -> a heap of (tokens used, pack). One heap for all would be turned over for each place, once most packs
+    # are full of tiles.
+    by_tiles = {0: [(0, pack) for pack in range(num_packs)]}
+    num_used = 0
     for place in places:
         need_tokens, need_tiles = tokens[place], tiles[place]
-        full_of_tiles = []
-        while emptiest and used_tiles[emptiest[0][1]] + need_tiles > max_tiles:
-            full_of_tiles.append(heapq.heappop(emptiest))
-        if emptiest and emptiest[0][0] + need_tokens <= max_tokens:
-            used, pack = heapq.heappop(emptiest)
+        (used, pack), used_tiles = (max_tokens, len(packs)), 0
+        for each, heap in by_tiles.items():
+            if each + need_tiles <= max_tiles and heap and heap[0] < (used, pack):
+                (used, pack), used_tiles = heap[0], each
+        if used + need_tokens <= max_tokens:
+            heapq.heappop(by_tiles[used_tiles])
         else:
-            used, pack = 0, len(packs)
-            packs.append([])
-            used_tiles.append(0)
+            used, used_tiles, pack = 0, 0, len(packs)
+            packs.append([])  # for a place that is too large for any pack
+        num_used += not packs[pack]
+        if num_used > num_packs:
+            return None
         packs[pack].append(place)
-        used_tiles[pack] += need_tiles
-        heapq.heappush(emptiest, (used + need_tokens, pack))
-        for entry in full_of_tiles:
-            heapq.heappush(emptiest, entry)
+        heapq.heappush(by_tiles.setdefault(used_tiles + need_tiles, []), (used + need_tokens, pack))
     return [pack for pack in packs if pack]
 
 

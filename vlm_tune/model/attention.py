@@ -68,7 +68,8 @@ def packed_attention(
     assert sum(segments.lengths) == query.shape[2], "segments must fill the packed row"
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         return _varlen(query, key, value, segments.lengths, scale), None
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (L, heads, d)
+    # q has all heads, k and v have kv_heads
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (L, _, d)
     outputs = [_attend_short(q, k, v, index, scale) for index in segments.short]
     for start, length in segments.long:
         rows = slice(start, start + length)

@@ -4,6 +4,7 @@ Both training and everything that reads a finished run (chat, evaluate, export) 
 """
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +135,9 @@ def write_atomically(path: Path, write: Any) -> None:
         partial.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         partial.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0]  # torch's words for a full disk do not name it
+        free = shutil.disk_usage(path.parent).free / 2**20
         raise CheckpointError(
-            f"{path}: could not be written ({reason}). Older checkpoints are untouched: free some space or set "
-            "runs=FOLDER on another disk, then go on with resume=last"
+            f"{path}: could not be written ({reason}; {free:,.1f} MiB are free there). Older checkpoints are "
+            "untouched: free some space or set runs=FOLDER on another disk, then go on with resume=last"
         ) from error

@@ -48,7 +48,10 @@ def train(config: Config) -> Path:
     use_feature_cache(model.vlm, data, config, trainer.strategy.root_device)
     if trainer.is_global_zero:
         examiner.before(trainer.strategy.root_device)
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit as stopped:  # what Lightning makes of Ctrl-C and of SIGTERM
+        raise KeyboardInterrupt from stopped
 
     if trainer.is_global_zero:
         report = RunReport(config, run, parts, start)

@@ -111,7 +111,7 @@ def save(vlm: VisionLanguageModel, folder: Path, shard: str = "2GB") -> None:
     native.model.vision_tower = vlm.vision.tower
     native.model.language_model = vlm.llm.get_decoder()
     native.lm_head = vlm.llm.get_output_embeddings()
-    shell = native.model.multi_modal_projector.to_empty(device=vlm.device)
+    shell = native.model.multi_modal_projector.to_empty(device=vlm.device).to(vlm.projector.linear_1.weight.dtype)
     shell.load_state_dict(vlm.projector.state_dict())
     native.config.dtype = vlm.llm.dtype
     native.generation_config = generation_settings(vlm)

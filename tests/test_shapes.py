@@ -1,0 +1,125 @@
+"""Shape comments are true: each is compared with the tensor that it stands beside, and each is reached."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from shape_comments import ShapeComments, read_statements
+
+import vlm_tune
+from vlm_tune.evaluation.evaluate import prompt_of
+from vlm_tune.model.attention import SHORT
+from vlm_tune.model.generate import answer
+from vlm_tune.model.vision import VisionEncoder
+
+PACKAGE = Path(__file__).parents[1] / "vlm_tune"
+FILES = [*sorted((PACKAGE / "model").rglob("*.py")), PACKAGE / "data" / "tiles.py"]
+LEGEND = {"P": 16, "C": 32, "S": 4, "D": 32, "H": 56, "W": 56, "r": 2, "heads": 4, "d": 8}
+
+
+def run_source(tmp_path, source, legend=None):
+    """Run a function `f` of its own file under the trace; return the checker."""
+    path = tmp_path / "sample.py"
+    path.write_text(source, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("sample", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with ShapeComments([path], legend) as run:
+        module.f(torch)
+    return run
+
+
+@pytest.fixture(scope="module")
+def traced(toys):
+    """Train, validate and answer once, packed and padded, with samples above and below the bound of short ones."""
+    staged = toys.staged("stage=finetune")
+    data = staged.data.train.data
+    table = staged.model.vlm.llm.get_input_embeddings().weight
+    long = staged.batch(list(range(12)))  # one pack whose samples are joined to one that is not short
+    long.segments = [sum(long.segments[:8]), *long.segments[8:]]
+    assert long.segments[0] > SHORT > long.segments[1]
+    with ShapeComments(FILES, LEGEND | {"V": len(table)}) as run:
+        staged.model.vlm(staged.batch([0, 1, 6])).backward()
+        staged.model.vlm(staged.batch([0, 1, 6], packing=False))
+        staged.model.vlm(long)
+        answer(staged.model, [prompt_of(data, data.sample(row)) for row in (0, 6)], 2)
+    return run
+
+
+@pytest.fixture(scope="module")
+def traced_convolution():
+    """See a tile with a convolutional network, which has sizes of its own."""
+    tower = timm.create_model("test_resnet", pretrained=False, num_classes=0)
+    vision = VisionEncoder(tower)
+    with ShapeComments(FILES, {"P": vision.num_patches(64), "C": tower.num_features, "H": 64, "W": 64}) as run:
+        vision(torch.zeros(1, 3, 64, 64))
+    return run
+
+
+def test_shape_comments_hold(traced, traced_convolution):
+    assert not traced.errors + traced_convolution.errors
+
+
+def test_every_shape_comment_is_reached(traced, traced_convolution):
+    assert not set(traced.unreached) & set(traced_convolution.unreached)
+
+
+def test_there_are_shape_comments():
+    assert sum(len(read_statements(path)) for path in FILES) >= 12
+
+
+def test_the_letters_are_those_of_the_legend():
+    legend = set(re.findall(r"\b([A-Z])\b", vlm_tune.__doc__))
+    used = {
+        letter
+        for path in FILES
+        for each in read_statements(path)
+        for size in each.sizes
+        for letter in size
+        if letter.isupper()
+    }
+    assert used <= legend
+
+
+# --------------------------------------------------------------------------------------------------- the checker itself
+
+
+@pytest.mark.parametrize(
+    ("body", "errors"),
+    [
+        ("x = torch.zeros(2, 3)  # (T, C)\n    y = x * 2  # (T, C)", []),
+        ("x = torch.zeros(2, 3)  # (T, C)\n    y = x.T  # (T, C)", ["y: T is 2, the shape is (3, 2)", "y: C is 3"]),
+        ("x = torch.zeros(2, 3)  # (T, C, D)", ["x: the comment has 3 sizes, the shape is (2, 3)"]),
+        ("x = torch.zeros(2, 3)  # (T, C)\n    y = torch.zeros(2, 12)  # (T, 4*C)", []),
+        (
+            "x = torch.zeros(2, 3)  # (T, C)\n    y = torch.zeros(2, 11)  # (T, 4*C)",
+            ["y: 4*C is 12, the shape is (2, 11)"],
+        ),
+        ("x = torch.zeros(2, 3)  # (2, _)", []),
+        ("x = torch.zeros(2, 3)  # (3, _)", ["x: 3 is 3, the shape is (2, 3)"]),
+        ("side = 5\n    x = torch.zeros(side, 3)  # (side, C)", []),
+        ("side = 4\n    x = torch.zeros(5, 3)  # (side, C)", ["x: side is 4, the shape is (5, 3)"]),
+        ("x, y = torch.zeros(2), torch.zeros(3)  # (T,)", ["y: T is 2, the shape is (3,)"]),
+        ("x: object = torch.zeros(2, 3)  # (T,)", ["x: the comment has 1 sizes"]),
+        ("x = (\n        torch.zeros(2)\n        .repeat(2)\n    )  # (T, T)", ["x: the comment has 2 sizes"]),
+        ("for n in (1, 2):\n        x = torch.zeros(n, 3)  # (T, C)", []),
+        ("x = 3  # (T, C)", ["x has no shape"]),
+        ("x = 3  # (a word, and another)", []),
+        ("x = [torch.zeros(n) for n in (1, 2)][0]  # (T,)", []),
+        ("x = torch.zeros(2, 9)  # (T, X)", ["x: X is 8, the shape is (2, 9)"]),
+        ("try:\n        x = torch.zeros(2).missing  # (T,)\n    except AttributeError:\n        pass", []),
+        ("return torch.zeros(2)", []),
+    ],
+)
+def test_the_checker_finds_what_is_wrong_and_nothing_else(tmp_path, body, errors):
+    found = run_source(tmp_path, f"def f(torch):\n    {body}\n", {"X": 8}).errors
+    assert len(found) == len(errors)
+    assert all(part in error for part, error in zip(errors, found, strict=True))
+
+
+def test_the_checker_names_a_comment_that_is_never_reached(tmp_path):
+    run = run_source(tmp_path, "def f(torch):\n    if torch is None:\n        x = torch.zeros(1)  # (T,)\n")
+    assert run.unreached == ["sample.py:3"]
