@@ -42,9 +42,8 @@ def write_rows(path: Path, num_rows: int) -> None:
     rng = np.random.default_rng(0)
     (path.parent / "images").mkdir(exist_ok=True)
     for number in range(NUM_PICTURES):
-        file = path.parent / "images" / f"{number:04}.jpg"
-        if not file.exists():
-            Image.new("RGB", SIZES[number % len(SIZES)], (number % 256, 90, 120)).save(file, quality=40)
+        picture = path.parent / "images" / f"{number:04}.jpg"
+        Image.new("RGB", SIZES[number % len(SIZES)], (number % 256, 90, 120)).save(picture, quality=40)
     pages = " ".join(page.read_text(encoding="utf-8") for page in sorted((HERE.parent / "docs").glob("*.md")))
     words = np.array(re.findall(r"[A-Za-z']+[,.?]?", pages))
     text = " ".join(words[rng.integers(0, len(words), NUM_WORDS)])

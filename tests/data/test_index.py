@@ -18,7 +18,7 @@ from toys import turns, write_jsonl
 from vlm_tune.config.parse import load_config
 from vlm_tune.config.schema import AugmentConfig, TooLong
 from vlm_tune.data import index as index_module
-from vlm_tune.data.dataset import Conversations, PictureSettings
+from vlm_tune.data.dataset import Conversations, PictureSettings, find_file
 from vlm_tune.data.index import SIZES, index_key, measure_all, open_index, refuse_faults
 from vlm_tune.errors import DataError
 from vlm_tune.model.encoder import build_encoder
@@ -116,6 +116,17 @@ def test_several_processes_find_what_one_finds(tmp_path, open_rows, monkeypatch)
     assert list(map(str, found.faults)) == list(map(str, found_alone.faults))
     assert list(map(str, found.skipped)) == list(map(str, found_alone.skipped))
     assert torch.equal(torch.get_rng_state(), state), "the run's random numbers are not touched"
+
+
+def test_the_shards_of_a_pattern_are_one_data_set(tmp_path, open_rows):
+    for number in range(3):
+        write_jsonl(tmp_path / f"train-{number}.jsonl", [row(number)])
+    pattern = find_file(f"{tmp_path}/train-*.jsonl")
+    before = index_key(open_rows(pattern))
+    assert open_index(open_rows(pattern))[0]["row"].tolist() == [0, 1, 2]
+    write_jsonl(tmp_path / "train-3.jsonl", [row(3)])
+    assert index_key(open_rows(pattern)) != before
+    assert open_index(open_rows(pattern))[0]["row"].tolist() == [0, 1, 2, 3]
 
 
 # ------------------------------------------------------------------------------------------------------- kept, or not

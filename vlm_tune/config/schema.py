@@ -147,7 +147,7 @@ class AugmentConfig:
 class DataConfig:
     """The rows to train, validate and test on."""
 
-    path: str = "???"  # file, folder or recipe:NAME/FILE
+    path: str = "???"  # file, folder, recipe:NAME/FILE, or the file of a mixture (docs/data_format.md)
     val: str = "auto"  # file; auto = the file beside data.path with "train" read as "val", else a split; none
     val_share: float = 0.02  # of the rows, when data.val=auto finds no file
     test: str = "auto"  # file for `evaluate` and the sample answers; auto = test.jsonl beside data.path; none

@@ -124,13 +124,16 @@ class Tiling:
 
 
 def find_file(path: str) -> Path:
-    """Turn a path, or recipe:NAME/FILE, into a local path; the recipe is run the first time it is named."""
+    """Turn a path, or recipe:NAME/FILE, into a local path; the recipe is run the first time it is named.
+
+    A pattern of files (`train-*.tar`) stays as it is: `rows` finds its files.
+    """
     if path.startswith("recipe:"):
         name, _, file = path.removeprefix("recipe:").partition("/")
         found = run_recipe(name) / file
     else:
         found = Path(path).expanduser()
-    if not found.exists():
+    if not found.exists() and "*" not in found.name:
         near = (
             get_close_matches(found.name, [p.name for p in found.parent.glob("*")], n=1)
             if found.parent.is_dir()
