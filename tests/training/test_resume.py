@@ -178,6 +178,15 @@ def test_the_best_checkpoint_is_the_straight_runs(straight, resumed, step):
     assert_same(*(torch.load(path, weights_only=True)["state_dict"] for path in (one, other)))
 
 
+def test_the_best_loss_so_far_is_remembered(toys, straight, tmp_path):
+    run = interrupt(straight("packed"), 7, tmp_path)
+    state = state_of(run, 7)
+    state["callbacks"]["SaveCheckpoints"]["best"] = 0.0  # which no later validation can beat
+    torch.save(state, checkpoints(run)[-1])
+    train(load_config(arguments(toys, tmp_path, "resume=last")))
+    assert not (run / CHECKPOINTS / "best.ckpt").exists()
+
+
 def test_a_run_can_go_on_from_its_best_checkpoint(toys, straight, tmp_path):
     # it is written while the validation goes on, another point of Lightning's loop than the others
     shutil.copytree(straight("packed"), tmp_path / "run")
