@@ -1,4 +1,4 @@
-"""The encoder of conversations alone: tokenizer, template and tile settings, without a model's weights."""
+"""The encoder of conversations that belongs to a model; without reading its weights, where only rows are counted."""
 
 import json
 from pathlib import Path
@@ -8,64 +8,83 @@ import torch
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
-from vlm_tune.config.schema import Config, ModelConfig
+from vlm_tune.config.schema import Config, ModelConfig, TooLong
 from vlm_tune.data.chat_template import choose_template
 from vlm_tune.data.encode import Encoder, EncoderSettings
 from vlm_tune.errors import ConfigError
-from vlm_tune.model.build import check_room, find_folder
-from vlm_tune.model.layouts.parts import SETTINGS
+from vlm_tune.model.folders import PARTS_SETTINGS, find_folder, model_kind
 from vlm_tune.model.llm import load_tokenizer
 from vlm_tune.model.vision import VisionEncoder
 from vlm_tune.model.vlm import ImageTokens
 
 
-def build_encoder(config: Config) -> tuple[Encoder, PreTrainedTokenizerBase]:
-    """Make the encoder that `build_model` would make, from the small files of the same folders: no weights are read.
+def make_encoder(config: Config, tokenizer: PreTrainedTokenizerBase, tokens: ImageTokens, num_patches: int) -> Encoder:
+    """Make the encoder of a model whose vision encoder sees `num_patches` patches in a tile.
 
-    Raise ConfigError as `build_model` does, for folders that are not there and settings that do not fit one another.
+    Raise ConfigError where the tile settings do not fit one another, or one large picture could never fit a sample.
     """
-    model = config.model
-    vision_folder, llm_folder, shuffle = find_parts(model)
-    tokenizer, tokens = load_tokenizer(llm_folder), ImageTokens()
-    vocabulary = tokenizer.get_vocab()
-    new = [AddedToken(token, special=True, normalized=False) for token in tokens.all if token not in vocabulary]
-    tokenizer.add_tokens(new, special_tokens=True)
-    num_patches = count_patches(vision_folder, model.tiles.size)
+    model, data = config.model, config.data
+    shuffle = model.projector.shuffle
     if num_patches % shuffle**2:
         raise ConfigError(
             f"model.projector.shuffle={shuffle} does not divide the {num_patches} patches of a tile of "
             f"model.tiles.size={model.tiles.size}: choose another tile size or shuffle"
         )
     tokens_per_tile = num_patches // shuffle**2
-    check_room(config, tokens_per_tile)
+    most = model.tiles.max + (model.tiles.thumbnail and model.tiles.max > 1)
+    if most * tokens_per_tile >= data.max_length and data.on_too_long is TooLong.error:
+        raise ConfigError(
+            f"model.tiles.max={model.tiles.max} needs up to {most}*{tokens_per_tile}={most * tokens_per_tile} image "
+            f"tokens, data.max_length is {data.max_length}: raise it, lower model.tiles.max or set "
+            "data.on_too_long=fewer_tiles"
+        )
     settings = EncoderSettings(
         image_start=tokens.start,
         image_context=tokens.context,
         image_end=tokens.end,
         tokens_per_tile=tokens_per_tile,
         max_tiles=model.tiles.max,
-        max_length=config.data.max_length,
-        on_too_long=config.data.on_too_long,
+        max_length=data.max_length,
+        on_too_long=data.on_too_long,
         system=model.system,
     )
-    return Encoder(tokenizer, choose_template(model.template, tokenizer), settings), tokenizer
+    return Encoder(tokenizer, choose_template(model.template, tokenizer), settings)
 
 
-def find_parts(model: ModelConfig) -> tuple[Path, Path, int]:
-    """Find the folders of the vision encoder and of the language model, and the pixel shuffle between them."""
-    if model.path is not None:
-        folder = find_folder(model.path, "model.path")
-        if not (folder / SETTINGS).is_file():
-            return folder, folder, model.projector.shuffle
-        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        return folder / "vision", folder / "llm", int(settings["projector"]["shuffle"])
-    if model.vision.path is None or model.llm.path is None:
+def build_encoder(config: Config) -> tuple[Encoder, PreTrainedTokenizerBase]:
+    """Make the encoder that `build_model` would make, from the small files of the same folders: no weights are read."""
+    model = config.model
+    vision_folder, llm_folder = find_parts(model)
+    tokenizer, tokens = load_tokenizer(llm_folder), ImageTokens()
+    vocabulary = tokenizer.get_vocab()
+    new = [AddedToken(token, special=True, normalized=False) for token in tokens.all if token not in vocabulary]
+    tokenizer.add_tokens(new, special_tokens=True)
+    return make_encoder(config, tokenizer, tokens, count_patches(vision_folder, model.tiles.size)), tokenizer
+
+
+def find_parts(model: ModelConfig) -> tuple[Path, Path]:
+    """Find the folders of both parts; a whole checkpoint brings its own pixel shuffle."""
+    require_weights(model)
+    if model.path is None:
+        vision = find_folder(str(model.vision.path), "model.vision.path")
+        return vision, find_folder(str(model.llm.path), "model.llm.path")
+    folder = find_folder(model.path, "model.path")
+    if model_kind(folder) != "parts":
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model.projector.shuffle = round(1 / config.get("downsample_ratio", 1))
+        return folder, folder
+    settings = json.loads((folder / PARTS_SETTINGS).read_text(encoding="utf-8"))
+    model.projector.shuffle = int(settings["projector"]["shuffle"])
+    return folder / "vision", folder / "llm"
+
+
+def require_weights(model: ModelConfig) -> None:
+    """Raise ConfigError for a model that names neither a whole checkpoint nor both of its parts."""
+    if model.path is None and (model.vision.path is None or model.llm.path is None):
         raise ConfigError(
             f"model={model.name} names no weights: set model.path=FOLDER for a whole checkpoint, or both "
             "model.vision.path and model.llm.path"
         )
-    vision = find_folder(model.vision.path, "model.vision.path")
-    return vision, find_folder(model.llm.path, "model.llm.path"), model.projector.shuffle
 
 
 def count_patches(folder: Path, tile_size: int) -> int:

@@ -4,7 +4,6 @@ Any vision transformer that `InternVLVisionModel` can hold, pixel shuffle v2, an
 folder; plain transformers loads it with no code of ours.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,12 @@ from transformers import (
     InternVLConfig,
     InternVLForConditionalGeneration,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from vlm_tune.config.schema import ModelConfig, ProjectorConfig, Quantize
 from vlm_tune.errors import ConfigError
 from vlm_tune.model import attention
+from vlm_tune.model.layouts.loaded import Loaded
 from vlm_tune.model.llm import guard_4bit, load_tokenizer, quantization
 from vlm_tune.model.projector import Projector
 from vlm_tune.model.vision import VisionEncoder, resample_positions
@@ -29,16 +28,8 @@ from vlm_tune.model.vlm import ImageTokens, View, VisionLanguageModel
 OTHER_PARTS = ["vision_tower", "multi_modal_projector", "lm_head"]  # these stay in 16 bit
 
 
-def load(
-    folder: Path, model: ModelConfig, dtype: torch.dtype, quantize: Quantize
-) -> tuple[VisionLanguageModel, PreTrainedTokenizerBase]:
+def load(folder: Path, model: ModelConfig, dtype: torch.dtype, quantize: Quantize) -> Loaded:
     """Take a native folder apart into vision encoder, projector and language model."""
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if kind != "internvl":  # asked of the file itself: transformers would offer to run a strange folder's own code
-        raise ConfigError(
-            f"model.path={folder}: a folder of type {kind}, which is not read yet. Give transformers' own layout "
-            '(type internvl, hub ids that end in "-hf"), or parts: model.vision.path and model.llm.path'
-        )
     config = AutoConfig.from_pretrained(folder)
     options = (
         {"quantization_config": quantization(quantize, dtype, OTHER_PARTS)} if quantize is not Quantize.none else {}
@@ -51,16 +42,15 @@ def load(
     layer = config.vision_feature_layer
     vision = VisionEncoder(tower, layer if isinstance(layer, int) else -1)
     shuffle = round(1 / config.downsample_ratio)
-    settings = ProjectorConfig(kind="mlp", shuffle=shuffle, shuffle_version="v2")
-    projector = Projector(settings, vision.width, config.text_config.hidden_size)
+    model.projector = ProjectorConfig(kind="mlp", shuffle=shuffle, shuffle_version="v2")
+    projector = Projector(model.projector, vision.width, config.text_config.hidden_size)
     projector.load_state_dict(native.model.multi_modal_projector.state_dict())
     llm = as_causal_lm(native)
     guard_4bit(llm)
-    tokenizer = load_tokenizer(folder)
-    context_id = tokenizer.convert_tokens_to_ids(ImageTokens().context)
-    return VisionLanguageModel(
-        vision, projector, llm, context_id, View(model.tiles.size, model.vision.normalize)
-    ), tokenizer
+    tokenizer, tokens = load_tokenizer(folder), ImageTokens()
+    context_id = tokenizer.convert_tokens_to_ids(tokens.context)
+    view = View(model.tiles.size, model.vision.normalize)
+    return Loaded(VisionLanguageModel(vision, projector, llm, context_id, view), tokenizer, tokens)
 
 
 def as_causal_lm(native: PreTrainedModel) -> PreTrainedModel:

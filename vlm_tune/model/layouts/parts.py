@@ -14,15 +14,14 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from vlm_tune.config.schema import ModelConfig, ProjectorConfig, Quantize
+from vlm_tune.model.folders import PARTS_SETTINGS
+from vlm_tune.model.layouts.loaded import Loaded
 from vlm_tune.model.llm import add_tokens, load_llm, load_tokenizer
 from vlm_tune.model.projector import Projector
 from vlm_tune.model.vision import VisionEncoder, load_tower, resample_positions
 from vlm_tune.model.vlm import ImageTokens, View, VisionLanguageModel
 
-SETTINGS = "vlm_tune.json"  # what joins the parts: projector and encoder settings
 PROJECTOR = "projector.safetensors"
-
-Loaded = tuple[VisionLanguageModel, PreTrainedTokenizerBase]
 
 
 def join(vision_folder: Path, llm_folder: Path, model: ModelConfig, dtype: torch.dtype, quantize: Quantize) -> Loaded:
@@ -38,20 +37,19 @@ def join(vision_folder: Path, llm_folder: Path, model: ModelConfig, dtype: torch
         projector = Projector(model.projector, vision.width, llm.config.hidden_size)
     projector.match_scale(llm.get_input_embeddings().weight)
     context_id = tokenizer.convert_tokens_to_ids(tokens.context)
-    return VisionLanguageModel(
-        vision, projector, llm, context_id, View(model.tiles.size, model.vision.normalize)
-    ), tokenizer
+    view = View(model.tiles.size, model.vision.normalize)
+    return Loaded(VisionLanguageModel(vision, projector, llm, context_id, view), tokenizer, tokens)
 
 
 def load(folder: Path, model: ModelConfig, dtype: torch.dtype, quantize: Quantize) -> Loaded:
     """Load a folder that `save` wrote."""
-    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    settings = json.loads((folder / PARTS_SETTINGS).read_text(encoding="utf-8"))
     model.projector = ProjectorConfig(**settings["projector"])
     model.vision.select_layer = settings["select_layer"]
     model.vision.normalize = settings["normalize"]
-    vlm, tokenizer = join(folder / "vision", folder / "llm", model, dtype, quantize)
-    vlm.projector.load_state_dict(load_file(folder / PROJECTOR))
-    return vlm, tokenizer
+    loaded = join(folder / "vision", folder / "llm", model, dtype, quantize)
+    loaded.vlm.projector.load_state_dict(load_file(folder / PROJECTOR))
+    return loaded
 
 
 def save(vlm: VisionLanguageModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -61,7 +59,7 @@ def save(vlm: VisionLanguageModel, tokenizer: PreTrainedTokenizerBase, folder: P
     tokenizer.save_pretrained(folder / "llm")
     save_file({name: weight.contiguous() for name, weight in vlm.projector.state_dict().items()}, folder / PROJECTOR)
     settings = {"projector": asdict(vlm.projector.config), "normalize": vlm.normalization, "select_layer": -1}
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    (folder / PARTS_SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
 
 def save_tower(vision: VisionEncoder, folder: Path) -> None:

@@ -1,0 +1,55 @@
+"""Find the folder of a model's weights: a local folder, what a recipe prepares, or a download from the hub."""
+
+import json
+import os
+from pathlib import Path
+
+from vlm_tune.data.recipe import run_recipe
+from vlm_tune.errors import ConfigError
+
+PARTS_SETTINGS = "vlm_tune.json"  # stands in a folder of parts side by side: what joins them
+
+
+def find_folder(path: str, key: str) -> Path:
+    """Turn recipe:NAME, a folder, or a hub id into a local folder.
+
+    Raises ConfigError that names the key, the hub id, and what to download, when there is neither folder nor network.
+    """
+    if path.startswith("recipe:"):  # a data recipe may also prepare the weights of a part
+        return run_recipe(path.removeprefix("recipe:"))
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not any((folder / name).is_file() for name in ("config.json", PARTS_SETTINGS)):
+            raise ConfigError(f"{key}={path}: the folder has no config.json. Name the folder of a Hugging Face model")
+        return folder
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise ConfigError(
+            f"{key}={path}: no such folder. Name a folder with config.json and *.safetensors, or a hub id"
+        )
+    return _download(path, key)
+
+
+def model_kind(folder: Path) -> str:
+    """Read which layout a folder has: the model_type of its config.json, or "parts".
+
+    The file itself is asked: transformers would offer to run a strange folder's own code.
+    """
+    if (folder / PARTS_SETTINGS).is_file():
+        return "parts"
+    return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
+
+
+def _download(hub_id: str, key: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "10")
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        raise ConfigError(
+            f"{key}={hub_id}: the hub cannot be reached and the model is not in the local cache. On a machine with a "
+            f"network run `hf download {hub_id}` (files {', '.join(patterns)}), copy the folder here, and set "
+            f"{key}=FOLDER"
+        ) from error
