@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export DS_BUILD_OPS := 0            # deepspeed compiles what it needs when it needs it
-export OMP_WAIT_POLICY := PASSIVE   # waiting threads that spin take time from the data workers
+export GOMP_SPINCOUNT := 10000       # threads wait awake for the next product, but not for long: workers need the cores
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-cnn test test-slow check format docs bench clean

@@ -18,7 +18,7 @@ PARENTS_PROCESSES = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_AD
 
 os.environ |= {
     "OMP_NUM_THREADS": "2",  # before torch is imported anywhere: results must not depend on the machine's cores
-    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin make tiny models ten times slower on a busy machine
+    "GOMP_SPINCOUNT": "10000",  # threads that spin for long make tiny models ten times slower on a busy machine
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
 }

@@ -160,7 +160,8 @@ def take_own(arguments: list[str], defaults: dict[str, str]) -> tuple[dict[str, 
 def quiet_libraries() -> None:
     """Silence what other libraries say about themselves; our own lines and all errors remain."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads that spin take time from the data workers
+    # threads wait awake for the next product, but not for long: data workers need the cores (benchmarks/README.md)
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_TQDM", "1")
