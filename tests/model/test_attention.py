@@ -5,16 +5,24 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from vlm_tune.model import attention
-from vlm_tune.model.attention import SHORT, Segments
+from vlm_tune.model.attention import Segments
+from vlm_tune.model.attention_cpu import SHORT, Groups, attend_all
 
 PACKS = {
     "short": [5, 7, 9, 40, 41],
     "one token": [1, 1, 6],
     "alone": [30],
-    "long": [SHORT + 8, SHORT + 60],
+    "long": [SHORT + 8, SHORT + 200],
     "mixed": [3, SHORT + 1, SHORT, 17, SHORT + 48, 1, 18],
 }
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel for packs exists on GPUs only")
+
+
+@pytest.fixture(autouse=True, params=["sdpa", "products"])
+def backend(request, monkeypatch):
+    """Run everything on each of the two ways that a CPU has; by itself it takes products for 16 bit alone."""
+    if request.param == "products":
+        monkeypatch.setattr(attention, "uses_products", lambda tensor: tensor.device.type == "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +51,7 @@ def run(llm, embeddings, **options):
 
 def run_packed(llm, embeddings, lengths):
     positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0).to(embeddings.device)
-    return run(llm, embeddings, position_ids=positions, segments=Segments.plan(lengths, embeddings.device))
+    return run(llm, embeddings, position_ids=positions, segments=Segments(lengths))
 
 
 def run_alone(llm, embeddings, lengths):
@@ -105,17 +113,39 @@ def test_without_the_plan_the_samples_would_see_one_another(packed):
 
 
 @pytest.mark.parametrize("lengths", PACKS.values(), ids=PACKS)
-def test_a_plan_takes_each_token_once(lengths):
-    plan = Segments.plan(lengths, torch.device("cpu"))
-    assert len(plan.order) == len(set(plan.order.tolist())) == sum(lengths)
-    rows = sum(index.numel() for index in plan.short) + sum(length for _, length in plan.long)
-    assert int(plan.order.max()) < rows
+def test_each_token_has_one_place_in_the_groups(lengths):
+    groups = Groups(lengths)
+    places = groups.order.tolist()
+    assert len(set(places)) == len(places) == sum(lengths)
+    assert groups.gather[groups.order].tolist() == list(range(sum(lengths)))
+    assert len(groups.gather) == sum(count * width for _, count, width in groups.shapes)
+
+
+def test_vision_attention_by_products_equals_sdpa():
+    query, key, value = (torch.randn(3, 4, 50, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
+    whole = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    torch.testing.assert_close(attend_all(query, key, value, 16**-0.5), whole.transpose(1, 2))
+
+
+def test_sixteen_bit_products_stay_near_the_float32_result(toys):
+    lengths = PACKS["mixed"]
+    embeddings, direction = draw(lengths)
+    llm = AutoModelForCausalLM.from_pretrained(toys.llm, attn_implementation=attention.NAME, dtype=torch.bfloat16)
+    plain = load(toys, "eager")
+    ours, theirs = embeddings.bfloat16().requires_grad_(), embeddings.clone().requires_grad_()
+    hidden, wanted = run_packed(llm, ours, lengths), run_alone(plain, theirs, lengths)
+    assert (hidden.float() - wanted).norm() < 0.02 * wanted.norm()
+    found, right = (
+        torch.autograd.grad((made.float() * direction).sum(), start)[0].float()
+        for made, start in ((hidden, ours), (wanted, theirs))
+    )
+    assert (found - right).norm() < 0.03 * right.norm()
 
 
 def test_a_plan_that_does_not_fill_the_row_is_refused(packed):
     embeddings, _ = draw([5, 7])
     with pytest.raises(AssertionError, match="must fill the packed row"):
-        run(packed, embeddings, segments=Segments.plan([5, 6], embeddings.device))
+        run(packed, embeddings, segments=Segments([5, 6]))
 
 
 def test_right_padding_changes_nothing(packed, reference):

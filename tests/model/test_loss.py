@@ -74,3 +74,35 @@ def test_16_bit_states_give_a_loss_of_32_bits(case):
 def test_no_supervised_row_is_a_loss_of_zero(case):
     hidden, head, targets, weights = case
     assert float(supervised_loss(hidden[:0], head, targets[:0], weights[:0])) == 0
+
+
+@pytest.mark.parametrize("chunk", [5, N])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_beside_a_frozen_head_value_and_gradient_are_those_of_cross_entropy(case, monkeypatch, chunk, dtype):
+    hidden, head, targets, weights = case
+    monkeypatch.setattr(loss, "CHUNK", chunk)
+    head.to(dtype).requires_grad_(False)
+    rows = hidden.detach().to(dtype).requires_grad_()
+    frozen = supervised_loss(rows, head, targets, weights)
+    full = (cross_entropy(head(rows).float(), targets, reduction="none") * weights).sum()
+    torch.testing.assert_close(frozen, full)
+    found, wanted = (torch.autograd.grad(2 * value, rows)[0] for value in (frozen, full))
+    torch.testing.assert_close(found, wanted, **({} if dtype is torch.float32 else {"atol": 0.02, "rtol": 0.02}))
+
+
+def test_a_loss_beyond_the_range_of_exp_stays_exact():
+    head = nn.Linear(2, 3, bias=False).requires_grad_(False)
+    head.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
+    hidden = torch.tensor([[300.0, 0.0]], requires_grad=True)
+    value = supervised_loss(hidden, head, torch.tensor([1]), torch.ones(1))
+    assert float(value) == 300.0
+
+
+def test_small_weights_survive_sixteen_bit(case):
+    hidden, head, targets, weights = case
+    head.half().requires_grad_(False)
+    rows = hidden.detach().requires_grad_()  # autocast hands over float32 hidden states of a float32 norm
+    tiny = supervised_loss(rows, head, targets, weights * 1e-6)
+    (found,) = torch.autograd.grad(tiny * 1e6, rows)
+    (wanted,) = torch.autograd.grad(supervised_loss(rows, head, targets, weights), rows)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-3)

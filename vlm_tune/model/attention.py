@@ -5,6 +5,7 @@ language model's forward pass. Without it (generation, padded batches) plain SDP
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -15,45 +16,26 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from vlm_tune.model.attention_cpu import Groups, PackedProducts, attend_all
+
 NAME = "packed"
-SHORT = 192  # on a CPU, samples up to this many tokens are multiplied together in one batch (benchmarks/README.md)
-WASTE = 1.25  # a batch of short samples may be padded to at most this multiple of its shortest one
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Where the samples of a packed row lie. Made once a batch, used by every layer."""
+    """The samples of a packed row. Made once a batch, used by every layer."""
 
     lengths: list[int]
-    short: list[Tensor]  # (n, W) positions of n samples of like length, padded with the sample's first position
-    long: list[tuple[int, int]]  # (start, length)
-    order: Tensor  # (L,) where each token stands in the outputs of all short and long samples, joined
 
-    @classmethod
-    def plan(cls, lengths: list[int], device: torch.device) -> "Segments":
-        """Group samples of like length; W is the longest of a group."""
-        starts = list(accumulate(lengths, initial=0))[:-1]
-        by_length = sorted(zip(lengths, starts, strict=True))
-        groups: list[list[tuple[int, int]]] = []
-        for length, start in by_length:
-            if length > SHORT:
-                break
-            if not groups or length > WASTE * groups[-1][0][0]:
-                groups.append([])
-            groups[-1].append((length, start))
-        long = [(start, length) for length, start in by_length if length > SHORT]
-        short, joined, offset = [], torch.empty(sum(lengths), dtype=torch.long), 0
-        for group in groups:
-            width = group[-1][0]
-            index = torch.tensor([[start + (i if i < length else 0) for i in range(width)] for length, start in group])
-            for length, start in group:
-                joined[start : start + length] = torch.arange(offset, offset + length)
-                offset += width
-            short.append(index.to(device))
-        for start, length in long:
-            joined[start : start + length] = torch.arange(offset, offset + length)
-            offset += length
-        return cls(lengths, short, long, joined.to(device))
+    @cached_property
+    def groups(self) -> Groups:
+        """The samples side by side, for attention by products."""
+        return Groups(self.lengths)
+
+
+def uses_products(tensor: Tensor) -> bool:
+    """Tell whether attention is by products: SDPA's 16-bit kernel on a CPU is slower."""
+    return tensor.device.type == "cpu" and tensor.dtype is torch.bfloat16
 
 
 def packed_attention(
@@ -61,43 +43,27 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attend within each segment: query (1, heads, L, d), key and value (1, kv_heads, L, d) -> (1, L, heads, d)."""
     segments: Segments | None = options.pop("segments", None)
-    if segments is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     scale = options.get("scaling") or query.shape[-1] ** -0.5
+    if segments is None:
+        is_vision = not getattr(module, "is_causal", True) and attention_mask is None
+        if is_vision and uses_products(query) and not torch.is_grad_enabled():
+            return attend_all(query, key, value, scale), None
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     assert query.shape[0] == 1, "a pack is one row"
     assert sum(segments.lengths) == query.shape[2], "segments must fill the packed row"
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         return _varlen(query, key, value, segments.lengths, scale), None
-    # q has all heads, k and v have kv_heads
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (L, _, d)
-    outputs = [_attend_short(q, k, v, index, scale) for index in segments.short]
-    for start, length in segments.long:
-        rows = slice(start, start + length)
-        part_q, part_k, part_v = (tensor[:, :, rows] for tensor in (query, key, value))
-        whole = scaled_dot_product_attention(part_q, part_k, part_v, is_causal=True, scale=scale, enable_gqa=True)
-        outputs.append(whole[0].transpose(0, 1))
-    return torch.cat(outputs).index_select(0, segments.order).unsqueeze(0), None
-
-
-def _attend_short(query: Tensor, key: Tensor, value: Tensor, index: Tensor, scale: float) -> Tensor:
-    """Attend within n samples of like length by plain products: (L, heads, d), index (n, W) -> (n*W, heads, d).
-
-    SDPA's kernel spends more on the start of each short sample than on its products, and its 16-bit backward pass on a
-    CPU is several times slower than this. Padding comes last in a sample, so causality alone hides it.
-    """
-    count, width = index.shape
-    flat = index.flatten()
-    heads, kv_heads, size = query.shape[1], key.shape[1], query.shape[2]
-    q, k, v = (
-        tensor.index_select(0, flat).view(count, width, -1, size).transpose(1, 2) for tensor in (query, key, value)
-    )
-    grouped = q.reshape(count, kv_heads, heads // kv_heads * width, size)
-    scores = torch.matmul(grouped, k.transpose(2, 3)).view(count, kv_heads, -1, width, width)
-    future = torch.ones(width, width, dtype=torch.bool, device=query.device).triu(1)
-    scores = (scores.float() * scale).masked_fill(future, float("-inf"))
-    shares = scores.softmax(-1).to(v.dtype).view(count, kv_heads, -1, width)
-    output = torch.matmul(shares, v).view(count, heads, width, size)
-    return output.transpose(1, 2).reshape(count * width, heads, size)
+    if uses_products(query):
+        # q has all heads, k and v have kv_heads
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (L, _, d)
+        made: Tensor = PackedProducts.apply(q, k, v, segments.groups, scale)
+        return made.unsqueeze(0), None
+    parts = [tensor.split(segments.lengths, dim=2) for tensor in (query, key, value)]
+    outputs = [
+        scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        for q, k, v in zip(*parts, strict=True)
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float) -> Tensor:

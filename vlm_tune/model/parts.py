@@ -10,6 +10,7 @@ from torch import nn
 
 from vlm_tune.config.schema import Config, LoraConfig, StageConfig, Train
 from vlm_tune.errors import ConfigError
+from vlm_tune.model.lora import spare_casts
 from vlm_tune.model.vlm import VisionLanguageModel
 
 PARTS = ("vision", "projector", "llm")
@@ -70,6 +71,7 @@ def add_lora(part: nn.Module, lora: LoraConfig, targets: list[str], key: str) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # an adapter's first weights belong to the stage: equal on every rank and after a resume
         inject_adapter_in_model(adapter, part)
+    spare_casts(part)
 
 
 def set_modes(model: VisionLanguageModel, stage: StageConfig) -> None:

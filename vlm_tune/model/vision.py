@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from vlm_tune.errors import ConfigError
+from vlm_tune.model import attention
 
 
 class VisionEncoder(nn.Module):
@@ -124,4 +125,4 @@ def load_tower(folder: Path, dtype: torch.dtype) -> Any:
     parsed = AutoConfig.from_pretrained(folder)
     if hasattr(parsed, "vision_config"):  # a CLIP or SigLIP folder holds a text tower too
         parsed = parsed.vision_config
-    return AutoModel.from_pretrained(folder, config=parsed, dtype=dtype)
+    return AutoModel.from_pretrained(folder, config=parsed, dtype=dtype, attn_implementation=attention.NAME)

@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -21,7 +20,10 @@ def make_optimizer(model: VisionLanguageModel, stage: StageConfig) -> AdamW:
             if chosen:
                 decay = stage.weight_decay if decays else 0.0
                 groups.append({"params": chosen, "lr": getattr(stage.lr, part), "weight_decay": decay, "name": part})
-    return AdamW(groups, betas=(0.9, 0.999), fused=torch.cuda.is_available())
+    optimizer = AdamW(groups, betas=(0.9, 0.999), fused=True)
+    # the loop unscales and clips gradients; Lightning refuses to clip where the optimizer claims to unscale them
+    optimizer._step_supports_amp_scaling = False
+    return optimizer
 
 
 def make_schedule(optimizer: AdamW, stage: StageConfig, max_steps: int) -> LambdaLR:

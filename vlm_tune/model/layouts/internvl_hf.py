@@ -35,7 +35,7 @@ def load(folder: Path, model: ModelConfig, dtype: torch.dtype, quantize: Quantiz
         {"quantization_config": quantization(quantize, dtype, OTHER_PARTS)} if quantize is not Quantize.none else {}
     )
     native = InternVLForConditionalGeneration.from_pretrained(
-        folder, dtype=dtype, attn_implementation={"text_config": attention.NAME, "vision_config": "sdpa"}, **options
+        folder, dtype=dtype, attn_implementation=attention.NAME, **options
     )
     tower = native.model.vision_tower
     resample_positions(tower, model.tiles.size)

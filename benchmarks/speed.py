@@ -1,0 +1,146 @@
+"""Speed beside the other trainers on the same work, in one run; write results/speed.json and the table of README.md.
+
+COMMAND: python benchmarks/speed.py --peers FOLDER --work WORK [--reps 3] [--models R,V]
+FOLDER holds bench.py and setup.sh of the peers; `setup.sh WORK` has built WORK (environments, model, data). The run is
+in turns: every trainer once, then every trainer again. Each has the same environment, threads and rows a step.
+
+Our rows: `ours` is a first epoch, with every picture encoded; `ours_later` a later one, whose features are kept;
+`ours_unpacked` pads. A ratio compares processor seconds a step with those of the best peer on that work.
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results" / "speed.json"
+STEPS = f"{sys.executable} {HERE / 'speed_steps.py'}"
+OURS = {"ours": STEPS, "ours_later": f"{STEPS} --cache 1", "ours_unpacked": f"{STEPS} --unpacked 1"}
+WORKS = {"R": ("w1", "w2", "w3"), "V": ("w2",)}
+NAMES = {("R", "w1"): "w1", ("R", "w2"): "w2", ("R", "w3"): "w3", ("V", "w2"): "v"}
+LEANEST = ("hf", "trl", "llamafactory", "swift")
+
+
+def run(arguments: argparse.Namespace, model: str, work: str) -> None:
+    """Run every trainer `reps` times, in turns."""
+    added = [part for name, command in OURS.items() for part in ("--add", f"{name}={command}")]
+    subprocess.run(
+        [
+            *(sys.executable, f"{arguments.peers}/bench.py", "--work", arguments.work, "run", "--model", model),
+            *("--workloads", work, "--dtypes", "bf16", "--reps", str(arguments.reps), "--peers", arguments.trainers),
+            *added,
+        ],
+        check=True,
+        env=os.environ | {"GOMP_SPINCOUNT": "10000"},  # ours sets it by itself: here everybody has it
+    )
+
+
+def read(work_folder: Path, model: str, work: str) -> dict[str, dict[str, float]]:
+    """Read the runs of one work: each trainer's medians."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted((work_folder / "res").glob(f"{model}.{work}.bf16.*.json")):
+        made = json.loads(path.read_text(encoding="utf-8"))
+        if len(made["steps"]) > 2:
+            runs.setdefault(path.name.split(".")[3], []).append(made)
+    return {name: medians(made) for name, made in runs.items()}
+
+
+def medians(runs: list[dict[str, Any]]) -> dict[str, float]:
+    """Take the median of the runs of one trainer; the first two steps of a run warm up."""
+    rows = []
+    for made in runs:
+        steps = made["steps"][2:]
+        total = {key: sum(step[key] for step in steps) for key in ("wall", "cpu", "samples", "nonpad", "sup", "tiles")}
+        first = made["steps"][0]["loss"]
+        rows.append(
+            {key: value / len(steps) for key, value in total.items()}
+            | {"peak_rss_mb": made["peak_rss_mb"], "startup_s": made["startup_s"], "loss": sum(first) / len(first)}
+        )
+    return {key: statistics.median(row[key] for row in rows) for key in rows[0]} | {"runs": len(rows)}
+
+
+def compare(rows: dict[str, dict[str, float]], floor: float) -> dict[str, Any]:
+    """Ratios of one work: to the best peer, and to the floor in seconds of both threads."""
+    peers = {name: row for name, row in rows.items() if name in LEANEST}
+    best = min(row["cpu"] for row in peers.values())
+    first, later = rows["ours"], rows["ours_later"]
+    return {
+        "ratio_first_epoch": best / first["cpu"],
+        "ratio_later_epochs": best / later["cpu"],
+        "floor_first_epoch": first["cpu"] / 2 / floor,
+        "floor_later_epochs": later["cpu"] / 2 / floor,
+        "memory_ratio": first["peak_rss_mb"] / min(row["peak_rss_mb"] for row in peers.values()),
+        "trainers": rows,
+    }
+
+
+def floor_seconds(peers: str, work_folder: Path, model: str, work: str, step: dict[str, float]) -> float:
+    """Ask the peers' own formula for the seconds that a step's necessary products take."""
+    code = (
+        "import sys, json; sys.argv = ['bench.py', 'table', '--work', sys.argv[1]]; import io, contextlib\n"
+        f"sys.path.insert(0, {peers!r})\n"
+        "with contextlib.redirect_stdout(io.StringIO()): import bench\n"
+        f"rate = json.load(open({str(work_folder / 'gemm.json')!r}))['bf16'] * 1e9\n"
+        f"print(bench.floor_s(rate, bench.CFG[{model!r}], {work!r}, {step!r}))"
+    )
+    made = subprocess.run(
+        [sys.executable, "-c", code, str(work_folder)], capture_output=True, text=True, check=True, cwd=peers
+    )
+    return float(made.stdout.split()[-1])
+
+
+def table(results: dict[str, Any]) -> str:
+    """Write the results as a table."""
+    lines = [
+        "| work | trainer | CPU s a step | samples/s | non-pad tokens/s | supervised tokens/s | peak MB | loss 1 | "
+        "times the best peer | times the floor |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for work, result in results.items():
+        best = min(row["cpu"] for name, row in result["trainers"].items() if name in LEANEST)
+        floor = result["trainers"]["ours"]["cpu"] / 2 / result["floor_first_epoch"]
+        for name, row in sorted(result["trainers"].items(), key=lambda item: -item[1]["cpu"]):
+            rates = (
+                f"{row[key] / row['wall']:,.{digits}f}" for key, digits in (("samples", 2), ("nonpad", 0), ("sup", 0))
+            )
+            lines.append(
+                f"| {work} | {name} | {row['cpu']:.2f} | {' | '.join(rates)} | {row['peak_rss_mb']:,.0f} | "
+                f"{row['loss']:.5f} | {best / row['cpu']:.2f} | {row['cpu'] / 2 / floor:.1f} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run, compare, write."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--peers", required=True)
+    parser.add_argument("--work", required=True)
+    parser.add_argument("--reps", type=int, default=3)
+    parser.add_argument("--models", default="R,V")
+    parser.add_argument("--trainers", default="hf,trl,llamafactory,swift")
+    arguments = parser.parse_args()
+    work_folder = Path(arguments.work).resolve()
+    arguments.work, arguments.peers = str(work_folder), str(Path(arguments.peers).resolve())
+    results: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    for model in arguments.models.split(","):
+        for work in WORKS[model]:
+            run(arguments, model, work)
+            rows = read(work_folder, model, work)
+            floor = floor_seconds(arguments.peers, work_folder, model, work, rows["ours"])
+            results[NAMES[model, work]] = compare(rows, floor)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    readme = HERE / "README.md"
+    block = f"<!-- speed -->\n{table(results)}\n<!-- /speed -->"
+    text = readme.read_text(encoding="utf-8")
+    readme.write_text(re.sub(r"<!-- speed -->.*<!-- /speed -->", lambda _: block, text, flags=re.S), encoding="utf-8")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

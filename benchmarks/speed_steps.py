@@ -1,0 +1,178 @@
+"""Train on the work of another trainer, its batches in its order, and write down what each step took.
+
+COMMAND: python benchmarks/speed_steps.py --workload w1|w2|w3 --bs N --steps N --dtype bf16|fp32
+with BENCH_WORK (the work folder) and BENCH_OUT (the JSON to write) in the environment.
+OPTIONS: --packing 1 --max_length N packs samples up to N tokens, `bs` packs a step; --cache 1 is a later epoch: the
+features of the pictures are kept; --unpacked 1 pads instead of packing.
+
+`speed.py` calls this and reads its JSON: steps[{wall, cpu, samples, nonpad, padded, sup, tiles, loss}], peak_rss_mb,
+startup_s. It is the trainer itself, callbacks and all, but for the order of the rows.
+"""
+
+import argparse
+import json
+import os
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+STARTED = time.time()
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+from vlm_tune.cli import quiet_libraries  # noqa: E402 (its environment must stand before torch is imported)
+
+quiet_libraries()
+
+import lightning as L  # noqa: E402
+import torch  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
+
+from vlm_tune.config.parse import load_config  # noqa: E402
+from vlm_tune.data.batch import Batch  # noqa: E402
+from vlm_tune.data.datamodule import DataModule, MicroBatches, Part  # noqa: E402
+from vlm_tune.data.stream import MicroBatch  # noqa: E402
+from vlm_tune.model.build import build_model  # noqa: E402
+from vlm_tune.model.fill_cache import use_feature_cache  # noqa: E402
+from vlm_tune.model.parts import apply_stage  # noqa: E402
+from vlm_tune.training.module import VlmModule  # noqa: E402
+from vlm_tune.training.trainer import make_trainer  # noqa: E402
+
+FILES = {"w1": "cap.json", "w2": "mm.json", "w3": "text.json"}
+STAGES = {
+    "w1": ["stage=pretrain", "model.tiles.max=1"],
+    "w2": ["stage=finetune", "model.tiles.max=6"],
+    "w3": ["stage=sft", "model.tiles.max=6"],
+}
+
+
+class InFileOrder(DataModule):
+    """Serve the rows as the other trainers do: one after the other, `num_rows` a step."""
+
+    def plan(self, num_rows: int, num_steps: int, max_length: int | None) -> None:
+        """Name the rows of each step: `num_rows` rows, or as many packs of at most `max_length` tokens."""
+        assert self.train is not None
+        self.groups = groups_of(self.train, num_rows, num_steps, max_length)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Serve those steps."""
+        assert self.train is not None
+        settings = self.settings(1)
+        return self._loader(MicroBatches(self.train.data, self.train.index, settings, True), self.groups)
+
+
+def groups_of(part: Part, num_rows: int, num_steps: int, max_length: int | None) -> list[MicroBatch]:
+    """Cut the rows, in their order, into steps."""
+    groups: list[list[int]] = [[]]
+    packs, filled = 1, 0
+    for row in range(len(part.index)):
+        length = int(part.index.tokens[row])
+        is_full = max_length is not None and filled + length > max_length
+        packs, filled = (packs + 1, length) if is_full else (packs, filled + length)
+        if len(groups[-1]) == num_rows if max_length is None else packs > num_rows:
+            groups.append([])
+            packs, filled = 1, length
+        groups[-1].append(row)
+    weights = [float(part.index.supervised[group].sum()) for group in groups]
+    steps = [MicroBatch(tuple(group), 0, weight, (0, 0, 0)) for group, weight in zip(groups, weights, strict=True)]
+    return (steps * num_steps)[:num_steps]
+
+
+def processor_seconds() -> float:
+    """Processor time of this process so far."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+class Clock(L.Callback):
+    """Write down each step's time and counts."""
+
+    def __init__(self, result: dict[str, Any]) -> None:
+        self.result = result
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start."""
+        self.result["startup_s"] = time.time() - STARTED
+        self.last = (time.perf_counter(), processor_seconds())
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Count."""
+        now = (time.perf_counter(), processor_seconds())
+        pictures = batch.tiles if batch.tiles is not None else batch.features
+        self.result["steps"].append(
+            {
+                "wall": now[0] - self.last[0],
+                "cpu": now[1] - self.last[1],
+                "samples": len(batch.sample_ids),
+                "nonpad": batch.num_tokens,
+                "padded": batch.input_ids.numel(),
+                "sup": len(batch.targets),
+                "tiles": 0 if pictures is None else len(pictures),
+                "loss": [float(pl_module.step_loss)],
+            }
+        )
+        self.last = now
+
+
+def main() -> None:
+    """Train the steps and write the JSON."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--workload", choices=list(FILES), required=True)
+    parser.add_argument("--bs", type=int, required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), required=True)
+    parser.add_argument("--max_length", type=int)
+    for switch in ("--packing", "--cache", "--unpacked"):
+        parser.add_argument(switch, type=int, default=0)
+    arguments = parser.parse_args()
+    assets = Path(os.environ["BENCH_WORK"]) / "assets"
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    result: dict[str, Any] = {"steps": []}
+    with tempfile.TemporaryDirectory() as run:
+        (Path(run) / "checkpoints").mkdir()
+        train(arguments, assets, result, Path(run))
+    result["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    Path(os.environ["BENCH_OUT"]).write_text(json.dumps(result), encoding="utf-8")
+
+
+def train(arguments: argparse.Namespace, assets: Path, result: dict[str, Any], run: Path) -> None:
+    """Run the trainer in a folder."""
+    config = load_config(
+        [
+            *STAGES[arguments.workload],
+            "model=tiny",
+            f"model.path={assets / os.environ.get('BENCH_MODEL', 'R')}",
+            "model.system=''",
+            "model.tiles.size=448",
+            "model.tiles.min=1",
+            f"data.path={assets / FILES[arguments.workload]}",
+            f"data.image.root={assets}",
+            "data.val=none",
+            "data.test=none",
+            "data.workers=0",
+            f"data.feature_cache={'on' if arguments.cache else 'off'}",
+            f"stage.packing={str(not arguments.unpacked).lower()}",
+            "stage.init_from=none",
+            "stage.lora={rank: 16, alpha: 32, dropout: 0}",
+            "stage.lr={projector: 1e-4, llm: 1e-4}",
+            "trainer={global_batch: 1, chat_every: 0, val_every: 1000, save_every: 1000}",
+            f"trainer.precision={arguments.dtype}",
+        ]
+    )
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    model = build_model(config)
+    apply_stage(model.vlm, config)
+    data = InFileOrder(config, model.encoder)
+    data.setup()
+    data.plan(arguments.bs, arguments.steps, arguments.max_length if arguments.packing else None)
+    module = VlmModule(model, config, arguments.steps)
+    trainer = make_trainer(config, arguments.steps, run, [Clock(result)])
+    use_feature_cache(model.vlm, data, config, trainer.strategy.root_device)
+    trainer.fit(module, datamodule=data)
+
+
+if __name__ == "__main__":
+    main()
