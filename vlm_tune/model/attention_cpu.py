@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 BLOCK = 128  # queries of a long sample whose scores exist at one time
-SHORT = 192  # samples up to this many tokens are multiplied together, in one block
-WASTE = 1.25  # and padded to at most this multiple of the shortest one among them
+SHORT = 192  # tokens of a sample that is one block
+WASTE = 1.2  # samples that are multiplied together are padded to at most this multiple of the shortest one,
+TOGETHER = 2048  # and have about so many tokens in all
 
 
 class Groups:
@@ -43,10 +44,11 @@ class Groups:
 
 
 def _alike(samples: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-    """Part (length, start) of samples, short ones first, into groups of like length; a long one stands alone."""
+    """Part (length, start) of samples, short ones first, into groups of like length."""
     groups: list[list[tuple[int, int]]] = []
     for sample in samples:
-        if not groups or sample[0] > SHORT or sample[0] > WASTE * groups[-1][0][0]:
+        length = sample[0]
+        if not groups or length > WASTE * groups[-1][0][0] or length * (len(groups[-1]) + 1) > TOGETHER:
             groups.append([])
         groups[-1].append(sample)
     return groups
