@@ -41,6 +41,7 @@ ROW_KINDS = {
     "too long": r"but data\.max_length=",
     "no answer": r"no answer|the answer is empty|<nooutput>",
     "wrong size declared": r"^width or height is|^\d+ widths and",
+    "video": r'^video "|^the video cannot|^"clip"',
     UNKNOWN_DIALECT: r'^no known dialect|^no "',
 }
 PICTURE_KINDS = {
@@ -265,7 +266,8 @@ def dialect_of(record: Mapping[str, object]) -> str:
 
 def name_of(picture: Picture) -> bytes:
     """Return what tells a picture from others."""
-    return picture.content or picture.path.encode("utf-8", "surrogatepass")
+    frame = "" if picture.frame is None else f" frame {picture.frame}"
+    return picture.content or f"{picture.path}{frame}".encode("utf-8", "surrogatepass")
 
 
 def content_of(sample: Sample) -> Iterator[bytes]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vlm_tune.config.schema import AugmentConfig, DataConfig, TilesConfig
@@ -80,16 +81,16 @@ class Conversations:
     ) -> npt.NDArray[np.uint8]:
         """Cut all pictures of a sample into tiles (T, H, W, 3); a generator turns augmentation on."""
         size = self.pictures.tiles.size
-        made = [
-            self.cut(picture, limit, sample, generator) for picture, limit in self.limited_pictures(sample, example)
-        ]
+        limited = self.limited_pictures(sample, example)
+        images = self.reader.open_pictures([picture for picture, _ in limited], sample.where, sample.id)
+        made = [self._cut(image, limit, generator) for image, (_, limit) in zip(images, limited, strict=True)]
         return np.concatenate([np.zeros((0, size, size, 3), dtype=np.uint8), *made])
 
-    def cut(
-        self, picture: Picture, limit: int, sample: Sample, generator: np.random.Generator | None = None
-    ) -> npt.NDArray[np.uint8]:
+    def cut(self, picture: Picture, limit: int, sample: Sample) -> npt.NDArray[np.uint8]:
         """Cut one picture into at most `limit` tiles and its thumbnail: (T, H, W, 3)."""
-        image = self.reader.open_picture(picture, sample.where, sample.id)
+        return self._cut(self.reader.open_picture(picture, sample.where, sample.id), limit, None)
+
+    def _cut(self, image: Image.Image, limit: int, generator: np.random.Generator | None) -> npt.NDArray[np.uint8]:
         if generator is not None:
             image = augment(image, self.pictures.augment, generator)
         return make_tiles(image, self.pictures.tiles, limit, self.pictures.normalization)
@@ -98,7 +99,7 @@ class Conversations:
         """Read what the frozen encoder saw in a sample's pictures: (T, P, C)."""
         assert self.cache is not None
         features = [
-            self.cache.read(self.cache.key(self.reader.read_bytes(picture, sample.where, sample.id), limit))
+            self.cache.read(self.cache.key(self.reader.read_content(picture, sample.where, sample.id), limit))
             for picture, limit in self.limited_pictures(sample, example)
         ]
         return torch.cat(features)

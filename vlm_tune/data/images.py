@@ -8,10 +8,10 @@ import io
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -21,6 +21,7 @@ import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
 
 from vlm_tune.config.schema import ImageConfig
+from vlm_tune.data import videos
 from vlm_tune.data.sample import Picture
 from vlm_tune.errors import DataError
 
@@ -79,6 +80,8 @@ class ImageReader:
 
         With config.exif the sides change places where the EXIF orientation says so. Raise DataError.
         """
+        if picture.frame is not None:
+            return self._read_video_size(picture, where, sample_id)
         with self._opened(picture, where, sample_id) as header:
             return header.size
 
@@ -86,20 +89,25 @@ class ImageReader:
         """Return the size as `read_size` does, but raise DataError for a truncated file, too.
 
         A file whose last bytes are those of its format is taken as complete, which costs next to nothing; any other
-        (cut off, or with something behind its end) is decoded to be certain.
+        (cut off, or with something behind its end) is decoded to be certain. A video is compared with its own index.
         """
+        if picture.frame is not None:
+            return self._read_video_size(picture, where, sample_id)
         with self._opened(picture, where, sample_id) as header:
             if not _ends_properly(header):
                 _decode(header)
             return header.size
 
-    def read_bytes(self, picture: Picture, where: str = "", sample_id: str | None = None) -> bytes:
-        """Return the encoded file, under the same limits on its place. Raise DataError."""
-        try:
+    def read_content(self, picture: Picture, where: str = "", sample_id: str | None = None) -> bytes:
+        """Return what tells the picture's pixels from others: the encoded file; of a video, its hash and the frame.
+
+        The file lies under the same limits on its place. Raise DataError.
+        """
+        with self._naming(picture, where, sample_id):
+            if picture.frame is not None:
+                return b"%s frame %d" % (videos.digest(self._inside_root(picture.path)), picture.frame)
             with self._open_file(picture) as file:
                 return file.read()
-        except DataError as error:
-            raise DataError(f"{picture.path or 'the picture in the row'} {error.reason}", where, sample_id) from error
 
     def open_picture(self, picture: Picture, where: str = "", sample_id: str | None = None) -> Image.Image:
         """Return the decoded picture, RGB, upright where config.exif is set. Raise DataError.
@@ -108,20 +116,52 @@ class ImageReader:
         first frame counts. Only 16-bit grey keeps its high byte instead, as Pillow does with 16-bit colour, since
         convert("RGB") would make white of everything above 255 of 65535.
         """
+        if picture.frame is not None:
+            return next(self.open_pictures([picture], where, sample_id))
         with self._opened(picture, where, sample_id) as header:
             image = _decode(header)
             return image if header.upright is None else image.transpose(header.upright)
 
+    def open_pictures(
+        self, pictures: Sequence[Picture], where: str = "", sample_id: str | None = None
+    ) -> Iterator[Image.Image]:
+        """Yield the decoded pictures as `open_picture` does; a video is opened once for all its frames in a row."""
+        for path, group in groupby(pictures, key=lambda picture: None if picture.frame is None else picture.path):
+            members = list(group)
+            if path is None:
+                yield from (self.open_picture(picture, where, sample_id) for picture in members)
+                continue
+            with self._naming(members[0], where, sample_id):
+                numbers = [picture.frame for picture in members if picture.frame is not None]
+                yield from videos.read_frames(self._inside_root(path), numbers)
+
+    def _read_video_size(self, picture: Picture, where: str, sample_id: str | None) -> tuple[int, int]:
+        with self._naming(picture, where, sample_id):
+            size = videos.read_header(self._inside_root(picture.path)).size
+            self._check_pixels(*size)
+            return size
+
     @contextmanager
     def _opened(self, picture: Picture, where: str, sample_id: str | None) -> Iterator[_Header]:
         """Open the picture and read its header; put its name, `where` and the id on every fault, also of the body."""
+        with self._naming(picture, where, sample_id), self._open_file(picture) as file:
+            yield self._read_header(picture, file)
+
+    @contextmanager
+    def _naming(self, picture: Picture, where: str, sample_id: str | None) -> Iterator[None]:
+        """Put the picture's name, `where` and the id on every fault."""
         try:
-            with self._open_file(picture) as file:
-                yield self._read_header(picture, file)
+            yield
         except DataError as error:
             shown = picture.path if picture.path.isprintable() else ascii(picture.path)[1:-1]
-            name = f'picture "{shown}"' if shown else "a picture of the row"
+            kind = "picture" if picture.frame is None else "video"
+            name = f'{kind} "{shown}"' if shown else "a picture of the row"
             raise DataError(f"{name} {error.reason}", where, sample_id) from error
+
+    def _check_pixels(self, width: int, height: int) -> None:
+        if width * height > self.config.max_pixels:
+            limit = f"data.image.max_pixels={self.config.max_pixels}"
+            raise DataError(f"is too large: {width} x {height} pixels, {limit}. Make it smaller, or raise the limit")
 
     def _open_file(self, picture: Picture) -> BinaryIO:
         """Return the encoded file, opened for reading; refuse paths out of the root and whatever is not a file."""
@@ -173,9 +213,7 @@ class ImageReader:
         except Exception as error:  # on damaged bytes a decoder may raise whatever it likes
             raise _damaged(name, error) from error
         width, height = image.size if orientation < 5 else image.size[::-1]
-        if width * height > self.config.max_pixels:
-            limit = f"data.image.max_pixels={self.config.max_pixels}"
-            raise DataError(f"is too large: {width} x {height} pixels, {limit}. Make it smaller, or raise the limit")
+        self._check_pixels(width, height)
         if image.mode == "F" or (image.mode == "I" and name != "PPM"):  # 16-bit PPM comes as mode I
             raise DataError("has 32 bits a channel, for which white is not defined. Convert it to 8 bits a channel")
         if picture.size is not None and picture.size != (width, height):

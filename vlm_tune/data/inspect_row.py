@@ -160,6 +160,7 @@ def cut_pictures(data: Conversations, sample: Sample, example: Example) -> Itera
         if len(made) > grid[0] * grid[1]:
             overview = 0 if tiles.rule is TileRule.anyres else len(made) - 1
         name = picture.path or f"picture {number}, inside the row"
+        name += "" if picture.frame is None else f", frame {picture.frame}"
         yield SeenPicture(name, image, canvas_of(image.size, grid, tiles), grid, made, first, overview)
         first += len(made)
 
