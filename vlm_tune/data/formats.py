@@ -8,6 +8,7 @@ import difflib
 import functools
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -83,7 +84,8 @@ def parse_record(record: object, fmt: str, where: str, index: int, image_root: P
         raise row.fault(f'"{media[0]}" is given, but rows of {name} are text only. Use data.format=sharegpt or llava.')
     messages = reader(row)
     check_answered(row, messages)
-    return Sample(row.sample_id if row.sample_id is not None else str(index), tuple(messages), where)
+    sample_id = row.sample_id if row.sample_id is not None else str(index)
+    return Sample(sample_id, tuple(messages), where, is_plain=name == "text")
 
 
 def _sample_id(record: Record, where: str) -> str | None:
@@ -197,7 +199,7 @@ def _parse_by_user(record: Record, fmt: str, where: str, index: int, image_root:
         raise DataError(reason, where, own_id) from error
     if isinstance(result, Sample):
         check_answered(Row(record, where, own_id, image_root), result.messages)
-        return Sample(result.id or str(index), result.messages, where)
+        return replace(result, id=result.id or str(index), where=where)
     if isinstance(result, dict):
         return parse_record(result, "auto", where, index, image_root)
     raise DataError(f"{fmt} returned {kind_of(result)}, not a Sample or a record. Mend the function.", where, own_id)

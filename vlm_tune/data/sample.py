@@ -41,6 +41,7 @@ class Sample:
     id: str
     messages: tuple[Message, ...]
     where: str = ""  # "train.jsonl:17"
+    is_plain: bool = False  # running text for continued pretraining: no turns, hence no template
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
