@@ -214,6 +214,14 @@ def test_a_file_that_changes_is_read_anew(tmp_path: Path) -> None:
     assert read_header(str(path)).num_frames == 30
 
 
+def test_the_row_in_the_documentation_is_read(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data_format.md").read_text(encoding="utf-8")
+    example = json.loads(page.split("## Videos")[1].split("```json\n")[1].split("\n```")[0])
+    write_video(tmp_path / example["video"])
+    sample = parse_record(example, "auto", "train.jsonl:1", 0, tmp_path)
+    assert [picture.frame for picture in sample.pictures] == [7, 12, 17, 22, 27, 32, 37, 42]
+
+
 # In training
 
 

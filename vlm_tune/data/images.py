@@ -154,8 +154,8 @@ class ImageReader:
             yield
         except DataError as error:
             shown = picture.path if picture.path.isprintable() else ascii(picture.path)[1:-1]
-            kind = "picture" if picture.frame is None else "video"
-            name = f'{kind} "{shown}"' if shown else "a picture of the row"
+            name = f'picture "{shown}"' if picture.frame is None else f'video "{shown}"'
+            name = name if shown else "a picture of the row"
             raise DataError(f"{name} {error.reason}", where, sample_id) from error
 
     def _check_pixels(self, width: int, height: int) -> None:
