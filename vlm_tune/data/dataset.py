@@ -1,5 +1,6 @@
 """One data file as examples: a row is parsed, measured, encoded and cut into tiles when it is asked for."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,6 +23,9 @@ from vlm_tune.data.rows import open_rows
 from vlm_tune.data.sample import Picture, Sample
 from vlm_tune.data.tiles import make_tiles, picture_tiles, tile_limits
 from vlm_tune.errors import DataError
+
+Measure = Callable[[Picture, str, str | None], tuple[int, int]]
+"""The size of a picture (width, height), by ImageReader.read_size or a method that looks closer."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +69,14 @@ class Conversations:
         """Parse one row."""
         return parse_record(self.rows[row], self.format, self.rows.where(row), row, self.root)
 
-    def encode(self, row: int, whole: bool = False) -> Example:
-        """Encode one row; its pictures' sizes come from their headers alone. `whole` also finds truncated files."""
+    def encode(self, row: int) -> Example:
+        """Encode one row; its pictures' sizes come from their headers alone."""
         sample = self.sample(row)
-        return self.encoder.encode(sample, self.tiling(sample, whole))
+        return self.encoder.encode(sample, self.tiling(sample))
 
-    def tiling(self, sample: Sample, whole: bool = False) -> "Tiling":
-        """Measure a sample's pictures once; tile counts under any limit follow."""
-        measure = self.reader.check_picture if whole else self.reader.read_size
+    def tiling(self, sample: Sample, measure: Measure | None = None) -> "Tiling":
+        """Measure a sample's pictures once, by default from their headers; tile counts under any limit follow."""
+        measure = measure or self.reader.read_size
         sizes = [measure(picture, sample.where, sample.id) for picture in sample.pictures]
         return Tiling(sizes, [picture.is_frame for picture in sample.pictures], self.pictures.tiles)
 

@@ -37,6 +37,7 @@ FORMATS = {
 }
 _SIGNATURES = {name: re.compile(pattern, re.DOTALL) for name, pattern in FORMATS.items()}
 _LONGEST_SIGNATURE = 16  # bytes
+_MAX_CHECKED = 1 << 16  # pictures that one process remembers: about 20 MB
 
 # How a complete file ends. Others are decoded to know, and so is a file with something behind its end.
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\x00\x00\x00\x00IEND\xae\x42\x60\x82", "GIF": b"\x00;"}
@@ -184,17 +185,21 @@ class ImageReader:
 
     def _inside_root(self, path: str) -> str:
         """Return the real path; raise DataError for a URL, no path, and whatever lies outside the image root."""
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path):
+        if "://" in path and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path):
             raise DataError("is a URL; pictures are read from disk only. Download it and give the file's path")
         if not path or "\0" in path:
             raise DataError("has no valid path. Give the path of a picture file")
         plain = os.path.normpath(os.path.join(self.root, path))
+        folder, name = os.path.split(plain)
         try:
-            real = os.path.realpath(plain)
+            real = os.path.join(_real_folder(folder), name)
+            if os.path.islink(real):
+                real = os.path.realpath(real)
         except (OSError, ValueError) as error:
             raise DataError(f"has no valid path: {error}. Give the path of a picture file") from error
+        inside = os.path.join(self.root, "")
         for candidate, fault in ((plain, "lies outside"), (real, "is a symbolic link out of")):
-            if not Path(candidate).is_relative_to(self.root):
+            if not os.path.join(candidate, "").startswith(inside):
                 remedy = "Move it there, or set data.image.root to a folder that holds all pictures"
                 raise DataError(f"{fault} the image root {self.root}: it is {candidate}. {remedy}")
         return real
@@ -221,6 +226,31 @@ class ImageReader:
             turned = ", its sides swapped" if picture.size == (height, width) else ""
             raise DataError(f"is {width} x {height} pixels, {declared}{turned}. Correct its width and height")
         return _Header(image, file, name, _UPRIGHT.get(orientation), (width, height))
+
+
+class CheckedPictures:
+    """Check each picture file once, however many rows show it: what one process keeps for one pass over the rows."""
+
+    def __init__(self, reader: ImageReader) -> None:
+        self._reader = reader
+        self._found: dict[Picture, tuple[int, int] | str] = {}  # size, or the reason why there is none
+
+    def check(self, picture: Picture, where: str = "", sample_id: str | None = None) -> tuple[int, int]:
+        """Return the size as `ImageReader.check_picture` does, from memory where it can. Raise DataError."""
+        if picture.content is not None:
+            return self._reader.check_picture(picture, where, sample_id)
+        found = self._found.get(picture)
+        if found is None:
+            try:
+                found = self._reader.check_picture(picture)
+            except DataError as error:
+                found = error.reason
+            if len(self._found) >= _MAX_CHECKED:
+                self._found.clear()
+            self._found[picture] = found
+        if isinstance(found, str):
+            raise DataError(found, where, sample_id)
+        return found
 
 
 def _find_format(file: BinaryIO) -> str:
@@ -296,6 +326,12 @@ def _near(path: str) -> str:
     if close:
         return f'; did you mean "{names[close[0]]}" of the same folder?'
     return "." if names else f", and {folder} is no folder with files."
+
+
+@lru_cache(maxsize=4096)
+def _real_folder(folder: str) -> str:
+    """Resolve the links of a folder once: following them anew for each picture takes as long as reading its header."""
+    return os.path.realpath(folder)
 
 
 @lru_cache(maxsize=64)

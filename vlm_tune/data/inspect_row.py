@@ -95,7 +95,7 @@ def look(config: Config, encoder: Encoder, tokenizer: "PreTrainedTokenizerBase",
         raise ConfigError(f"row={row}: {path.name} has {len(rows)} rows, counted from 0: row=0 to row={len(rows) - 1}")
     data, number = rows.locate(row)
     sample = data.sample(number)
-    example = data.encoder.encode(sample, data.tiling(sample, whole=True))
+    example = data.encoder.encode(sample, data.tiling(sample, data.reader.check_picture))
     return Seen(
         row=row,
         sample=sample,
