@@ -55,8 +55,6 @@ def read_sharegpt(row: Row) -> list[Message]:
     key = "messages" if row.record.get("conversations") is None and "messages" in row.record else "conversations"
     messages = _turns(row, key, _SHAREGPT_ROLES)
     system = row.optional("system")
-    if row.optional("tools").strip():
-        raise row.fault('"tools" is not read. Write the tools into the system text as your model expects them.')
     if system.strip():
         if messages and messages[0].role == "system":
             raise row.fault('both "system" and a first turn of the system. Keep one of them.')
@@ -105,7 +103,7 @@ def _spoken(row: Row, value: object, number: int, role: Role, key: str) -> str:
 
 def _has_loss(row: Row, turn: Mapping[str, object], number: int) -> bool:
     """Read a turn's loss flag: "loss" (true, false or their names, as XTuner) or OpenAI's "weight" (0 or 1)."""
-    value = turn.get("loss", turn.get("weight"))
+    value = turn.get("weight") if turn.get("loss") is None else turn["loss"]
     if value is None:
         return True
     if isinstance(value, str) and value.lower() in ("true", "false"):
@@ -116,12 +114,14 @@ def _has_loss(row: Row, turn: Mapping[str, object], number: int) -> bool:
 
 
 def _with_media(row: Row, messages: list[Message]) -> list[Message]:
-    video = row.record.get("video")
-    if video is None or video == "":
+    videos = [video for key in ("video", "videos") for video in listed(row.record.get(key))]
+    if not videos:
         return place_pictures(row, messages, row_pictures(row))
     if row_pictures(row):
         raise row.fault('both "image" and "video". Split them into two rows.')
-    return _place_frames(row, messages, video_parts(_frames(row, row.text(video, '"video"'))))
+    if len(videos) > 1:
+        raise row.fault(f"{len(videos)} videos. Only one a row is read: split them into rows.")
+    return _place_frames(row, messages, video_parts(_frames(row, row.text(videos[0], '"video"'))))
 
 
 def video_parts(frames: Sequence[Picture]) -> tuple[Part, ...]:
@@ -250,8 +250,7 @@ def read_xtuner(row: Row) -> list[Message]:
     """
     messages: list[Message] = []
     for number, turn in enumerate(_xtuner_turns(row), 1):
-        system = row.text(turn.get("system") or "", f'turn {number}, "system"')
-        question = row.text(turn.get("input") or "", f'turn {number}, "input"')
+        system, question = (_optional(row, turn, number, key) for key in ("system", "input"))
         if turn.get("output") is None:
             raise row.fault(f'turn {number}: no answer: "output" is missing. Write one, or remove the turn.')
         answer = row.answer(turn["output"], f'turn {number}, "output"')
@@ -261,6 +260,11 @@ def read_xtuner(row: Row) -> list[Message]:
         is_supervised = _has_loss(row, {"loss": turn.get("output_with_loss")}, number)
         messages.append(Message("assistant", (answer,), supervised=is_supervised))
     return place_pictures(row, messages, row_pictures(row))
+
+
+def _optional(row: Row, turn: Mapping[str, object], number: int, key: str) -> str:
+    text = turn.get(key)
+    return "" if text is None else row.text(text, f'turn {number}, "{key}"')
 
 
 def _xtuner_turns(row: Row) -> Sequence[Mapping[str, object]]:
