@@ -81,19 +81,19 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
         llava(human("<video>"), GPT, video="w"),
         'video "w" is not there. It is looked for below data.image.root.',
     ),
-    ("llava", llava(human("<video>"), GPT, video="\0"), "the video's folder cannot be read: "),
-    ("llava", llava(human("<video>"), GPT, video="x" * 999), "the video's folder cannot be read: "),
+    ("llava", llava(human("<video>"), GPT, video="\0"), "the video cannot be read: "),
+    ("llava", llava(human("<video>"), GPT, video="x" * 999), "the video cannot be read: "),
     ("llava", llava(human("<video>"), GPT, video="e"), 'video "e" holds no frames. Known: .jpg'),
     (
         "llava",
         llava(human("<video>"), GPT, video="m.mp4"),
-        'video "m.mp4" is a file, which is not read yet. Extract its',
+        'video "m.mp4" is empty (0 bytes). Copy it again',
     ),
     ("llava", llava(human("<video>"), GPT, video="../v"), 'video "../v" lies outside of the image root.'),
     (
         "llava",
         llava(human("<video>"), GPT, video="v", clip=[0, 1]),
-        '"clip" needs a video file, which is not read yet.',
+        '"clip" needs a video file, "v" is a folder. Keep only',
     ),
     (
         "llava",

@@ -70,3 +70,13 @@ def test_fault(tmp_path: Path, content: Any, reason: str) -> None:
 def test_a_missing_meta_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"meta.json: cannot be read: No such file"):
         read_meta(tmp_path / "meta.json")
+
+
+def test_the_mixtures_in_the_documentation_are_read(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data_format.md").read_text(encoding="utf-8").split("## Mixtures")[1]
+    for name, pattern in (("meta.json", r"\n    (\{[^\n]*\})\n"), ("mixture.yaml", r"```yaml\n(.*?)```")):
+        (found,) = re.findall(pattern, page, re.DOTALL)
+        path = tmp_path / name
+        path.write_text(found.replace("recipe:chat_text/", ""), encoding="utf-8")
+        assert is_meta(path)
+        assert read_meta(path)[0].annotation == tmp_path / "dishes.jsonl"

@@ -4,11 +4,13 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from vlm_tune.data.encode import Encoder, EncoderSettings
+from vlm_tune.data.chat_template import choose_template
+from vlm_tune.data.encode import NO_LOSS, Encoder, EncoderSettings, no_pictures
+from vlm_tune.data.formats import parse_record
 from vlm_tune.data.sample import Message, Sample
 from vlm_tune.data.templates import load_template
 from vlm_tune.data.tokens import TextTokenizer
-from vlm_tune.errors import ConfigError
+from vlm_tune.errors import ConfigError, DataError
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 CORPUS = ["A chat between a user and an assistant. USER: What is it? ASSISTANT: A cat on the couch.\n\n The end. " * 20]
@@ -17,6 +19,7 @@ ROWS = [
     (("What  is\n\nit?", "  A cat \n"), (" And this? ", "A dog on the couch"), ("\n", "Yes")),
     (("你好", "猫"), ("USER: hi", "</x> ASSISTANT:")),
 ]
+PLAIN = (Message("assistant", ("A cat.",), supervised=True),)
 QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
@@ -90,6 +93,39 @@ def test_first_word_of_an_answer_keeps_its_space(tokenizer):
     assert supervised == tokenizer(" ASSISTANT: A cat.</s>")["input_ids"][-len(supervised) :]
     prompt = encoder.encode_prompt(sample_of(ROWS[0])).input_ids.tolist()
     assert prompt + supervised == example.input_ids.tolist()
+
+
+@pytest.mark.parametrize("text", ["The cat on the couch.\n\nThe end. ", " A dog\n", "你好 猫"])
+@pytest.mark.parametrize("name", ["chatml", "v1", "plain", "default", "llama2_chat", "tokenizer"])
+def test_plain_text_is_the_tokenizers_own_and_its_end(tokenizer, name, text):
+    """A row {"text": ...} has no headers under any template; all of it is trained on, the first token aside."""
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for each in messages %}"
+        "{{ '<|im_start|>' + each['role'] + '\n' + each['content'] + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    settings = EncoderSettings(image_start="", image_context="", image_end="")
+    encoder = Encoder(tokenizer, choose_template(name, tokenizer), settings)
+    sample = parse_record({"text": text}, "auto", "a.jsonl:1", 0)
+    example = encoder.encode(sample)
+    assert example.input_ids.tolist() == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    assert example.labels.tolist() == [NO_LOSS, *example.input_ids[1:].tolist()]
+    assert encoder.encode_lengths([sample], [no_pictures])[0].num_tokens == len(example.input_ids)
+
+
+def test_plain_text_takes_no_system_prompt(tokenizer):
+    settings = EncoderSettings(image_start="", image_context="", image_end="", system="Be kind.", add_bos=False)
+    example = Encoder(tokenizer, load_template("chatml"), settings).encode(Sample("a", PLAIN, is_plain=True))
+    expected = tokenizer("A cat.", add_special_tokens=False)["input_ids"]
+    assert example.input_ids.tolist() == [*expected, tokenizer.eos_token_id]
+
+
+def test_plain_text_asks_nothing(tokenizer):
+    encoder = Encoder(
+        tokenizer, load_template("chatml"), EncoderSettings(image_context="", image_start="", image_end="")
+    )
+    with pytest.raises(DataError, match=r'a.jsonl:1 \(id "a"\): plain text holds no question to answer'):
+        encoder.encode_prompt(Sample("a", PLAIN, "a.jsonl:1", is_plain=True))
 
 
 def test_literal_special_tokens_stay_text(tokenizer):

@@ -15,12 +15,12 @@ from vlm_tune.config.schema import TileRule
 from vlm_tune.data.dataset import Conversations, Tiling
 from vlm_tune.data.encode import Encoder, EncoderSettings, Lengths, SkippedSample
 from vlm_tune.data.formats import parse_record, recognise
+from vlm_tune.data.images import CheckedPictures
 from vlm_tune.data.sample import Picture, Sample
 from vlm_tune.data.tiles import picture_tiles
 from vlm_tune.errors import DataError
 
 CHUNK = 256  # rows that a worker checks at once: their texts are tokenized together
-MAX_HEADERS = 1 << 16  # pictures whose size a worker remembers
 ENDLESS = 1 << 40  # tokens: nothing is too long for this limit
 UNREADABLE, UNKNOWN = "unreadable", "unknown"  # in the count of rows per dialect
 UNKNOWN_DIALECT, REPEATED_ID, OTHER = "unknown dialect", "repeated id", "other"
@@ -41,6 +41,7 @@ ROW_KINDS = {
     "too long": r"but data\.max_length=",
     "no answer": r"no answer|the answer is empty|<nooutput>",
     "wrong size declared": r"^width or height is|^\d+ widths and",
+    "video": r'^video "|^the video cannot|^"clip"',
     UNKNOWN_DIALECT: r'^no known dialect|^no "',
 }
 PICTURE_KINDS = {
@@ -123,7 +124,7 @@ class RowCheck(Dataset[Findings]):
         # Measured without a limit first, so that the histogram holds the rows that are too long as well.
         self.endless = with_settings(data.encoder, replace(data.encoder.settings, max_length=ENDLESS))
         self.tiles = {rule: replace(data.pictures.tiles, rule=rule) for rule in RULES}
-        self.headers: dict[Picture, tuple[int, int] | str] = {}  # size, or the reason why there is none
+        self.checked = CheckedPictures(data.reader)
 
     def __len__(self) -> int:
         """Count the chunks."""
@@ -174,30 +175,15 @@ class RowCheck(Dataset[Findings]):
         sizes: list[tuple[int, int]] = []
         pictures = sample.pictures
         for picture in pictures:
-            size = self._size(picture)
-            if isinstance(size, tuple):
-                sizes.append(size)
+            try:
+                sizes.append(self.checked.check(picture, sample.where, sample.id))
                 found.images["found"] += 1
-            else:
-                kind = add_fault(found, row, DataError(size, sample.where, sample.id), PICTURE_KINDS)
+            except DataError as error:
+                kind = add_fault(found, row, error, PICTURE_KINDS)
                 found.images[STATES.get(kind, "broken")] += 1
         if len(sizes) < len(pictures):
             return None
         return Tiling(sizes, [picture.is_frame for picture in pictures], self.data.pictures.tiles)
-
-    def _size(self, picture: Picture) -> tuple[int, int] | str:
-        """Return a picture's size, or why it cannot be used. A file is read once, however many rows show it."""
-        size = self.headers.get(picture)
-        if size is None:
-            try:
-                size = self.data.reader.check_picture(picture)
-            except DataError as error:
-                size = error.reason
-            if picture.content is None:
-                if len(self.headers) >= MAX_HEADERS:
-                    self.headers.clear()
-                self.headers[picture] = size
-        return size
 
     def _measure(self, good: list[GoodRow], found: Findings) -> None:
         """Count the tokens of all rows that could be read, and apply the policy to those that are too long."""
@@ -265,7 +251,8 @@ def dialect_of(record: Mapping[str, object]) -> str:
 
 def name_of(picture: Picture) -> bytes:
     """Return what tells a picture from others."""
-    return picture.content or picture.path.encode("utf-8", "surrogatepass")
+    frame = "" if picture.frame is None else f" frame {picture.frame}"
+    return picture.content or f"{picture.path}{frame}".encode("utf-8", "surrogatepass")
 
 
 def content_of(sample: Sample) -> Iterator[bytes]:

@@ -1,5 +1,6 @@
 """One data file as examples: a row is parsed, measured, encoded and cut into tiles when it is asked for."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vlm_tune.config.schema import AugmentConfig, DataConfig, TilesConfig
@@ -21,6 +23,9 @@ from vlm_tune.data.rows import open_rows
 from vlm_tune.data.sample import Picture, Sample
 from vlm_tune.data.tiles import make_tiles, picture_tiles, tile_limits
 from vlm_tune.errors import DataError
+
+Measure = Callable[[Picture, str, str | None], tuple[int, int]]
+"""The size of a picture (width, height), by ImageReader.read_size or a method that looks closer."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +69,14 @@ class Conversations:
         """Parse one row."""
         return parse_record(self.rows[row], self.format, self.rows.where(row), row, self.root)
 
-    def encode(self, row: int, whole: bool = False) -> Example:
-        """Encode one row; its pictures' sizes come from their headers alone. `whole` also finds truncated files."""
+    def encode(self, row: int) -> Example:
+        """Encode one row; its pictures' sizes come from their headers alone."""
         sample = self.sample(row)
-        return self.encoder.encode(sample, self.tiling(sample, whole))
+        return self.encoder.encode(sample, self.tiling(sample))
 
-    def tiling(self, sample: Sample, whole: bool = False) -> "Tiling":
-        """Measure a sample's pictures once; tile counts under any limit follow."""
-        measure = self.reader.check_picture if whole else self.reader.read_size
+    def tiling(self, sample: Sample, measure: Measure | None = None) -> "Tiling":
+        """Measure a sample's pictures once, by default from their headers; tile counts under any limit follow."""
+        measure = measure or self.reader.read_size
         sizes = [measure(picture, sample.where, sample.id) for picture in sample.pictures]
         return Tiling(sizes, [picture.is_frame for picture in sample.pictures], self.pictures.tiles)
 
@@ -80,16 +85,16 @@ class Conversations:
     ) -> npt.NDArray[np.uint8]:
         """Cut all pictures of a sample into tiles (T, H, W, 3); a generator turns augmentation on."""
         size = self.pictures.tiles.size
-        made = [
-            self.cut(picture, limit, sample, generator) for picture, limit in self.limited_pictures(sample, example)
-        ]
+        limited = self.limited_pictures(sample, example)
+        images = self.reader.open_pictures([picture for picture, _ in limited], sample.where, sample.id)
+        made = [self._cut(image, limit, generator) for image, (_, limit) in zip(images, limited, strict=True)]
         return np.concatenate([np.zeros((0, size, size, 3), dtype=np.uint8), *made])
 
-    def cut(
-        self, picture: Picture, limit: int, sample: Sample, generator: np.random.Generator | None = None
-    ) -> npt.NDArray[np.uint8]:
+    def cut(self, picture: Picture, limit: int, sample: Sample) -> npt.NDArray[np.uint8]:
         """Cut one picture into at most `limit` tiles and its thumbnail: (T, H, W, 3)."""
-        image = self.reader.open_picture(picture, sample.where, sample.id)
+        return self._cut(self.reader.open_picture(picture, sample.where, sample.id), limit, None)
+
+    def _cut(self, image: Image.Image, limit: int, generator: np.random.Generator | None) -> npt.NDArray[np.uint8]:
         if generator is not None:
             image = augment(image, self.pictures.augment, generator)
         return make_tiles(image, self.pictures.tiles, limit, self.pictures.normalization)
@@ -98,7 +103,7 @@ class Conversations:
         """Read what the frozen encoder saw in a sample's pictures: (T, P, C)."""
         assert self.cache is not None
         features = [
-            self.cache.read(self.cache.key(self.reader.read_bytes(picture, sample.where, sample.id), limit))
+            self.cache.read(self.cache.key(self.reader.read_content(picture, sample.where, sample.id), limit))
             for picture, limit in self.limited_pictures(sample, example)
         ]
         return torch.cat(features)

@@ -11,7 +11,7 @@ from tokenizers import Encoding
 from vlm_tune.config.schema import TooLong
 from vlm_tune.data.pieces import Item, drop_last_space, is_supervised_first, keys_of, lay_out
 from vlm_tune.data.sample import Picture, Sample
-from vlm_tune.data.templates import Template, render
+from vlm_tune.data.templates import PLAIN_TEXT, Template, render
 from vlm_tune.data.tokens import PlainKey, TextTokenizer
 from vlm_tune.errors import ConfigError, DataError
 
@@ -95,7 +95,7 @@ class Encoder:
     ) -> None:
         self.template = template
         self.settings = settings or EncoderSettings()
-        self._tokens = TextTokenizer(tokenizer, False if template.has_bos else self.settings.add_bos)
+        self._tokens = TextTokenizer(tokenizer, self.settings.add_bos)
         if self.settings.system and not template.system:
             raise ConfigError(f"model.system is set, but model.template={template.name} has no place for it: remove it")
         name = tokenizer.name_or_path
@@ -129,8 +129,11 @@ class Encoder:
         """Encode the question for generation: ids (L,) end after the header of the answer to the last question.
 
         Up to there they are those of `encode`; what follows the last question is left out. No label carries loss.
-        Raises DataError for a prompt that is too long (its text is never trimmed).
+        Raises DataError for a prompt that is too long (its text is never trimmed), and for plain text, which asks
+        nothing.
         """
+        if sample.is_plain:
+            raise _fault(sample, "plain text holds no question to answer: give rows of a conversation")
         num_asked = len(sample.messages)
         while num_asked and sample.messages[num_asked - 1].role == "assistant":
             num_asked -= 1
@@ -182,13 +185,14 @@ class Encoder:
         return Lengths(num_tokens, num_supervised, fit.num_tiles, fit.max_tiles, fit.note)
 
     def _lay_out(self, sample: Sample, for_generation: bool = False) -> list[Item]:
-        segments = render(self.template, sample, self.settings.system, for_generation=for_generation)
-        items = lay_out(segments, self._tokens, splits_at_pictures=not self._start_ids)
-        if for_generation and self.template.assistant.endswith(" "):
+        template, system = (PLAIN_TEXT, None) if sample.is_plain else (self.template, self.settings.system)
+        segments = render(template, sample, system, for_generation=for_generation)
+        bos_id = None if template.has_bos else self._tokens.bos_id
+        items = lay_out(segments, self._tokens, bos_id, splits_at_pictures=not self._start_ids)
+        if for_generation and template.assistant.endswith(" "):
             items = drop_last_space(items)
         if sum(isinstance(item, Picture) for item in items) != len(sample.pictures):
-            template = self.template.name
-            raise _fault(sample, f"a picture in a turn that model.template={template} leaves out: remove the turn")
+            raise _fault(sample, f"a picture in a turn that model.template={template.name} leaves out: remove the turn")
         return items
 
     def _count(self, items: list[Item], encodings: dict[PlainKey, Encoding]) -> tuple[int, int]:

@@ -8,11 +8,12 @@ import difflib
 import functools
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 from vlm_tune.data.formats_chat import LLAVA_ROLES, read_llava, read_openai, read_sharegpt, read_xtuner
-from vlm_tune.data.formats_row import IMAGE_MARK, Record, Row, check_answered, kind_of
+from vlm_tune.data.formats_row import IMAGE_MARK, VIDEO_MARK, Record, Row, check_answered, kind_of
 from vlm_tune.data.formats_table import CAPTION_FIELDS, IMAGE_FIELDS, read_caption, read_vqa
 from vlm_tune.data.formats_text import (
     read_alpaca,
@@ -23,7 +24,7 @@ from vlm_tune.data.formats_text import (
     read_text,
 )
 from vlm_tune.data.rows import Rows
-from vlm_tune.data.sample import Message, Sample
+from vlm_tune.data.sample import Message, Picture, Sample
 from vlm_tune.errors import ConfigError, DataError
 
 Reader = Callable[[Row], list[Message]]
@@ -43,6 +44,14 @@ DIALECTS: dict[str, Reader] = {
     "vqa": read_vqa,
 }
 _TEXT_ONLY = ("alpaca", "alpaca_zh", "oasst1", "openorca", "msagent", "text")
+
+_CONVERSATIONS = ("llava", "sharegpt", "openai", "xtuner")
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+_PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_SYSTEM_REMEDIES = {
+    "llava": "Use data.format=sharegpt, or write it as the first turn",
+    "openai": "Write it as the first message",
+}
 
 # What a user's own function may raise: everything but a request to stop and what a class of its own says.
 _USER_FAULTS = (
@@ -78,12 +87,40 @@ def parse_record(record: object, fmt: str, where: str, index: int, image_root: P
     if reader is None:
         raise unknown_dialect(name)
     row = Row(record, where, _sample_id(record, where), image_root)
-    media = [key for key in ("image", "images", "video") if record.get(key)] if name in _TEXT_ONLY else []
-    if media:
-        raise row.fault(f'"{media[0]}" is given, but rows of {name} are text only. Use data.format=sharegpt or llava.')
+    _check_fields(row, name)
     messages = reader(row)
+    if name in _CONVERSATIONS:
+        _check_picture_fields(row, messages)
     check_answered(row, messages)
-    return Sample(row.sample_id if row.sample_id is not None else str(index), tuple(messages), where)
+    sample_id = row.sample_id if row.sample_id is not None else str(index)
+    return Sample(sample_id, tuple(messages), where, is_plain=name == "text")
+
+
+def _check_fields(row: Row, name: str) -> None:
+    """Refuse fields that would change what the row says, and that this dialect does not read."""
+    given = [key for key in _MEDIA if row.record.get(key)]
+    if given and name in _TEXT_ONLY:
+        raise row.fault(f'"{given[0]}" is given, but rows of {name} are text only. Use data.format=sharegpt or llava.')
+    for key in given:
+        if key.startswith("audio"):
+            raise row.fault(f'"{key}" is not read. Remove the row, or the field and what asks about it.')
+        if key.startswith("video") and name not in ("llava", "sharegpt"):
+            raise row.fault(f'"{key}" is not read in rows of {name}. Use data.format=sharegpt or llava.')
+    if row.record.get("system") and name in _SYSTEM_REMEDIES:
+        raise row.fault(f'"system" is not read in rows of {name}. {_SYSTEM_REMEDIES[name]}.')
+    tools = next((key for key in ("tools", "functions") if row.record.get(key)), None)
+    if tools is not None and name in _CONVERSATIONS:
+        raise row.fault(f'"{tools}" is not read. Write the tools into the system text as your model expects them.')
+
+
+def _check_picture_fields(row: Row, messages: list[Message]) -> None:
+    """Refuse a conversation without pictures whose row names one in a column of tables."""
+    if any(isinstance(part, Picture) for message in messages for part in message.parts):
+        return
+    for key in IMAGE_FIELDS:
+        value = row.record.get(key)
+        if isinstance(value, str) and value.lower().endswith(_PICTURE_ENDINGS):
+            raise row.fault(f'"{key}" is not read here. Name pictures in "image" or "images", with "<image>" marks.')
 
 
 def _sample_id(record: Record, where: str) -> str | None:
@@ -106,14 +143,15 @@ def recognise(record: Record, where: str = "") -> str:
     Raise DataError for a record that fits none.
     """
     keys = record.keys()
-    has_picture = any(record.get(key) for key in ("image", "images", "video", *IMAGE_FIELDS))
+    has_picture = any(record.get(key) for key in (*_MEDIA, *IMAGE_FIELDS))
     if "messages" in keys:
         return "sharegpt" if has_picture and _has_marks(record["messages"]) else "openai"
     if "conversations" in keys:
         turns = str(record["conversations"])
         if isinstance(record["conversations"], str) or "<|startofthink|>" in turns:
             return "msagent"
-        return "llava" if has_picture and _is_llava(record["conversations"]) else "sharegpt"
+        is_llava = has_picture and not record.get("system") and _is_llava(record["conversations"])
+        return "llava" if is_llava else "sharegpt"
     if "conversation" in keys or isinstance(record.get("input"), dict):
         return "xtuner"
     if "question" in keys and "answer" in keys:
@@ -152,7 +190,8 @@ def recognise_rows(rows: Rows, num_tried: int = 100) -> str:
 
 def _has_marks(messages: object) -> bool:
     turns = messages if isinstance(messages, list) else []
-    return any(isinstance(turn, dict) and IMAGE_MARK in str(turn.get("content", turn.get("value"))) for turn in turns)
+    texts = [str(turn.get("content", turn.get("value"))) for turn in turns if isinstance(turn, dict)]
+    return any(mark in text for text in texts for mark in (IMAGE_MARK, VIDEO_MARK))
 
 
 def _is_llava(turns: object) -> bool:
@@ -197,7 +236,7 @@ def _parse_by_user(record: Record, fmt: str, where: str, index: int, image_root:
         raise DataError(reason, where, own_id) from error
     if isinstance(result, Sample):
         check_answered(Row(record, where, own_id, image_root), result.messages)
-        return Sample(result.id or str(index), result.messages, where)
+        return replace(result, id=result.id or str(index), where=where)
     if isinstance(result, dict):
         return parse_record(result, "auto", where, index, image_root)
     raise DataError(f"{fmt} returned {kind_of(result)}, not a Sample or a record. Mend the function.", where, own_id)

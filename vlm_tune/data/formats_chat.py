@@ -1,5 +1,6 @@
 """Dialects of conversations: LLaVA and InternVL, ShareGPT, OpenAI messages, XTuner."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,11 +12,14 @@ from vlm_tune.data.formats_row import (
     check_order,
     conversation,
     kind_of,
+    listed,
     picture,
     place_pictures,
     row_pictures,
 )
 from vlm_tune.data.sample import Message, Part, Picture, Role
+from vlm_tune.data.videos import choose_frames, read_header
+from vlm_tune.errors import DataError
 
 LLAVA_ROLES: Mapping[str, Role] = {"human": "user", "gpt": "assistant", "system": "system"}
 _SHAREGPT_ROLES: Mapping[str, Role] = {
@@ -51,8 +55,6 @@ def read_sharegpt(row: Row) -> list[Message]:
     key = "messages" if row.record.get("conversations") is None and "messages" in row.record else "conversations"
     messages = _turns(row, key, _SHAREGPT_ROLES)
     system = row.optional("system")
-    if row.optional("tools").strip():
-        raise row.fault('"tools" is not read. Write the tools into the system text as your model expects them.')
     if system.strip():
         if messages and messages[0].role == "system":
             raise row.fault('both "system" and a first turn of the system. Keep one of them.')
@@ -101,7 +103,7 @@ def _spoken(row: Row, value: object, number: int, role: Role, key: str) -> str:
 
 def _has_loss(row: Row, turn: Mapping[str, object], number: int) -> bool:
     """Read a turn's loss flag: "loss" (true, false or their names, as XTuner) or OpenAI's "weight" (0 or 1)."""
-    value = turn.get("loss", turn.get("weight"))
+    value = turn.get("weight") if turn.get("loss") is None else turn["loss"]
     if value is None:
         return True
     if isinstance(value, str) and value.lower() in ("true", "false"):
@@ -112,41 +114,62 @@ def _has_loss(row: Row, turn: Mapping[str, object], number: int) -> bool:
 
 
 def _with_media(row: Row, messages: list[Message]) -> list[Message]:
-    video = row.record.get("video")
-    if video is None or video == "":
+    videos = [video for key in ("video", "videos") for video in listed(row.record.get(key))]
+    if not videos:
         return place_pictures(row, messages, row_pictures(row))
     if row_pictures(row):
         raise row.fault('both "image" and "video". Split them into two rows.')
-    if row.record.get("clip") is not None:
-        raise row.fault('"clip" needs a video file, which is not read yet. Keep only the clip\'s frames in the folder.')
-    return _place_frames(row, messages, video_parts(_frame_paths(row, row.text(video, '"video"'))))
+    if len(videos) > 1:
+        raise row.fault(f"{len(videos)} videos. Only one a row is read: split them into rows.")
+    return _place_frames(row, messages, video_parts(_frames(row, row.text(videos[0], '"video"'))))
 
 
-def video_parts(frames: Sequence[str]) -> tuple[Part, ...]:
+def video_parts(frames: Sequence[Picture]) -> tuple[Part, ...]:
     """Write frames as InternVL does: 'Frame-1: ', picture, line end, 'Frame-2: ', picture, ..."""
     parts: list[Part] = []
-    for number, path in enumerate(frames, 1):
-        parts += ["\n" * (number > 1) + f"Frame-{number}: ", Picture(path, is_frame=True)]
+    for number, frame in enumerate(frames, 1):
+        parts += ["\n" * (number > 1) + f"Frame-{number}: ", frame]
     return tuple(parts)
 
 
-def _frame_paths(row: Row, video: str) -> list[str]:
-    """List the frames of a folder in the order of the numbers in their names, as paths relative to the image root."""
+def _frames(row: Row, video: str) -> list[Picture]:
+    """List the frames of a video: those that `choose_frames` takes from a file, or all of a folder."""
     try:
-        folder = (row.image_root / video).resolve()
-        if not folder.is_relative_to(row.image_root.resolve()):
+        path = (row.image_root / video).resolve()
+        if not path.is_relative_to(row.image_root.resolve()):
             raise row.fault(f'video "{video}" lies outside of the image root. Move it, or set data.image.root.')
-        if folder.is_file():
-            raise row.fault(f'video "{video}" is a file, which is not read yet. Extract its frames into a folder.')
-        names = [entry.name for entry in folder.iterdir() if entry.suffix.lower() in _FRAME_FILES]
+        if path.is_file():
+            return [Picture(video, is_frame=True, frame=number) for number in _chosen(row, video, str(path))]
+        names = [entry.name for entry in path.iterdir() if entry.suffix.lower() in _FRAME_FILES]
     except FileNotFoundError as error:
         raise row.fault(f'video "{video}" is not there. It is looked for below data.image.root.') from error
     except (OSError, ValueError) as error:  # no permission, a name too long, a zero byte in it
-        raise row.fault(f"the video's folder cannot be read: {error}. Mend the path.") from error
+        raise row.fault(f"the video cannot be read: {error}. Mend the path.") from error
+    if row.record.get("clip") is not None:
+        raise row.fault(f'"clip" needs a video file, "{video}" is a folder. Keep only the clip\'s frames in it.')
     if not names:
         raise row.fault(f'video "{video}" holds no frames. Known: {", ".join(_FRAME_FILES)}.')
     names.sort(key=lambda name: [int(piece) if piece.isdecimal() else piece for piece in re.split(r"(\d+)", name)])
-    return [str(Path(video) / name) for name in names]
+    return [Picture(str(Path(video) / name), is_frame=True) for name in names]
+
+
+def _chosen(row: Row, video: str, path: str) -> tuple[int, ...]:
+    clip = _clip(row)
+    try:
+        return choose_frames(read_header(path), clip)
+    except DataError as error:
+        raise row.fault(f'video "{video}" {error.reason}.') from error
+
+
+def _clip(row: Row) -> tuple[float, float] | None:
+    """Read InternVL's clip: [start, end] in seconds."""
+    clip = listed(row.record.get("clip"))
+    if not clip:
+        return None
+    times = [time for time in clip if isinstance(time, int | float) and not isinstance(time, bool)]
+    if len(clip) != 2 or len(times) != 2 or not 0 <= times[0] < times[1] < math.inf:
+        raise row.fault(f'"clip" is {row.record["clip"]!r:.80}. Write [start, end] in seconds.')
+    return times[0], times[1]
 
 
 def _place_frames(row: Row, messages: list[Message], frames: tuple[Part, ...]) -> list[Message]:
@@ -227,8 +250,7 @@ def read_xtuner(row: Row) -> list[Message]:
     """
     messages: list[Message] = []
     for number, turn in enumerate(_xtuner_turns(row), 1):
-        system = row.text(turn.get("system") or "", f'turn {number}, "system"')
-        question = row.text(turn.get("input") or "", f'turn {number}, "input"')
+        system, question = (_optional(row, turn, number, key) for key in ("system", "input"))
         if turn.get("output") is None:
             raise row.fault(f'turn {number}: no answer: "output" is missing. Write one, or remove the turn.')
         answer = row.answer(turn["output"], f'turn {number}, "output"')
@@ -238,6 +260,11 @@ def read_xtuner(row: Row) -> list[Message]:
         is_supervised = _has_loss(row, {"loss": turn.get("output_with_loss")}, number)
         messages.append(Message("assistant", (answer,), supervised=is_supervised))
     return place_pictures(row, messages, row_pictures(row))
+
+
+def _optional(row: Row, turn: Mapping[str, object], number: int, key: str) -> str:
+    text = turn.get(key)
+    return "" if text is None else row.text(text, f'turn {number}, "{key}"')
 
 
 def _xtuner_turns(row: Row) -> Sequence[Mapping[str, object]]:

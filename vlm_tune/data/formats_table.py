@@ -1,5 +1,7 @@
 """Dialects of tables: image-caption pairs, and questions with choices about one or several images (FoodieQA)."""
 
+from itertools import takewhile
+
 from vlm_tune.data.formats_row import Row, kind_of, listed, picture, row_pictures
 from vlm_tune.data.sample import Message, Part, Picture
 
@@ -43,6 +45,8 @@ def read_vqa(row: Row) -> list[Message]:
     answer = (
         str(value) if isinstance(value, int | float) and not isinstance(value, bool) else row.answer(value, '"answer"')
     )
+    if hint := row.optional("hint").strip():  # MMBench: what the question needs beside the picture
+        question = f"{hint}\n{question}"
     choices = _choices(row)
     if not choices and _chooses_image(row, pictures):
         letters = _LETTERS[: len(pictures)]
@@ -69,18 +73,28 @@ def _shown(pictures: list[Picture]) -> list[Part]:
 
 
 def _choices(row: Row) -> list[str]:
-    """Read the field choices (a list, or a list written as text), or MMBench's columns A, B, C, D."""
+    """Read the field choices (a list, or a list written as text), or MMBench's columns A, B, C, D, ..."""
     value = row.record.get("choices")
     if value == "images":
         return []
-    columns = [row.record.get(letter) for letter in "ABCDE"]
-    values = listed(value) or [column for column in columns if column not in (None, "")]
+    values = listed(value) or _columns(row)
     if len(values) == 1 or len(values) > len(_LETTERS):
         raise row.fault(f"{len(values)} choices. Give 2 to {len(_LETTERS)} as a list, or none for an open question.")
     for number, choice in enumerate(values, 1):
         if not isinstance(choice, str) and kind_of(choice) != "a number":
             raise row.fault(f"choice {number} is {kind_of(choice)}, not text. Write it in quotes.")
     return [row.question(str(choice), f"choice {number}").strip() for number, choice in enumerate(values, 1)]
+
+
+def _columns(row: Row) -> list[object]:
+    """Read the columns A, B, C, ...; the last ones may be empty."""
+    letters = list(takewhile(lambda letter: letter in row.record, _LETTERS))
+    while letters and row.record[letters[-1]] in (None, ""):
+        letters.pop()
+    empty = next((letter for letter in letters if row.record[letter] in (None, "")), None)
+    if empty is not None:  # the letters behind it would name other choices
+        raise row.fault(f'column "{empty}" is empty, but "{letters[-1]}" is not. Fill it, or move the others up.')
+    return [row.record[letter] for letter in letters]
 
 
 def _chooses_image(row: Row, pictures: list[Picture]) -> bool:
@@ -91,9 +105,10 @@ def _chooses_image(row: Row, pictures: list[Picture]) -> bool:
 
 def _letter(row: Row, answer: str, choices: list[str]) -> str:
     """Return the letter of the right choice. Raise DataError where the answer fits no choice, or two of them."""
-    answer = answer.strip().removesuffix(".0")  # tables with gaps store whole numbers as floats
-    found = {number for number, choice in enumerate(choices) if choice == answer}
-    found |= {number for number in range(len(choices)) if answer == str(number)}
+    answer = answer.strip()
+    whole = answer.removesuffix(".0")  # tables with gaps store whole numbers as floats
+    found = {number for number, choice in enumerate(choices) if choice in (answer, whole)}
+    found |= {number for number in range(len(choices)) if whole == str(number)}
     if len(answer) == 1 and answer in _LETTERS[: len(choices)]:
         found.add(_LETTERS.index(answer))
     if len(found) != 1:

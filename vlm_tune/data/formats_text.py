@@ -9,7 +9,7 @@ from vlm_tune.data.sample import Message
 
 
 def read_text(row: Row) -> list[Message]:
-    """Read plain text for continued pretraining: all of it is trained on, there is no user."""
+    """Read plain text for continued pretraining: all of it is trained on, there are no turns."""
     return [Message("assistant", (row.answer(row.required("text"), '"text"'),), supervised=True)]
 
 

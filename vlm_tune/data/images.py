@@ -8,10 +8,10 @@ import io
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -21,6 +21,7 @@ import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
 
 from vlm_tune.config.schema import ImageConfig
+from vlm_tune.data import videos
 from vlm_tune.data.sample import Picture
 from vlm_tune.errors import DataError
 
@@ -36,6 +37,7 @@ FORMATS = {
 }
 _SIGNATURES = {name: re.compile(pattern, re.DOTALL) for name, pattern in FORMATS.items()}
 _LONGEST_SIGNATURE = 16  # bytes
+_MAX_CHECKED = 1 << 16  # pictures that one process remembers: about 20 MB
 
 # How a complete file ends. Others are decoded to know, and so is a file with something behind its end.
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\x00\x00\x00\x00IEND\xae\x42\x60\x82", "GIF": b"\x00;"}
@@ -79,6 +81,8 @@ class ImageReader:
 
         With config.exif the sides change places where the EXIF orientation says so. Raise DataError.
         """
+        if picture.frame is not None:
+            return self._read_video_size(picture, where, sample_id)
         with self._opened(picture, where, sample_id) as header:
             return header.size
 
@@ -86,20 +90,25 @@ class ImageReader:
         """Return the size as `read_size` does, but raise DataError for a truncated file, too.
 
         A file whose last bytes are those of its format is taken as complete, which costs next to nothing; any other
-        (cut off, or with something behind its end) is decoded to be certain.
+        (cut off, or with something behind its end) is decoded to be certain. A video is compared with its own index.
         """
+        if picture.frame is not None:
+            return self._read_video_size(picture, where, sample_id)
         with self._opened(picture, where, sample_id) as header:
             if not _ends_properly(header):
                 _decode(header)
             return header.size
 
-    def read_bytes(self, picture: Picture, where: str = "", sample_id: str | None = None) -> bytes:
-        """Return the encoded file, under the same limits on its place. Raise DataError."""
-        try:
+    def read_content(self, picture: Picture, where: str = "", sample_id: str | None = None) -> bytes:
+        """Return what tells the picture's pixels from others: the encoded file; of a video, its hash and the frame.
+
+        The file lies under the same limits on its place. Raise DataError.
+        """
+        with self._naming(picture, where, sample_id):
+            if picture.frame is not None:
+                return b"%s frame %d" % (videos.digest(self._inside_root(picture.path)), picture.frame)
             with self._open_file(picture) as file:
                 return file.read()
-        except DataError as error:
-            raise DataError(f"{picture.path or 'the picture in the row'} {error.reason}", where, sample_id) from error
 
     def open_picture(self, picture: Picture, where: str = "", sample_id: str | None = None) -> Image.Image:
         """Return the decoded picture, RGB, upright where config.exif is set. Raise DataError.
@@ -108,20 +117,52 @@ class ImageReader:
         first frame counts. Only 16-bit grey keeps its high byte instead, as Pillow does with 16-bit colour, since
         convert("RGB") would make white of everything above 255 of 65535.
         """
+        if picture.frame is not None:
+            return next(self.open_pictures([picture], where, sample_id))
         with self._opened(picture, where, sample_id) as header:
             image = _decode(header)
             return image if header.upright is None else image.transpose(header.upright)
 
+    def open_pictures(
+        self, pictures: Sequence[Picture], where: str = "", sample_id: str | None = None
+    ) -> Iterator[Image.Image]:
+        """Yield the decoded pictures as `open_picture` does; a video is opened once for all its frames in a row."""
+        for path, group in groupby(pictures, key=lambda picture: None if picture.frame is None else picture.path):
+            members = list(group)
+            if path is None:
+                yield from (self.open_picture(picture, where, sample_id) for picture in members)
+                continue
+            with self._naming(members[0], where, sample_id):
+                numbers = [picture.frame for picture in members if picture.frame is not None]
+                yield from videos.read_frames(self._inside_root(path), numbers)
+
+    def _read_video_size(self, picture: Picture, where: str, sample_id: str | None) -> tuple[int, int]:
+        with self._naming(picture, where, sample_id):
+            size = videos.read_header(self._inside_root(picture.path)).size
+            self._check_pixels(*size)
+            return size
+
     @contextmanager
     def _opened(self, picture: Picture, where: str, sample_id: str | None) -> Iterator[_Header]:
         """Open the picture and read its header; put its name, `where` and the id on every fault, also of the body."""
+        with self._naming(picture, where, sample_id), self._open_file(picture) as file:
+            yield self._read_header(picture, file)
+
+    @contextmanager
+    def _naming(self, picture: Picture, where: str, sample_id: str | None) -> Iterator[None]:
+        """Put the picture's name, `where` and the id on every fault."""
         try:
-            with self._open_file(picture) as file:
-                yield self._read_header(picture, file)
+            yield
         except DataError as error:
             shown = picture.path if picture.path.isprintable() else ascii(picture.path)[1:-1]
-            name = f'picture "{shown}"' if shown else "a picture of the row"
+            name = f'picture "{shown}"' if picture.frame is None else f'video "{shown}"'
+            name = name if shown else "a picture of the row"
             raise DataError(f"{name} {error.reason}", where, sample_id) from error
+
+    def _check_pixels(self, width: int, height: int) -> None:
+        if width * height > self.config.max_pixels:
+            limit = f"data.image.max_pixels={self.config.max_pixels}"
+            raise DataError(f"is too large: {width} x {height} pixels, {limit}. Make it smaller, or raise the limit")
 
     def _open_file(self, picture: Picture) -> BinaryIO:
         """Return the encoded file, opened for reading; refuse paths out of the root and whatever is not a file."""
@@ -144,17 +185,21 @@ class ImageReader:
 
     def _inside_root(self, path: str) -> str:
         """Return the real path; raise DataError for a URL, no path, and whatever lies outside the image root."""
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path):
+        if "://" in path and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path):
             raise DataError("is a URL; pictures are read from disk only. Download it and give the file's path")
         if not path or "\0" in path:
             raise DataError("has no valid path. Give the path of a picture file")
         plain = os.path.normpath(os.path.join(self.root, path))
+        folder, name = os.path.split(plain)
         try:
-            real = os.path.realpath(plain)
+            real = os.path.join(_real_folder(folder), name)
+            if os.path.islink(real):
+                real = os.path.realpath(real)
         except (OSError, ValueError) as error:
             raise DataError(f"has no valid path: {error}. Give the path of a picture file") from error
+        inside = os.path.join(self.root, "")
         for candidate, fault in ((plain, "lies outside"), (real, "is a symbolic link out of")):
-            if not Path(candidate).is_relative_to(self.root):
+            if not os.path.join(candidate, "").startswith(inside):
                 remedy = "Move it there, or set data.image.root to a folder that holds all pictures"
                 raise DataError(f"{fault} the image root {self.root}: it is {candidate}. {remedy}")
         return real
@@ -173,9 +218,7 @@ class ImageReader:
         except Exception as error:  # on damaged bytes a decoder may raise whatever it likes
             raise _damaged(name, error) from error
         width, height = image.size if orientation < 5 else image.size[::-1]
-        if width * height > self.config.max_pixels:
-            limit = f"data.image.max_pixels={self.config.max_pixels}"
-            raise DataError(f"is too large: {width} x {height} pixels, {limit}. Make it smaller, or raise the limit")
+        self._check_pixels(width, height)
         if image.mode == "F" or (image.mode == "I" and name != "PPM"):  # 16-bit PPM comes as mode I
             raise DataError("has 32 bits a channel, for which white is not defined. Convert it to 8 bits a channel")
         if picture.size is not None and picture.size != (width, height):
@@ -183,6 +226,31 @@ class ImageReader:
             turned = ", its sides swapped" if picture.size == (height, width) else ""
             raise DataError(f"is {width} x {height} pixels, {declared}{turned}. Correct its width and height")
         return _Header(image, file, name, _UPRIGHT.get(orientation), (width, height))
+
+
+class CheckedPictures:
+    """Check each picture file once, however many rows show it: what one process keeps for one pass over the rows."""
+
+    def __init__(self, reader: ImageReader) -> None:
+        self._reader = reader
+        self._found: dict[Picture, tuple[int, int] | str] = {}  # size, or the reason why there is none
+
+    def check(self, picture: Picture, where: str = "", sample_id: str | None = None) -> tuple[int, int]:
+        """Return the size as `ImageReader.check_picture` does, from memory where it can. Raise DataError."""
+        if picture.content is not None:
+            return self._reader.check_picture(picture, where, sample_id)
+        found = self._found.get(picture)
+        if found is None:
+            try:
+                found = self._reader.check_picture(picture)
+            except DataError as error:
+                found = error.reason
+            if len(self._found) >= _MAX_CHECKED:
+                self._found.clear()
+            self._found[picture] = found
+        if isinstance(found, str):
+            raise DataError(found, where, sample_id)
+        return found
 
 
 def _find_format(file: BinaryIO) -> str:
@@ -258,6 +326,12 @@ def _near(path: str) -> str:
     if close:
         return f'; did you mean "{names[close[0]]}" of the same folder?'
     return "." if names else f", and {folder} is no folder with files."
+
+
+@lru_cache(maxsize=4096)
+def _real_folder(folder: str) -> str:
+    """Resolve the links of a folder once: following them anew for each picture takes as long as reading its header."""
+    return os.path.realpath(folder)
 
 
 @lru_cache(maxsize=64)

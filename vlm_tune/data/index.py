@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from vlm_tune.data.dataset import Conversations, Tiling
 from vlm_tune.data.encode import Lengths, SkippedSample
 from vlm_tune.data.fetch import cache_folder
+from vlm_tune.data.images import CheckedPictures
 from vlm_tune.data.rows import find_files
 from vlm_tune.data.rows_cache import content_key
 from vlm_tune.data.sample import Sample
@@ -190,6 +191,7 @@ class Chunks(Dataset[Measured]):
     def __init__(self, data: Conversations, rows: npt.NDArray[np.int64]) -> None:
         self.data = data
         self.rows = rows
+        self.checked = CheckedPictures(data.reader)
 
     def __len__(self) -> int:
         return -(-len(self.rows) // CHUNK)
@@ -202,7 +204,7 @@ class Chunks(Dataset[Measured]):
         for row in rows:
             try:
                 sample = self.data.sample(row)
-                read[row] = sample, self.data.tiling(sample, whole=True)
+                read[row] = sample, self.data.tiling(sample, self.checked.check)
             except DataError as fault:
                 outcomes[row] = fault
         samples, tilings = zip(*read.values(), strict=True) if read else ((), ())

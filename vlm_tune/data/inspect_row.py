@@ -95,7 +95,7 @@ def look(config: Config, encoder: Encoder, tokenizer: "PreTrainedTokenizerBase",
         raise ConfigError(f"row={row}: {path.name} has {len(rows)} rows, counted from 0: row=0 to row={len(rows) - 1}")
     data, number = rows.locate(row)
     sample = data.sample(number)
-    example = data.encoder.encode(sample, data.tiling(sample, whole=True))
+    example = data.encoder.encode(sample, data.tiling(sample, data.reader.check_picture))
     return Seen(
         row=row,
         sample=sample,
@@ -160,6 +160,7 @@ def cut_pictures(data: Conversations, sample: Sample, example: Example) -> Itera
         if len(made) > grid[0] * grid[1]:
             overview = 0 if tiles.rule is TileRule.anyres else len(made) - 1
         name = picture.path or f"picture {number}, inside the row"
+        name += "" if picture.frame is None else f", frame {picture.frame}"
         yield SeenPicture(name, image, canvas_of(image.size, grid, tiles), grid, made, first, overview)
         first += len(made)
 

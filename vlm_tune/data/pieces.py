@@ -59,15 +59,17 @@ def _first_token(encoding: Encoding, start: int, stop: int) -> int:
     return len(encoding)
 
 
-def lay_out(segments: Sequence[Segment], tokens: TextTokenizer, *, splits_at_pictures: bool) -> list[Item]:
+def lay_out(
+    segments: Sequence[Segment], tokens: TextTokenizer, bos_id: int | None, *, splits_at_pictures: bool
+) -> list[Item]:
     """Join the text between special tokens into pieces, the tokenizer's first token in front where it has one.
 
     `splits_at_pictures`: the text after a picture is a string of its own, as in LLaVA, which splits its prompt there.
     """
     items: list[Item] = []
     opens = True
-    if tokens.bos_id is not None:
-        items.append((tokens.bos_id, False))
+    if bos_id is not None:
+        items.append((bos_id, False))
     for segment in segments:
         opens = opens or segment.starts_piece
         if isinstance(segment.content, Picture):

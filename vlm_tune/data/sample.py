@@ -14,6 +14,7 @@ class Picture:
     content: bytes | None = None  # the encoded file itself (base64, parquet and tar rows)
     size: tuple[int, int] | None = None  # (width, height) that the row declares
     is_frame: bool = False  # a frame of a video: always one tile
+    frame: int | None = None  # its number in the video file `path`, from 0; None where `path` is a picture
 
 
 Part = str | Picture
@@ -40,6 +41,7 @@ class Sample:
     id: str
     messages: tuple[Message, ...]
     where: str = ""  # "train.jsonl:17"
+    is_plain: bool = False  # running text for continued pretraining: no turns, hence no template
 
     @property
     def pictures(self) -> tuple[Picture, ...]:

@@ -44,6 +44,9 @@ class Template:
         return self.end.strip()
 
 
+PLAIN_TEXT = Template(name="text", user="", assistant="", end=EOS)  # of rows without turns: the text and its end
+
+
 class Segment(NamedTuple):
     """Hold a stretch of the conversation of one kind.
 
@@ -160,7 +163,7 @@ def _prepare(template: Template, sample: Sample, system: str | None, for_generat
         reason = f"a system prompt, but model.template={template.name} has no place for one: remove it"
         raise DataError(reason, sample.where, sample.id)
     first = next((index for index, message in enumerate(kept) if message.role != "system"), None)
-    has_question = any(each.role == "user" for each in kept)  # a row of plain text has none, and is no greeting
+    has_question = any(each.role == "user" for each in kept)  # what nothing follows is no greeting
     if template.drops_greeting and has_question and first is not None and kept[first].role == "assistant":
         kept.pop(first)
     if template.trims:

@@ -98,7 +98,7 @@ class TextTokenizer:
             return [] if self.bos_id is None else [self.bos_id]
         if content == EOS:
             if self.eos_id is None:
-                raise ConfigError("the template ends an answer with the tokenizer's end token, and it has none")
+                raise ConfigError("an answer or plain text ends with the tokenizer's end token, and it has none")
             return [self.eos_id]
         return [self._added[content]]
 

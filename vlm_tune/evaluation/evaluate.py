@@ -72,6 +72,8 @@ def read_questions(test: Conversations, limit: int = -1, among: npt.NDArray[np.i
     questions = []
     for row in rows.tolist():
         sample = test.sample(row)
+        if sample.is_plain:  # it asks nothing
+            continue
         if sample.messages[-1].role != "assistant":
             raise DataError("the last turn is not an answer: there is nothing to compare with", sample.where, sample.id)
         task = str(test.rows[row].get("task", "all"))

@@ -81,7 +81,7 @@ def fill(vlm: VisionLanguageModel, part: Part, cache: FeatureCache) -> None:
         sample = data.sample(number)
         example = data.encoder.encode(sample, data.tiling(sample))
         for picture, limit in data.limited_pictures(sample, example):
-            key = cache.key(data.reader.read_bytes(picture, sample.where, sample.id), limit)
+            key = cache.key(data.reader.read_content(picture, sample.where, sample.id), limit)
             if not cache.has(key):
                 tiles = torch.from_numpy(data.cut(picture, limit, sample)).to(vlm.device)
                 with torch.no_grad():
