@@ -13,13 +13,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
 from vlm_tune.config.schema import Config, ModelConfig, Precision, Quantize, TilesConfig, TrainerConfig
 from vlm_tune.data.batch import collate
 from vlm_tune.data.encode import Example
 from vlm_tune.data.sample import Message, Picture, Sample
-from vlm_tune.data.tiles import make_tiles
+from vlm_tune.data.tiles import count_tiles, make_tiles, normalize
 from vlm_tune.errors import CheckpointError, ConfigError
 from vlm_tune.model.build import build_model
 from vlm_tune.model.layouts import internvl_hf, internvl_official
@@ -194,17 +194,29 @@ def test_golden_native_folder_answers_alike_in_transformers(name, tmp_path):
     )
     native = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32).eval()
 
-    tiles_config = config.model.tiles
-    tiles = torch.from_numpy(make_tiles(picture, tiles_config))
+    num_tiles = count_tiles(*picture.size, config.model.tiles)
     sample = Sample("x", (Message("user", (Picture("p"), "\nWhat is this?")),))
-    example = model.encoder.encode_prompt(sample, lambda limit: [len(tiles)])
+    example = model.encoder.encode_prompt(sample, lambda limit: [num_tiles])
+    assert num_tiles > 1
     assert inputs["input_ids"][0].tolist() == example.input_ids.tolist()
     with torch.no_grad():
         theirs = native(**inputs).logits
-        ids = torch.from_numpy(example.input_ids).long()[None]
-        ours = model.vlm.eval().llm(inputs_embeds=model.vlm.embed(ids, tiles), use_cache=False).logits
-    torch.testing.assert_close(theirs[..., : ours.shape[-1]], ours, atol=1e-5, rtol=0)
-    assert len(tiles) > 1
+        features = model.vlm.eval().vision(inputs["pixel_values"])
+        embeddings = model.vlm.embed(inputs["input_ids"], None, features)
+        ours = model.vlm.llm(inputs_embeds=embeddings, use_cache=False).logits
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
+
+
+def test_golden_native_processor_cuts_the_pixels_of_training_with_pillow(tmp_path):
+    # the folder cannot name its backend, and torchvision, transformers' default, resizes a little otherwise
+    config = whole(GOLDEN / V2[0])
+    model = build_model(config)
+    save_processor(model.tokenizer, model.encoder, config.model, tmp_path)
+    pictures = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    picture = Image.effect_noise((130, 70), 90).convert("RGB")
+    ours = normalize(torch.from_numpy(make_tiles(picture, config.model.tiles)), "imagenet", torch.float32)
+    theirs = pictures(picture, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(theirs, ours, atol=1e-6, rtol=0)
 
 
 def test_golden_pixel_shuffle_v1_is_refused_by_the_native_layout(tmp_path):
