@@ -20,7 +20,7 @@ from vlm_tune.data.batch import collate
 from vlm_tune.data.encode import Example
 from vlm_tune.data.sample import Message, Picture, Sample
 from vlm_tune.data.tiles import count_tiles, make_tiles, normalize
-from vlm_tune.errors import CheckpointError, ConfigError
+from vlm_tune.errors import ConfigError
 from vlm_tune.model.build import build_model
 from vlm_tune.model.layouts import internvl_hf, internvl_official
 from vlm_tune.model.layouts.official_config import read_config
@@ -172,7 +172,7 @@ def test_golden_code_is_named_only_when_asked(asked, tmp_path):
     assert not list(tmp_path.glob("*.py"))
 
 
-# --------------------------------------------------------------------------------------------------- to transformers' own
+# ------------------------------------------------------------------------------------------------- to transformers' own
 
 
 @pytest.mark.parametrize("name", V2)

@@ -23,11 +23,10 @@ def storage_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def quantized_weight(old: nn.Parameter, weight: Tensor) -> nn.Parameter | None:
-    """Quantize a weight into the kind of parameter that `use_quantized_layers` left in its place; None for an ordinary one."""
-    import bitsandbytes as bnb
-
-    if not isinstance(old, bnb.nn.Params4bit | bnb.nn.Int8Params):
-        return None
+def quantized_weight(old: nn.Parameter, weight: Tensor) -> nn.Parameter:
+    """Make the parameter that holds a weight: quantized where `use_quantized_layers` left such a one in its place."""
+    if type(old) is nn.Parameter:
+        return nn.Parameter(weight)
     settings = {name: value for name, value in old.__dict__.items() if name != "SCB"}
-    return type(old)(weight, requires_grad=False, **settings).to(storage_device())
+    packed: Any = type(old)(weight, requires_grad=False, **settings)
+    return packed.to(storage_device())  # type: ignore[no-any-return]

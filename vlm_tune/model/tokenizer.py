@@ -67,7 +67,8 @@ def build(folder: Path, settings: dict[str, Any]) -> PreTrainedTokenizerFast:
 
     Raises CheckpointError where added tokens leave a gap, or the result does not split text as sentencepiece does.
     """
-    proto = protobuf.ModelProto.FromString((folder / MODEL).read_bytes())
+    proto: Any = protobuf.ModelProto()  # type: ignore[attr-defined]
+    proto.ParseFromString((folder / MODEL).read_bytes())
     added = _added_tokens(folder, settings)
     backend = Tokenizer(_model(proto, added, folder))
     backend.normalizer = _normalizer(proto, folder)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from vlm_tune.config.schema import ModelConfig, Quantize
@@ -46,7 +46,7 @@ def load(folder: Path, model: ModelConfig, dtype: torch.dtype, quantize: Quantiz
     Raises CheckpointError that lists every missing, unexpected and misshapen weight.
     """
     config = read_config(folder)
-    _choose_layer(config, model, folder)
+    model.vision.select_layer = config.get("select_layer", -1)
     model.projector = projector_config(config)
     vlm = empty_model(config, model, folder)
     table = original_entries(vlm, config)
@@ -98,8 +98,7 @@ def fill(vlm: VisionLanguageModel, shards: Shards, table: list[Entry], dtype: to
             parent, _, leaf = name.rpartition(".")
             # a copy of its own: a file that is replaced under a running process would change its weights
             weight = part.to(dtype, copy=True, memory_format=torch.contiguous_format)
-            parameter = quantized_weight(places[name], weight) or nn.Parameter(weight)
-            setattr(vlm.get_submodule(parent), leaf, parameter)
+            setattr(vlm.get_submodule(parent), leaf, quantized_weight(places[name], weight))
 
 
 def restore_buffers(llm: PreTrainedModel) -> None:
@@ -111,16 +110,6 @@ def restore_buffers(llm: PreTrainedModel) -> None:
     decoder.rotary_emb = type(decoder.rotary_emb)(config=llm.config)
     left = [name for name, tensor in (*llm.named_parameters(), *llm.named_buffers()) if tensor.is_meta]
     assert not left, f"no values for {left}"
-
-
-def _choose_layer(config: dict[str, Any], model: ModelConfig, folder: Path) -> None:
-    layer = config.get("select_layer", -1)
-    if model.vision.select_layer not in (-1, layer):
-        raise ConfigError(
-            f"model.vision.select_layer={model.vision.select_layer}, but the projector in {folder} was trained on "
-            f"select_layer={layer}: leave the key out"
-        )
-    model.vision.select_layer = layer
 
 
 def _is_tied(vlm: VisionLanguageModel) -> bool:
@@ -203,6 +192,11 @@ def save(
     (folder / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
     _write_pictures(model, folder)
     _write_weights(vlm, config, base, folder, shard_bytes)
+    Console().print(
+        "official: InternVL's code is not among the files. Where it must run, copy the *.py files of the original "
+        "folder beside them",
+        highlight=False,
+    )
 
 
 def _base_folder(model: ModelConfig) -> Path | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlm_tune.errors import CheckpointError
 
-MAPPED_BYTES = 256 * 1024**2  # a shard's pages that were read stay in memory until its file is opened anew
+MAPPED_BYTES = 64 * 1024**2  # a shard's pages that were read stay in memory until its file is opened anew
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
 Shape = tuple[int, ...]
@@ -84,7 +84,7 @@ class Shards:
 def write_shards(shapes: Mapping[str, Shape], read: Callable[[str], Tensor], folder: Path, max_bytes: int) -> None:
     """Write tensors in this order as safetensors of at most `max_bytes` each; `read` gives one when its turn comes.
 
-    All tensors must have the dtype of the first.
+    Sizes are counted in the dtype of the first.
     """
     keys = list(shapes)
     size = read(keys[0]).dtype.itemsize
