@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -11,6 +12,7 @@ from vlm_tune.data.tokens import TextTokenizer
 from vlm_tune.errors import CheckpointError
 from vlm_tune.model.llm import load_tokenizer
 
+TOKENIZER = Path(__file__).parents[1] / "golden" / "tokenizer"
 CORPUS = [
     "The quick brown fox jumps over the lazy dog.",
     "What is in the picture? A red square, 3.14 of it.",
@@ -190,6 +192,22 @@ def test_the_rebuilt_tokenizer_survives_its_own_folder(pair, tmp_path):
     for text in (*TEXTS, "<|im_start|>user\nhi<|im_end|>"):
         assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert again.chat_template == CHAT
+
+
+def test_a_folder_whose_model_is_code_keeps_the_tokenizer_class_that_it_names(tmp_path):
+    # InternVL2-1B: Qwen2's vocabulary and merges, and a config.json that asks for code
+    whole = json.loads((TOKENIZER / "tokenizer.json").read_text(encoding="utf-8"))
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in whole["model"]["merges"]]
+    (tmp_path / "vocab.json").write_text(json.dumps(whole["model"]["vocab"]))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges), encoding="utf-8")
+    settings = json.loads((TOKENIZER / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings |= {"tokenizer_class": "Qwen2Tokenizer", "bos_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(json.dumps({"auto_map": {"AutoConfig": "code.Config"}}))
+    tokenizer, reference = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(TOKENIZER)
+    text = "a picture <img><IMG_CONTEXT></img> of it"
+    assert type(tokenizer).__name__ == "Qwen2Tokenizer"
+    assert tokenizer(text)["input_ids"] == reference(text)["input_ids"]
 
 
 def test_added_tokens_of_the_older_file_are_read(tmp_path):
