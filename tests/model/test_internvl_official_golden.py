@@ -152,11 +152,12 @@ def whole(folder, **model):
     return Config(model=replace(settings_of(folder), **model), trainer=trainer)
 
 
+@pytest.mark.parametrize("shard", [10**9, 10**6], ids=["whole", "sharded"])
 @pytest.mark.parametrize("name", NAMES)
-def test_golden_written_folder_loads_alike(name, tmp_path):
+def test_golden_written_folder_loads_alike(name, shard, tmp_path):
     folder, model = GOLDEN / name, settings_of(GOLDEN / name)
     loaded = internvl_official.load(folder, model, torch.float32, Quantize.none)
-    internvl_official.save(loaded.vlm, encoder_of(folder).template, model, tmp_path)
+    internvl_official.save(loaded.vlm, encoder_of(folder).template, model, tmp_path, shard_bytes=shard)
     loaded.tokenizer.save_pretrained(tmp_path)
     first, second = dict(loaded.vlm.named_parameters()), dict(load(tmp_path).named_parameters())
     assert first.keys() == second.keys()

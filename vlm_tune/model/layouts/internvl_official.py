@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM
 
 from vlm_tune.config.schema import ModelConfig, Quantize
 from vlm_tune.data.templates import Template
@@ -19,6 +19,7 @@ from vlm_tune.data.tiles import find_normalization
 from vlm_tune.errors import CheckpointError, ConfigError
 from vlm_tune.model import attention
 from vlm_tune.model.folders import find_folder, model_kind
+from vlm_tune.model.layouts.fill import fill, restore_buffers, tie_head
 from vlm_tune.model.layouts.loaded import Loaded
 from vlm_tune.model.layouts.official_config import (
     KIND,
@@ -32,7 +33,7 @@ from vlm_tune.model.layouts.official_keys import Entry, Heads, entries
 from vlm_tune.model.layouts.weights import Shards, write_shards
 from vlm_tune.model.llm import guard_4bit, load_tokenizer, quantization
 from vlm_tune.model.projector import Projector
-from vlm_tune.model.quantize import quantized_weight, use_quantized_layers
+from vlm_tune.model.quantize import use_quantized_layers
 from vlm_tune.model.vision import VisionEncoder, cut_layers, resample_positions
 from vlm_tune.model.vlm import ImageTokens, View, VisionLanguageModel
 
@@ -56,7 +57,7 @@ def load(folder: Path, model: ModelConfig, dtype: torch.dtype, quantize: Quantiz
     if quantize is not Quantize.none:
         use_quantized_layers(vlm.llm, quantization(quantize, dtype))
     fill(vlm, shards, table, dtype)
-    _tie(vlm, shards, config)
+    tie_head(vlm.llm, shards, _head_key(config))
     restore_buffers(vlm.llm)
     guard_4bit(vlm.llm)
     resample_positions(vlm.vision.tower, model.tiles.size)
@@ -81,39 +82,8 @@ def empty_model(config: dict[str, Any], model: ModelConfig, folder: Path) -> Vis
 
 def original_entries(vlm: VisionLanguageModel, config: dict[str, Any]) -> list[Entry]:
     """List the original tensors that make up the model."""
-    heads = None
-    if config["llm_config"]["model_type"] == "internlm2":
-        num_kv = vlm.llm.config.num_key_value_heads
-        heads = Heads(num_kv, vlm.llm.config.num_attention_heads // num_kv)
+    heads = Heads.of(vlm.llm.config) if config["llm_config"]["model_type"] == "internlm2" else None
     return entries({name: tuple(weight.shape) for name, weight in vlm.named_parameters()}, heads)
-
-
-def fill(vlm: VisionLanguageModel, shards: Shards, table: list[Entry], dtype: torch.dtype) -> None:
-    """Read the weights into an empty model; those of layers that were cut off are not read."""
-    places = dict(vlm.named_parameters())
-    wanted = {entry.original: entry for entry in table if all(name in places for name in entry.ours)}
-    for key, tensor in shards.read(wanted):
-        entry = wanted[key]
-        for name, part in zip(entry.ours, entry.split(tensor), strict=True):
-            parent, _, leaf = name.rpartition(".")
-            # a copy of its own: a file that is replaced under a running process would change its weights
-            weight = part.to(dtype, copy=True, memory_format=torch.contiguous_format)
-            setattr(vlm.get_submodule(parent), leaf, quantized_weight(places[name], weight))
-
-
-def restore_buffers(llm: PreTrainedModel) -> None:
-    """Compute the rotary frequencies, which no file holds: left on the meta device, they would come out as noise.
-
-    They are float32 whatever the weights are.
-    """
-    decoder: Any = llm.get_decoder()
-    decoder.rotary_emb = type(decoder.rotary_emb)(config=llm.config)
-    left = [name for name, tensor in (*llm.named_parameters(), *llm.named_buffers()) if tensor.is_meta]
-    assert not left, f"no values for {left}"
-
-
-def _is_tied(vlm: VisionLanguageModel) -> bool:
-    return bool(vlm.llm.config.tie_word_embeddings)
 
 
 def _head_key(config: dict[str, Any]) -> str:
@@ -122,21 +92,7 @@ def _head_key(config: dict[str, Any]) -> str:
 
 
 def _optional(vlm: VisionLanguageModel, config: dict[str, Any]) -> list[str]:
-    return [_head_key(config)] if _is_tied(vlm) else []
-
-
-def _tie(vlm: VisionLanguageModel, shards: Shards, config: dict[str, Any]) -> None:
-    """Let a tied head be the embedding; some folders store it all the same, and then it must be equal."""
-    if not _is_tied(vlm):
-        return
-    embedding = vlm.llm.get_input_embeddings().weight
-    vlm.llm.get_output_embeddings().weight = embedding
-    for key, head in shards.read({_head_key(config)} & shards.shapes.keys()):
-        if not torch.equal(head.to(embedding.dtype), embedding):
-            raise CheckpointError(
-                f"{shards.folder}: llm_config.tie_word_embeddings=true, but {key} differs from the embedding. Set it "
-                "to false in config.json if the head was trained by itself"
-            )
+    return [_head_key(config)] if vlm.llm.config.tie_word_embeddings else []
 
 
 def _image_token(tokenizer: Any, tokens: ImageTokens, vlm: VisionLanguageModel, folder: Path) -> int:
@@ -218,7 +174,7 @@ def _write_weights(
         shards = Shards.find(base)
         unused_keys = [key for key in shards.shapes if key.startswith("vision_model.") and key not in table]
         unused = {key: tensor.to(vlm.llm.dtype, copy=True) for key, tensor in shards.read(unused_keys)}
-        if _is_tied(vlm) and _head_key(config) in shards.shapes:
+        if vlm.llm.config.tie_word_embeddings and _head_key(config) in shards.shapes:
             unused[_head_key(config)] = weights[EMBEDDING]
         shapes |= {key: tuple(tensor.shape) for key, tensor in unused.items()}
 

@@ -6,6 +6,7 @@ Sources: InternVL `tools/internvl_custom2hf.py`, `modeling_internlm2.py` (wqkv),
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,11 @@ class Heads:
 
     num_kv: int
     groups: int  # query heads a key head
+
+    @classmethod
+    def of(cls, config: Any) -> "Heads":
+        """Read them from the Llama configuration that describes an InternLM2."""
+        return cls(config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads)
 
 
 @dataclass(frozen=True)
