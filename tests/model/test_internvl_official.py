@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,11 @@ KINDS = {
     "qwen2": {"model_type": "qwen2", "rope_theta": 1e6},
     "qwen2_tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 32, "rope_theta": 1e6},
+    "qwen2_dynamic": {  # InternVL3: both names of the kind
+        "model_type": "qwen2",
+        "rope_theta": 1e6,
+        "rope_scaling": {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"},
+    },
     "llama": {"model_type": "llama", "rope_theta": 5e5},
     "llama_linear": {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 4.0}},
     "phi3": {
@@ -73,7 +79,7 @@ def logits(llm):
 def test_the_language_model_is_transformers_own(kind, folders):
     # the names of these are transformers' own below "language_model."
     weights = load_file(folders[kind] / "model.safetensors")
-    config = AutoConfig.for_model(**SMALL_LLM | KINDS[kind])
+    config = AutoConfig.for_model(**SMALL_LLM | deepcopy(KINDS[kind]))  # it writes into some
     reference = AutoModelForCausalLM.from_config(config)
     mine = {
         key.removeprefix("language_model."): value for key, value in weights.items() if key.startswith("language_model")
@@ -100,6 +106,18 @@ def test_a_model_survives_transformers_native_layout(kind, folders, tmp_path):
     first.tokenizer.save_pretrained(tmp_path)
     second = internvl_hf.load(tmp_path, small_model(), torch.float32, Quantize.none)
     torch.testing.assert_close(logits(second.vlm.llm), logits(first.vlm.llm), atol=1e-6, rtol=0)
+
+
+def test_dynamic_frequencies_follow_the_length(tmp_path):
+    """Beyond the trained length the base grows; source: modeling_internlm2.py, InternLM2DynamicNTKScaling."""
+    limit, factor, theta, size = 16, 2.0, 1e6, 16
+    folder = write_official(tmp_path, KINDS["internlm2"] | {"max_position_embeddings": limit, "rope_theta": theta})
+    llm = load(folder).vlm.llm
+    logits(llm)
+    length = IDS.shape[1]
+    base = theta * (factor * length / limit - (factor - 1)) ** (size / (size - 2))
+    wanted = 1 / base ** (torch.arange(0, size, 2) / size)
+    torch.testing.assert_close(llm.get_decoder().rotary_emb.inv_freq, wanted)
 
 
 def test_fused_rows_stand_by_key_head():
@@ -296,7 +314,7 @@ def test_weights_that_do_not_fit_are_listed(change, said, folders, tmp_path):
 def test_a_tied_head_of_its_own_is_an_error(folders, tmp_path):
     head = {"language_model.lm_head.weight": torch.zeros(2509, 64)}
     folder = change_weights(copied(folders["qwen2_tied"], tmp_path), lambda w: w.update(head))
-    with pytest.raises(CheckpointError, match="lm_head.weight differs from the embedding"):
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from the embedding"):
         load(folder)
 
 

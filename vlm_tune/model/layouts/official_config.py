@@ -5,6 +5,7 @@ Sources: InternVL `configuration_internvl_chat.py`, `configuration_intern_vit.py
 """
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def text_config(config: dict[str, Any], folder: Path) -> PreTrainedConfig:
             f"{folder}/config.json: llm_config.model_type={kind} is not read. There are: {', '.join(TEXT_CONFIGS)}"
         )
     known = {*TEXT_CONFIGS[kind].__annotations__, *ROPE_KEYS}
-    chosen = {key: value for key, value in theirs.items() if key in known}
+    chosen = {key: deepcopy(value) for key, value in theirs.items() if key in known}  # transformers writes into some
     if kind == "internlm2":
         chosen |= {"attention_bias": theirs.get("bias", True), "mlp_bias": False}
     return TEXT_CONFIGS[kind](**chosen)  # type: ignore[no-any-return]
@@ -109,7 +110,7 @@ def written_config(
 ) -> dict[str, Any]:
     """Describe a model as an InternVLChatModel: what it started from, brought up to date, or all of it anew."""
     side = model.tiles.size
-    config: dict[str, Any] = json.loads(json.dumps(base)) if base is not None else _new_config(vlm)
+    config: dict[str, Any] = deepcopy(base) if base is not None else _new_config(vlm)
     config["vision_config"]["image_size"] = side  # the table of positions was resized to it when it was loaded
     config["llm_config"]["vocab_size"] = vlm.llm.get_input_embeddings().weight.shape[0]
     dtype = str(vlm.llm.dtype).removeprefix("torch.")
