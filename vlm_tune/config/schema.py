@@ -89,7 +89,7 @@ class VisionConfig:
     path: str | None = None  # folder, hub id or recipe:NAME; null = the part inside model.path
     select_layer: int = -1  # index into the hidden states (0 = embeddings); later layers are not run
     normalize: str = "imagenet"  # imagenet | clip (InternVL) | openai_clip (LLaVA) | siglip | half
-    targets: list[str] = field(default_factory=lambda: ["qkv", "proj", "fc1", "fc2"])
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "projection_layer", "fc1", "fc2"])
 
 
 @dataclass

@@ -15,12 +15,12 @@ from vlm_tune.export.merge import merge_adapters
 from vlm_tune.export.parity import Parity, compare
 from vlm_tune.model.build import Model, build_model
 from vlm_tune.model.generate import Prompt
-from vlm_tune.model.layouts import internvl_hf, parts
+from vlm_tune.model.layouts import internvl_hf, internvl_official, parts
 from vlm_tune.model.layouts.processor import save_processor
 from vlm_tune.model.trained import open_trained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LAYOUTS = ("hf", "parts")
+LAYOUTS = ("hf", "official", "parts")
 
 
 def export(ckpt: str, out: str, layout: str, dtype: str, overrides: list[str]) -> Path:
@@ -88,6 +88,9 @@ def write(layout: str, model: Model, config: Config, folder: Path) -> None:
     if layout == "hf":
         internvl_hf.save(model.vlm, folder)
         save_processor(model.tokenizer, model.encoder, config.model, folder)
+    elif layout == "official":
+        internvl_official.save(model.vlm, model.encoder.template, config.model, folder)
+        model.tokenizer.save_pretrained(folder)
     else:
         parts.save(model.vlm, model.tokenizer, folder)
 

@@ -58,7 +58,8 @@ def build_encoder(config: Config) -> tuple[Encoder, PreTrainedTokenizerBase]:
     tokenizer, tokens = load_tokenizer(llm_folder), ImageTokens()
     vocabulary = tokenizer.get_vocab()
     new = [AddedToken(token, special=True, normalized=False) for token in tokens.all if token not in vocabulary]
-    tokenizer.add_tokens(new, special_tokens=True)
+    if vision_folder != llm_folder:  # a whole checkpoint's tokenizer is complete
+        tokenizer.add_tokens(new, special_tokens=True)
     return make_encoder(config, tokenizer, tokens, count_patches(vision_folder, model.tiles.size)), tokenizer
 
 

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from vlm_tune.config.schema import Quantize
-from vlm_tune.model import attention
+from vlm_tune.model import attention, tokenizer
 
 
 def load_llm(folder: Path, dtype: torch.dtype, quantize: Quantize = Quantize.none) -> PreTrainedModel:
@@ -51,6 +51,8 @@ def guard_4bit(llm: Any) -> None:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load a folder's tokenizer; no code comes out of the folder."""
+    if tokenizer.brings_code(folder):
+        return tokenizer.load_without_code(folder)
     return AutoTokenizer.from_pretrained(folder)
 
 

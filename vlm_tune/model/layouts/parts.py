@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from vlm_tune.config.schema import ModelConfig, ProjectorConfig, Quantize
 from vlm_tune.model.folders import PARTS_SETTINGS
+from vlm_tune.model.layouts.internlm2 import load_language_model
 from vlm_tune.model.layouts.loaded import Loaded
-from vlm_tune.model.llm import add_tokens, load_llm, load_tokenizer
+from vlm_tune.model.llm import add_tokens, load_tokenizer
 from vlm_tune.model.projector import Projector
 from vlm_tune.model.vision import VisionEncoder, load_tower, resample_positions
 from vlm_tune.model.vlm import ImageTokens, View, VisionLanguageModel
@@ -29,7 +30,7 @@ def join(vision_folder: Path, llm_folder: Path, model: ModelConfig, dtype: torch
     tower = load_tower(vision_folder, dtype)
     resample_positions(tower, model.tiles.size)
     vision = VisionEncoder(tower, model.vision.select_layer)
-    tokenizer, llm = load_tokenizer(llm_folder), load_llm(llm_folder, dtype, quantize)
+    tokenizer, llm = load_tokenizer(llm_folder), load_language_model(llm_folder, dtype, quantize)
     tokens = ImageTokens()
     add_tokens(tokenizer, llm, tokens.all)
     with torch.random.fork_rng(devices=[]):

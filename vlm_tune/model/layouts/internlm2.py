@@ -1,0 +1,52 @@
+"""A language model's folder alone: transformers' own kinds, and InternLM2, which becomes a Llama of the same logits."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from vlm_tune.config.schema import Quantize
+from vlm_tune.model import attention
+from vlm_tune.model.folders import model_kind
+from vlm_tune.model.layouts.fill import fill, restore_buffers, tie_head
+from vlm_tune.model.layouts.official_config import text_config
+from vlm_tune.model.layouts.official_keys import Heads, entries
+from vlm_tune.model.layouts.weights import Shards
+from vlm_tune.model.llm import guard_4bit, load_llm, quantization
+from vlm_tune.model.quantize import use_quantized_layers
+
+HEAD = "output.weight"
+
+
+def load_language_model(folder: Path, dtype: torch.dtype, quantize: Quantize = Quantize.none) -> PreTrainedModel:
+    """Load a causal LM for training; transformers has no InternLM2, and its folder's code is not run.
+
+    Raises CheckpointError that lists every missing, unexpected and misshapen weight of an InternLM2.
+    """
+    if model_kind(folder) != "internlm2":
+        return load_llm(folder, dtype, quantize)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    text = text_config({"llm_config": config}, folder)
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(text, attn_implementation=attention.NAME)
+    llm.config.use_cache = False
+    named = {f"llm.{name}": tuple(weight.shape) for name, weight in llm.named_parameters()}
+    table = [
+        replace(
+            entry,
+            original=entry.original.removeprefix("language_model."),
+            ours=tuple(name.removeprefix("llm.") for name in entry.ours),
+        )
+        for entry in entries(named, Heads.of(text))
+    ]
+    shards = Shards.find(folder)
+    shards.compare({entry.original: entry.shape for entry in table}, [HEAD] if text.tie_word_embeddings else [])
+    if quantize is not Quantize.none:
+        use_quantized_layers(llm, quantization(quantize, dtype))
+    fill(llm, shards, table, dtype)
+    tie_head(llm, shards, HEAD)
+    restore_buffers(llm)
+    guard_4bit(llm)
+    return llm  # type: ignore[no-any-return]
