@@ -1,7 +1,8 @@
 """Causal attention over packed samples: each token sees the earlier tokens of its own sample, and no mask is built.
 
 Registered with transformers under the name `packed`. A `Segments` travels as the keyword `segments` through the
-language model's forward pass. Without it (generation, padded batches) plain SDPA runs.
+language model's forward pass. Without it (generation, padded batches) plain SDPA runs. A layer with a sliding window
+(Mistral, Gemma 3) looks back no further than its window, in both.
 """
 
 from dataclasses import dataclass
@@ -63,23 +64,35 @@ def packed_attention(
     segments: Segments | None = options.pop("segments", None)
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    scale = options.get("scaling") or query.shape[-1] ** -0.5
+    scale, window = options.get("scaling") or query.shape[-1] ** -0.5, options.get("sliding_window")
     assert query.shape[0] == 1, "a pack is one row"
+    assert options.get("softcap") is None, "a language model with capped scores is refused when it is loaded"
     assert sum(segments.lengths) == query.shape[2], "segments must fill the packed row"
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        return _varlen(query, key, value, segments.lengths, scale), None
+        return _varlen(query, key, value, segments.lengths, scale, window), None
     # q has all heads, k and v have kv_heads
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (L, _, d)
-    outputs = [_attend_short(q, k, v, index, scale) for index in segments.short]
+    outputs = [_attend_short(q, k, v, index, scale, window) for index in segments.short]
     for start, length in segments.long:
         rows = slice(start, start + length)
         part_q, part_k, part_v = (tensor[:, :, rows] for tensor in (query, key, value))
-        whole = scaled_dot_product_attention(part_q, part_k, part_v, is_causal=True, scale=scale, enable_gqa=True)
+        mask = None if window is None or length <= window else _visible(length, window, query.device)
+        whole = scaled_dot_product_attention(
+            part_q, part_k, part_v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+        )
         outputs.append(whole[0].transpose(0, 1))
     return torch.cat(outputs).index_select(0, segments.order).unsqueeze(0), None
 
 
-def _attend_short(query: Tensor, key: Tensor, value: Tensor, index: Tensor, scale: float) -> Tensor:
+def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
+    """Say which earlier tokens each token of a sample sees: the `window` last ones, itself among them."""
+    past = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return past if window is None else past.triu(1 - window)
+
+
+def _attend_short(
+    query: Tensor, key: Tensor, value: Tensor, index: Tensor, scale: float, window: int | None
+) -> Tensor:
     """Attend within n samples of like length by plain products: (L, heads, d), index (n, W) -> (n*W, heads, d).
 
     SDPA's kernel spends more on the start of each short sample than on its products, and its 16-bit backward pass on a
@@ -93,14 +106,16 @@ def _attend_short(query: Tensor, key: Tensor, value: Tensor, index: Tensor, scal
     )
     grouped = q.reshape(count, kv_heads, heads // kv_heads * width, size)
     scores = torch.matmul(grouped, k.transpose(2, 3)).view(count, kv_heads, -1, width, width)
-    future = torch.ones(width, width, dtype=torch.bool, device=query.device).triu(1)
-    scores = (scores.float() * scale).masked_fill(future, float("-inf"))
+    unseen = ~_visible(width, window, query.device)
+    scores = (scores.float() * scale).masked_fill(unseen, float("-inf"))
     shares = scores.softmax(-1).to(v.dtype).view(count, kv_heads, -1, width)
     output = torch.matmul(shares, v).view(count, heads, width, size)
     return output.transpose(1, 2).reshape(count * width, heads, size)
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float) -> Tensor:
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float, window: int | None
+) -> Tensor:
     """Run torch's variable-length flash attention: one kernel for all segments (CUDA, 16 bit)."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -110,15 +125,18 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale
     if groups > 1:  # the kernel's own grouping is not in every torch 2 release
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     longest = max(lengths)
-    out = varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=(-1, 0))
+    back = -1 if window is None else window - 1
+    out = varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=(back, 0))
     return out.unsqueeze(0)  # type: ignore[union-attr]
 
 
-def packed_mask(*args: Any, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
-    """Build a mask only for padded generation; packing and right padding need none, causality is enough."""
-    if attention_mask is None:
+def packed_mask(
+    *args: Any, attention_mask: Tensor | None = None, local_size: int | None = None, **options: Any
+) -> Tensor | None:
+    """Build a mask for padded generation and for sliding windows; else causality is enough, and none is built."""
+    if attention_mask is None and local_size is None:
         return None
-    return sdpa_mask(*args, attention_mask=attention_mask, **options)
+    return sdpa_mask(*args, attention_mask=attention_mask, local_size=local_size, **options)
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
