@@ -14,7 +14,7 @@ from vlm_tune.data.encode import Encoder, EncoderSettings
 from vlm_tune.errors import ConfigError
 from vlm_tune.model.folders import PARTS_SETTINGS, find_folder, model_kind
 from vlm_tune.model.llm import load_tokenizer
-from vlm_tune.model.vision import VisionEncoder
+from vlm_tune.model.vision import VisionEncoder, resample_positions
 from vlm_tune.model.vlm import ImageTokens
 
 
@@ -95,6 +95,7 @@ def count_patches(folder: Path, tile_size: int) -> int:
 
         with torch.device("meta"):
             tower = timm.create_model(config["architecture"], pretrained=False, num_classes=0)
+        resample_positions(tower, tile_size)
         return VisionEncoder(tower).num_patches(tile_size)
     size = config.get("vision_config", config).get("patch_size")
     if size is None:

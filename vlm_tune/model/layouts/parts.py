@@ -18,7 +18,7 @@ from vlm_tune.model.folders import PARTS_SETTINGS
 from vlm_tune.model.layouts.loaded import Loaded
 from vlm_tune.model.llm import add_tokens, load_llm, load_tokenizer
 from vlm_tune.model.projector import Projector
-from vlm_tune.model.vision import VisionEncoder, load_tower, resample_positions
+from vlm_tune.model.vision import VisionEncoder, load_tower, resample_positions, whole_tower, whole_weights
 from vlm_tune.model.vlm import ImageTokens, View, VisionLanguageModel
 
 PROJECTOR = "projector.safetensors"
@@ -58,14 +58,15 @@ def save(vlm: VisionLanguageModel, tokenizer: PreTrainedTokenizerBase, folder: P
     vlm.llm.save_pretrained(folder / "llm")
     tokenizer.save_pretrained(folder / "llm")
     save_file({name: weight.contiguous() for name, weight in vlm.projector.state_dict().items()}, folder / PROJECTOR)
-    settings = {"projector": asdict(vlm.projector.config), "normalize": vlm.normalization, "select_layer": -1}
+    settings = {"projector": asdict(vlm.projector.config), "normalize": vlm.normalization}
+    settings["select_layer"] = vlm.vision.select_layer
     (folder / PARTS_SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
 
 def save_tower(vision: VisionEncoder, folder: Path) -> None:
     """Write an encoder in its library's own layout."""
     if not vision.is_timm:
-        vision.tower.save_pretrained(folder)  # type: ignore[operator]
+        whole_tower(vision).save_pretrained(folder)
         return
     folder.mkdir(parents=True)
     tower: Any = vision.tower
@@ -75,5 +76,5 @@ def save_tower(vision: VisionEncoder, folder: Path) -> None:
         "pretrained_cfg": {"num_classes": 0},
     }
     (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-    weights = {name: weight.contiguous() for name, weight in vision.tower.state_dict().items()}
+    weights = {name: weight.contiguous() for name, weight in whole_weights(vision).items()}
     save_file(weights, folder / "model.safetensors")
