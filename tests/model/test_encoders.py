@@ -153,5 +153,5 @@ def test_a_transformer_of_timm_gives_the_layer_asked_for(layer, size, tmp_path):
 
 def test_a_network_without_a_list_of_layers_says_so():
     tower = timm.create_model("test_resnet", pretrained=False, num_classes=0)
-    with pytest.raises(ConfigError, match="has no list of layers to cut; set it to -1"):
+    with pytest.raises(ConfigError, match="has no list of transformer layers"):
         VisionEncoder(tower, -2)

@@ -99,6 +99,8 @@ class ProjectorConfig:
     kind: str = "mlp"  # mlp (LayerNorm, Linear, GELU, Linear) | mlp2x_gelu (LLaVA 1.5) | linear (LLaVA)
     shuffle: int = 2  # pixel shuffle: r x r patches become one token; 1 = none
     shuffle_version: str = "v2"  # v1 = transposed token order, as in the first InternVL 1.5
+    bias: bool = True  # of the linear layers
+    newline: bool = False  # a token at the end of each row of an any-resolution picture (LLaVA-NeXT)
 
 
 @dataclass

@@ -90,9 +90,7 @@ def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
     return past if window is None else past.triu(1 - window)
 
 
-def _attend_short(
-    query: Tensor, key: Tensor, value: Tensor, index: Tensor, scale: float, window: int | None
-) -> Tensor:
+def _attend_short(query: Tensor, key: Tensor, value: Tensor, index: Tensor, scale: float, window: int | None) -> Tensor:
     """Attend within n samples of like length by plain products: (L, heads, d), index (n, W) -> (n*W, heads, d).
 
     SDPA's kernel spends more on the start of each short sample than on its products, and its 16-bit backward pass on a
@@ -113,9 +111,7 @@ def _attend_short(
     return output.transpose(1, 2).reshape(count * width, heads, size)
 
 
-def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float, window: int | None
-) -> Tensor:
+def _varlen(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float, window: int | None) -> Tensor:
     """Run torch's variable-length flash attention: one kernel for all segments (CUDA, 16 bit)."""
     from torch.nn.attention.varlen import varlen_attn
 

@@ -12,13 +12,18 @@ from vlm_tune.errors import ConfigError
 from vlm_tune.model.encoder import make_encoder, require_weights
 from vlm_tune.model.folders import find_folder, model_kind
 from vlm_tune.model.isolation import check_rope
-from vlm_tune.model.layouts import internvl_hf, parts
+from vlm_tune.model.layouts import internvl_hf, llava_hf, parts
 from vlm_tune.model.layouts.loaded import Loaded
 from vlm_tune.model.vlm import VisionLanguageModel
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 
-LAYOUTS = {"parts": parts.load, "internvl": internvl_hf.load}  # by the model_type of a folder's config.json
+LAYOUTS = {  # by the model_type of a folder's config.json
+    "parts": parts.load,
+    "internvl": internvl_hf.load,
+    "llava": llava_hf.load,
+    "llava_next": llava_hf.load,
+}
 
 
 @dataclass

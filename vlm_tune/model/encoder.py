@@ -8,11 +8,12 @@ import torch
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
-from vlm_tune.config.schema import Config, ModelConfig, TooLong
+from vlm_tune.config.schema import Config, ModelConfig, ProjectorConfig, TileRule, TooLong
 from vlm_tune.data.chat_template import choose_template
 from vlm_tune.data.encode import Encoder, EncoderSettings
 from vlm_tune.errors import ConfigError
 from vlm_tune.model.folders import PARTS_SETTINGS, find_folder, model_kind
+from vlm_tune.model.llava import HUB_KINDS, image_tokens, read_hub
 from vlm_tune.model.llm import load_tokenizer
 from vlm_tune.model.vision import VisionEncoder, resample_positions
 from vlm_tune.model.vlm import ImageTokens
@@ -31,7 +32,8 @@ def make_encoder(config: Config, tokenizer: PreTrainedTokenizerBase, tokens: Ima
             f"model.tiles.size={model.tiles.size}: choose another tile size or shuffle"
         )
     tokens_per_tile = num_patches // shuffle**2
-    most = model.tiles.max + (model.tiles.thumbnail and model.tiles.max > 1)
+    has_overview = model.tiles.thumbnail or model.tiles.rule is TileRule.anyres
+    most = model.tiles.max + (has_overview and model.tiles.max > 1)
     if most * tokens_per_tile >= data.max_length and data.on_too_long is TooLong.error:
         raise ConfigError(
             f"model.tiles.max={model.tiles.max} needs up to {most}*{tokens_per_tile}={most * tokens_per_tile} image "
@@ -43,6 +45,7 @@ def make_encoder(config: Config, tokenizer: PreTrainedTokenizerBase, tokens: Ima
         image_context=tokens.context,
         image_end=tokens.end,
         tokens_per_tile=tokens_per_tile,
+        newline=model.projector.newline,
         max_tiles=model.tiles.max,
         max_length=data.max_length,
         on_too_long=data.on_too_long,
@@ -55,11 +58,17 @@ def build_encoder(config: Config) -> tuple[Encoder, PreTrainedTokenizerBase]:
     """Make the encoder that `build_model` would make, from the small files of the same folders: no weights are read."""
     model = config.model
     vision_folder, llm_folder = find_parts(model)
-    tokenizer, tokens = load_tokenizer(llm_folder), ImageTokens()
+    tokenizer, tokens = load_tokenizer(llm_folder), image_tokens(model.projector)
+    if model.path is not None and model_kind(llm_folder) in HUB_KINDS:
+        facts = read_hub(llm_folder, model)
+        return make_encoder(
+            config, tokenizer, image_tokens(model.projector), facts.num_patches(model.tiles.size)
+        ), tokenizer
     vocabulary = tokenizer.get_vocab()
     new = [AddedToken(token, special=True, normalized=False) for token in tokens.all if token not in vocabulary]
     tokenizer.add_tokens(new, special_tokens=True)
-    return make_encoder(config, tokenizer, tokens, count_patches(vision_folder, model.tiles.size)), tokenizer
+    num_patches = count_patches(vision_folder, model.tiles.size) + keeps_class(llm_folder.parent)
+    return make_encoder(config, tokenizer, tokens, num_patches), tokenizer
 
 
 def find_parts(model: ModelConfig) -> tuple[Path, Path]:
@@ -74,8 +83,14 @@ def find_parts(model: ModelConfig) -> tuple[Path, Path]:
         model.projector.shuffle = round(1 / config.get("downsample_ratio", 1))
         return folder, folder
     settings = json.loads((folder / PARTS_SETTINGS).read_text(encoding="utf-8"))
-    model.projector.shuffle = int(settings["projector"]["shuffle"])
+    model.projector = ProjectorConfig(**settings["projector"])
     return folder / "vision", folder / "llm"
+
+
+def keeps_class(folder: Path) -> bool:
+    """Tell whether a folder of parts side by side keeps the encoder's class token."""
+    settings = folder / PARTS_SETTINGS
+    return settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("keeps_class"))
 
 
 def require_weights(model: ModelConfig) -> None:

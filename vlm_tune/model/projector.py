@@ -39,9 +39,10 @@ class Projector(nn.Module):
         self.config = config
         width = vision_width * config.shuffle**2
         self.layer_norm = nn.LayerNorm(width) if config.kind == "mlp" else nn.Identity()
-        self.linear_1 = nn.Linear(width, llm_width)
+        self.linear_1 = nn.Linear(width, llm_width, bias=config.bias)
         self.act = nn.GELU()
-        self.linear_2 = nn.Linear(llm_width, llm_width)
+        self.linear_2 = nn.Linear(llm_width, llm_width, bias=config.bias)
+        self.newline = nn.Parameter(torch.randn(llm_width) * llm_width**-0.5) if config.newline else None
         if config.kind == "linear":
             self.act, self.linear_2 = nn.Identity(), nn.Identity()  # type: ignore[assignment]
         elif config.kind not in ("mlp", "mlp2x_gelu"):
@@ -67,4 +68,7 @@ class Projector(nn.Module):
         probe = torch.randn(256, width, generator=torch.Generator().manual_seed(0)).to(last.weight) * 0.4
         spread = (probe @ last.weight.T).std()
         last.weight.mul_(embeddings.float().std() / spread)
-        last.bias.zero_()
+        if last.bias is not None:
+            last.bias.zero_()
+        if self.newline is not None:
+            self.newline.mul_(embeddings.float().std() / self.newline.std())

@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate
 from vlm_tune.errors import CheckpointError, ConfigError
 
 # Where a tower keeps its layers. Its final norm and pooling head, of these names, come after them.
-LAYER_LISTS = ("encoder.layer", "encoder.layers", "model.layer", "blocks")
+LAYER_LISTS = ("encoder.layer", "encoder.layers", "model.layer", "layers", "blocks")
 NORMS = ("layernorm", "post_layernorm", "norm")
 
 
@@ -100,7 +100,7 @@ def cut_layers(tower: Any, select_layer: int) -> dict[str, Tensor]:
     """
     if select_layer == -1:
         return {}
-    path, layers = _layer_list(tower)
+    path, layers = _find_layers(tower, "model.vision.select_layer")
     keep = select_layer if select_layer >= 0 else len(layers) + 1 + select_layer
     if not 0 < keep <= len(layers):
         raise ConfigError(f"model.vision.select_layer={select_layer}: the encoder has {len(layers)} layers")
@@ -117,15 +117,20 @@ def cut_layers(tower: Any, select_layer: int) -> dict[str, Tensor]:
     return {name: weight for name, weight in whole.items() if name not in tower.state_dict()}
 
 
-def _layer_list(tower: Any) -> tuple[str, Any]:
+def layer_list(tower: Any, key: str) -> nn.ModuleList | nn.Sequential:
+    """Return a transformer's layers, first to last; raise ConfigError in the name of `key` when it has none."""
+    return _find_layers(tower, key)[1]
+
+
+def _find_layers(tower: Any, key: str) -> tuple[str, Any]:
     for path in LAYER_LISTS:
         try:
             layers = tower.get_submodule(path)
         except AttributeError:
             continue
-        if isinstance(layers, nn.ModuleList | nn.Sequential):
+        if isinstance(layers, nn.ModuleList) or (isinstance(layers, nn.Sequential) and hasattr(layers[0], "attn")):
             return path, layers
-    raise ConfigError(f"model.vision.select_layer: {type(tower).__name__} has no list of layers to cut; set it to -1")
+    raise ConfigError(f"{key}: {type(tower).__name__} has no list of transformer layers; leave this key at its default")
 
 
 def whole_tower(vision: VisionEncoder) -> Any:
