@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken
+from toys import TOKENIZER
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -18,7 +19,6 @@ from transformers import (
     LlavaProcessor,
     PreTrainedModel,
 )
-from toys import TOKENIZER
 
 SIZE, PATCH = 56, 14  # 4 x 4 patches
 VOCABULARY = 2880  # a multiple of 64 above the tokenizer's tokens, as llava-hf pads it

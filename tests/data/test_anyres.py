@@ -5,9 +5,9 @@ import random
 import numpy as np
 import pytest
 import torch
+from toys import TOKENIZER
 from transformers import AutoTokenizer, LlavaNextConfig, LlavaNextImageProcessorPil, LlavaNextModel, LlavaNextProcessor
 
-from toys import TOKENIZER
 from vlm_tune.config.schema import TileRule, TilesConfig, TooLong
 from vlm_tune.data.anyres import NEWLINE, Spread, count_tokens, token_order
 from vlm_tune.data.dataset import Tiling

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from transformers import AutoModel, CLIPConfig, CLIPModel, Siglip2ImageProcessorPil
 from transformers import AutoConfig as Config
+from transformers import AutoModel, CLIPConfig, CLIPModel, Siglip2ImageProcessorPil
 
 from vlm_tune.errors import CheckpointError, ConfigError
 from vlm_tune.model.encoder import count_patches

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from toys import TOKENIZER
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from toys import TOKENIZER
 from vlm_tune.config.parse import load_config
 from vlm_tune.errors import ConfigError
 from vlm_tune.model import attention

@@ -60,6 +60,8 @@ def _numbers(config: Config) -> list[str]:
         "model.tiles.size": tiles.size,
         "model.tiles.min": tiles.min,
         "model.projector.shuffle": config.model.projector.shuffle,
+        "model.projector.num_queries": config.model.projector.num_queries,
+        "model.projector.qformer_layers": config.model.projector.qformer_layers,
         "data.max_length": config.data.max_length,
         "stage.pack_length": stage.pack_length,
         "stage.pack_tiles": stage.pack_tiles,

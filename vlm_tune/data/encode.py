@@ -282,9 +282,10 @@ class Encoder:
         num_pictures = len(sample.pictures)
         if num_pictures and self.context_id is None:
             raise _fault(sample, f"{num_pictures} pictures in the row, but this model takes none: remove them")
-        tiled, per_tile = tuple(tiling(max_tiles)), self.settings.tokens_per_tile
+        tiled: tuple[int | Spread, ...] = tuple(tiling(max_tiles))
+        per_tile = self.settings.tokens_per_tile
         assert len(tiled) == num_pictures, f"the tiling gives {len(tiled)} pictures, the row has {num_pictures}"
-        num_tiles = tuple(each.num_tiles if isinstance(each, Spread) else each for each in tiled)
+        num_tiles = tuple(each if isinstance(each, int) else each.num_tiles for each in tiled)
         if not self.settings.newline:
             return _Fit(num_tiles, tuple(per_tile * number for number in num_tiles), (), max_tiles)
         spreads = tuple(each for each in tiled if isinstance(each, Spread))

@@ -15,6 +15,7 @@ from vlm_tune.errors import ConfigError
 from vlm_tune.model.folders import PARTS_SETTINGS, find_folder, model_kind
 from vlm_tune.model.llava import HUB_KINDS, image_tokens, read_hub
 from vlm_tune.model.llm import load_tokenizer
+from vlm_tune.model.projector import tokens_per_tile
 from vlm_tune.model.vision import VisionEncoder, resample_positions
 from vlm_tune.model.vlm import ImageTokens
 
@@ -26,17 +27,17 @@ def make_encoder(config: Config, tokenizer: PreTrainedTokenizerBase, tokens: Ima
     """
     model, data = config.model, config.data
     shuffle = model.projector.shuffle
-    if num_patches % shuffle**2:
+    if model.projector.kind != "qformer" and num_patches % shuffle**2:
         raise ConfigError(
             f"model.projector.shuffle={shuffle} does not divide the {num_patches} patches of a tile of "
             f"model.tiles.size={model.tiles.size}: choose another tile size or shuffle"
         )
-    tokens_per_tile = num_patches // shuffle**2
+    per_tile = tokens_per_tile(model.projector, num_patches)
     has_overview = model.tiles.thumbnail or model.tiles.rule is TileRule.anyres
     most = model.tiles.max + (has_overview and model.tiles.max > 1)
-    if most * tokens_per_tile >= data.max_length and data.on_too_long is TooLong.error:
+    if most * per_tile >= data.max_length and data.on_too_long is TooLong.error:
         raise ConfigError(
-            f"model.tiles.max={model.tiles.max} needs up to {most}*{tokens_per_tile}={most * tokens_per_tile} image "
+            f"model.tiles.max={model.tiles.max} needs up to {most}*{per_tile}={most * per_tile} image "
             f"tokens, data.max_length is {data.max_length}: raise it, lower model.tiles.max or set "
             "data.on_too_long=fewer_tiles"
         )
@@ -44,7 +45,7 @@ def make_encoder(config: Config, tokenizer: PreTrainedTokenizerBase, tokens: Ima
         image_start=tokens.start,
         image_context=tokens.context,
         image_end=tokens.end,
-        tokens_per_tile=tokens_per_tile,
+        tokens_per_tile=per_tile,
         newline=model.projector.newline,
         max_tiles=model.tiles.max,
         max_length=data.max_length,

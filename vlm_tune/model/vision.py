@@ -138,8 +138,9 @@ def whole_tower(vision: VisionEncoder) -> Any:
     assert vision.whole_config is not None, "a network of timm is saved by its weights"
     from transformers import AutoModel
 
+    config = vision.whole_config if vision.unused else vision.tower.config
     with torch.device("meta"):
-        tower = AutoModel.from_config(vision.whole_config, dtype=vision.dtype)
+        tower = AutoModel.from_config(config, dtype=vision.dtype)
     tower.load_state_dict(whole_weights(vision), assign=True)
     return tower
 

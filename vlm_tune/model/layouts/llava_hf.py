@@ -53,7 +53,7 @@ def load(folder: Path, model: ModelConfig, dtype: torch.dtype, quantize: Quantiz
             f"{TOKENS.context}: the folder's files belong to different models"
         )
     view = View(model.tiles.size, model.vision.normalize)
-    return Loaded(VisionLanguageModel(vision, projector.to(dtype), llm, context_id, view), tokenizer, TOKENS)
+    return Loaded(VisionLanguageModel(vision, projector, llm, context_id, view), tokenizer, TOKENS)
 
 
 def _load_native(folder: Path, is_next: bool, dtype: torch.dtype, quantize: Quantize) -> PreTrainedModel:

@@ -26,8 +26,8 @@ def save_llava_processor(
     """Write a processor that makes the tokens and tiles of training, beside the config.json that is there.
 
     Raises ConfigError for a tile rule that transformers' processors do not know. Of several pictures in one
-    conversation, LLaVA-NeXT's processor gives each all tiles, where training shares model.tiles.max among them. A folder
-    cannot name the library that resizes: AutoProcessor.from_pretrained(FOLDER, backend="pil") is the one of training.
+    conversation, LLaVA-NeXT's processor gives each all tiles, where training shares model.tiles.max among them. A
+    folder cannot name the library that resizes: AutoProcessor.from_pretrained(FOLDER, backend="pil") is training's.
     """
     pictures = picture_processor(model, encoder.settings.newline)
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))

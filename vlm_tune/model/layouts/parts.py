@@ -74,7 +74,7 @@ def save(vlm: VisionLanguageModel, tokenizer: PreTrainedTokenizerBase, folder: P
     vlm.llm.save_pretrained(folder / "llm")
     tokenizer.save_pretrained(folder / "llm")
     save_file({name: weight.contiguous() for name, weight in vlm.projector.state_dict().items()}, folder / PROJECTOR)
-    settings = {"projector": asdict(vlm.projector.config), "normalize": vlm.normalization}
+    settings: dict[str, Any] = {"projector": asdict(vlm.projector.config), "normalize": vlm.normalization}
     settings |= {"select_layer": vlm.vision.select_layer, "keeps_class": vlm.vision.keeps_class}
     (folder / PARTS_SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
