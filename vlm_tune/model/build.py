@@ -10,9 +10,9 @@ from vlm_tune.config.schema import Config, ModelConfig, Precision, Quantize
 from vlm_tune.data.encode import Encoder
 from vlm_tune.errors import ConfigError
 from vlm_tune.model.encoder import make_encoder, require_weights
-from vlm_tune.model.folders import find_folder, model_kind
+from vlm_tune.model.folders import LLAVA_ORIGINAL, find_folder, model_kind
 from vlm_tune.model.isolation import check_rope
-from vlm_tune.model.layouts import internvl_hf, llava_hf, parts
+from vlm_tune.model.layouts import internvl_hf, llava_hf, llava_original, parts
 from vlm_tune.model.layouts.loaded import Loaded
 from vlm_tune.model.vlm import VisionLanguageModel
 
@@ -23,6 +23,7 @@ LAYOUTS = {  # by the model_type of a folder's config.json
     "internvl": internvl_hf.load,
     "llava": llava_hf.load,
     "llava_next": llava_hf.load,
+    LLAVA_ORIGINAL: llava_original.load,
 }
 
 

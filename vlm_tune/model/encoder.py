@@ -13,7 +13,7 @@ from vlm_tune.data.chat_template import choose_template
 from vlm_tune.data.encode import Encoder, EncoderSettings
 from vlm_tune.errors import ConfigError
 from vlm_tune.model.folders import PARTS_SETTINGS, find_folder, model_kind
-from vlm_tune.model.llava import HUB_KINDS, image_tokens, read_hub
+from vlm_tune.model.llava import LLAVA_KINDS, image_tokens, read_llava
 from vlm_tune.model.llm import load_tokenizer
 from vlm_tune.model.projector import tokens_per_tile
 from vlm_tune.model.vision import VisionEncoder, resample_positions
@@ -59,17 +59,24 @@ def build_encoder(config: Config) -> tuple[Encoder, PreTrainedTokenizerBase]:
     """Make the encoder that `build_model` would make, from the small files of the same folders: no weights are read."""
     model = config.model
     vision_folder, llm_folder = find_parts(model)
+    num_patches = count_features(vision_folder, model)
     tokenizer, tokens = load_tokenizer(llm_folder), image_tokens(model.projector)
-    if model.path is not None and model_kind(llm_folder) in HUB_KINDS:
-        facts = read_hub(llm_folder, model)
-        return make_encoder(
-            config, tokenizer, image_tokens(model.projector), facts.num_patches(model.tiles.size)
-        ), tokenizer
     vocabulary = tokenizer.get_vocab()
     new = [AddedToken(token, special=True, normalized=False) for token in tokens.all if token not in vocabulary]
     tokenizer.add_tokens(new, special_tokens=True)
-    num_patches = count_patches(vision_folder, model.tiles.size) + keeps_class(llm_folder.parent)
     return make_encoder(config, tokenizer, tokens, num_patches), tokenizer
+
+
+def count_features(vision_folder: Path, model: ModelConfig) -> int:
+    """Count the features of a tile: its patches, and the class token where the model keeps it."""
+    kind = model_kind(find_folder(model.path, "model.path")) if model.path is not None else ""
+    if kind in LLAVA_KINDS:
+        return read_llava(vision_folder, model).num_patches(model.tiles.size)
+    num_patches = count_patches(vision_folder, model.tiles.size)
+    if kind != "parts":
+        return num_patches
+    settings = json.loads((vision_folder.parent / PARTS_SETTINGS).read_text(encoding="utf-8"))
+    return num_patches + bool(settings.get("keeps_class"))
 
 
 def find_parts(model: ModelConfig) -> tuple[Path, Path]:
@@ -86,12 +93,6 @@ def find_parts(model: ModelConfig) -> tuple[Path, Path]:
     settings = json.loads((folder / PARTS_SETTINGS).read_text(encoding="utf-8"))
     model.projector = ProjectorConfig(**settings["projector"])
     return folder / "vision", folder / "llm"
-
-
-def keeps_class(folder: Path) -> bool:
-    """Tell whether a folder of parts side by side keeps the encoder's class token."""
-    settings = folder / PARTS_SETTINGS
-    return settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("keeps_class"))
 
 
 def require_weights(model: ModelConfig) -> None:
