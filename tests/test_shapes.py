@@ -8,11 +8,14 @@ import pytest
 import timm
 import torch
 from shape_comments import ShapeComments, read_statements
+from transformers import AutoModel, Siglip2VisionConfig
 
 import vlm_tune
+from vlm_tune.config.schema import ProjectorConfig
 from vlm_tune.evaluation.evaluate import prompt_of
 from vlm_tune.model.attention import SHORT
 from vlm_tune.model.generate import answer
+from vlm_tune.model.projector import Projector
 from vlm_tune.model.vision import VisionEncoder
 
 PACKAGE = Path(__file__).parents[1] / "vlm_tune"
@@ -59,12 +62,23 @@ def traced_convolution():
     return run
 
 
-def test_shape_comments_hold(traced, traced_convolution):
-    assert not traced.errors + traced_convolution.errors
+@pytest.fixture(scope="module")
+def traced_queries():
+    """See a tile with an encoder that takes rows of pixels, and read it by a Q-Former."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    tower = AutoModel.from_config(Siglip2VisionConfig(**sizes, patch_size=14, num_patches=16))
+    projector = Projector(ProjectorConfig(kind="qformer", num_queries=4, qformer_layers=1, qformer_width=64), 32, 24)
+    with ShapeComments(FILES, LEGEND | {"D": 24}) as run:
+        projector(VisionEncoder(tower)(torch.zeros(2, 3, 56, 56)))
+    return run
 
 
-def test_every_shape_comment_is_reached(traced, traced_convolution):
-    assert not set(traced.unreached) & set(traced_convolution.unreached)
+def test_shape_comments_hold(traced, traced_convolution, traced_queries):
+    assert not traced.errors + traced_convolution.errors + traced_queries.errors
+
+
+def test_every_shape_comment_is_reached(traced, traced_convolution, traced_queries):
+    assert not set(traced.unreached) & set(traced_convolution.unreached) & set(traced_queries.unreached)
 
 
 def test_there_are_shape_comments():

@@ -1,6 +1,6 @@
 """Faults between fields: each check names the keys, their values, and a way out."""
 
-from vlm_tune.config.schema import Config, Precision, Quantize, Strategy, Train
+from vlm_tune.config.schema import Config, Precision, Quantize, Strategy, TileRule, Train
 
 PARTS = ("vision", "projector", "llm")
 
@@ -60,11 +60,18 @@ def _numbers(config: Config) -> list[str]:
         "model.tiles.size": tiles.size,
         "model.tiles.min": tiles.min,
         "model.projector.shuffle": config.model.projector.shuffle,
+        "model.projector.num_queries": config.model.projector.num_queries,
+        "model.projector.qformer_layers": config.model.projector.qformer_layers,
         "data.max_length": config.data.max_length,
         "stage.pack_length": stage.pack_length,
         "stage.pack_tiles": stage.pack_tiles,
     }
     problems += [f"{key}={value}: set it to 1 or more" for key, value in positive.items() if value < 1]
+    if config.model.projector.newline and tiles.rule is not TileRule.anyres:
+        problems.append(
+            f"model.projector.newline=true but model.tiles.rule={tiles.rule.value}: only any-resolution pictures have "
+            "rows to end; set model.tiles.rule=anyres or model.projector.newline=false"
+        )
     if tiles.min > tiles.max:
         problems.append(f"model.tiles.min={tiles.min} is above model.tiles.max={tiles.max}: lower it")
     if stage.epochs <= 0 and stage.max_steps < 1:

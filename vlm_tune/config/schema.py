@@ -96,9 +96,14 @@ class VisionConfig:
 class ProjectorConfig:
     """The network between encoder and language model."""
 
-    kind: str = "mlp"  # mlp (LayerNorm, Linear, GELU, Linear) | mlp2x_gelu (LLaVA 1.5) | linear (LLaVA)
+    kind: str = "mlp"  # mlp (LayerNorm, Linear, GELU, Linear) | mlp2x_gelu (LLaVA 1.5) | linear (LLaVA) | qformer
     shuffle: int = 2  # pixel shuffle: r x r patches become one token; 1 = none
     shuffle_version: str = "v2"  # v1 = transposed token order, as in the first InternVL 1.5
+    bias: bool = True  # of the linear layers
+    newline: bool = False  # a token at the end of each row of an any-resolution picture (LLaVA-NeXT)
+    num_queries: int = 32  # of a Q-Former: tokens of a tile
+    qformer_layers: int = 12
+    qformer_width: int = 768  # a multiple of 64, the width of its heads
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """(4) Examples -> Batch: packed without padding, or padded to the longest; counts are checked for each sample."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlm_tune.config.schema import LossWeight
+from vlm_tune.data.anyres import Spread
 from vlm_tune.data.encode import NO_LOSS, Example
 
 
@@ -26,23 +27,24 @@ class Batch:
     num_tokens: int  # without padding
     tiles: Tensor | None = None  # (T, H, W, 3) uint8
     features: Tensor | None = None  # (T, P, C) in place of tiles, where a frozen encoder's output is kept
+    spreads: list[Spread] = field(default_factory=list)  # of each picture, where that decides its tokens
     cursor: tuple[int, int, int] = (0, 0, 0)  # where the stream goes on after this batch's optimizer step
 
     def to(self, device: torch.device, non_blocking: bool = True) -> "Batch":
         """Copy the tensors to a device."""
         moved: dict[str, Any] = {
-            field.name: getattr(self, field.name).to(device, non_blocking=non_blocking)
-            for field in fields(self)
-            if isinstance(getattr(self, field.name), Tensor)
+            each.name: getattr(self, each.name).to(device, non_blocking=non_blocking)
+            for each in fields(self)
+            if isinstance(getattr(self, each.name), Tensor)
         }
         return replace(self, **moved)
 
     def pin_memory(self) -> "Batch":
         """Pin the tensors, so that the copy to the device overlaps with the step."""
         pinned: dict[str, Any] = {
-            field.name: getattr(self, field.name).pin_memory()
-            for field in fields(self)
-            if isinstance(getattr(self, field.name), Tensor)
+            each.name: getattr(self, each.name).pin_memory()
+            for each in fields(self)
+            if isinstance(getattr(self, each.name), Tensor)
         }
         return replace(self, **pinned)
 
@@ -66,6 +68,7 @@ def add_pictures(
     counts = [sum(example.num_tiles) for example in examples if example.num_tiles]
     made = [len(pixels) for pixels in tiles if len(pixels)] or [len(seen) for seen in features]
     assert counts == made, f"{batch.sample_ids}: {counts} tiles were counted, {made} made"
+    batch.spreads = [spread for example in examples for spread in example.spreads]
     if features:
         batch.features = torch.cat(features)
     elif made:

@@ -49,6 +49,7 @@ def summarise(found: Findings, config: Config, settings: EncoderSettings, second
             "template": config.model.template,
             "tiles": asdict(config.model.tiles) | {"rule": config.model.tiles.rule.value},
             "tokens_per_tile": settings.tokens_per_tile,
+            "newline": settings.newline,
             "max_length": data.max_length,
             "on_too_long": data.on_too_long.value,
             "format": data.format,
@@ -137,7 +138,8 @@ def facts(report: dict[str, Any]) -> dict[str, str]:
     if tokens:
         told["tokens a row"] = f"{in_words(tokens)}, of data.max_length={settings['max_length']:,}"
     if tiles and tiles["max"]:
-        told["tiles a row"] = f"{in_words(tiles)}, of {settings['tokens_per_tile']} tokens each"
+        about = "about " * settings["newline"]
+        told["tiles a row"] = f"{in_words(tiles)}, of {about}{settings['tokens_per_tile']} tokens each"
     if trained["rows"]:
         share = f"{report['supervised_share']:.1%} of {trained['tokens']:,} tokens supervised"
         told["trained on"] = f"{trained['rows']:,} rows, {share}"

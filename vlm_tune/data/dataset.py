@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlm_tune.config.schema import AugmentConfig, DataConfig, TilesConfig
+from vlm_tune.config.schema import AugmentConfig, DataConfig, TileRule, TilesConfig
+from vlm_tune.data.anyres import Spread
 from vlm_tune.data.augment import augment
 from vlm_tune.data.encode import Encoder, Example
 from vlm_tune.data.feature_cache import FeatureCache
@@ -21,7 +22,7 @@ from vlm_tune.data.images import ImageReader
 from vlm_tune.data.recipe import run_recipe
 from vlm_tune.data.rows import open_rows
 from vlm_tune.data.sample import Picture, Sample
-from vlm_tune.data.tiles import make_tiles, picture_tiles, tile_limits
+from vlm_tune.data.tiles import make_tiles, picture_spreads, picture_tiles, tile_limits
 from vlm_tune.errors import DataError
 
 Measure = Callable[[Picture, str, str | None], tuple[int, int]]
@@ -123,8 +124,10 @@ class Tiling:
     is_frame: list[bool]
     tiles: TilesConfig
 
-    def __call__(self, max_tiles: int) -> tuple[int, ...]:
-        """Count the tiles of each picture when the sample may have `max_tiles` in all."""
+    def __call__(self, max_tiles: int) -> tuple[int, ...] | tuple[Spread, ...]:
+        """Count the tiles of each picture when the sample may have `max_tiles` in all; of anyres, say how they lie."""
+        if self.tiles.rule is TileRule.anyres:
+            return picture_spreads(self.sizes, self.is_frame, self.tiles, max_tiles)
         return picture_tiles(self.sizes, self.is_frame, self.tiles, max_tiles)
 
 

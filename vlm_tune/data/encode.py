@@ -9,6 +9,7 @@ import numpy as np
 from tokenizers import Encoding
 
 from vlm_tune.config.schema import TooLong
+from vlm_tune.data.anyres import Spread, count_tokens
 from vlm_tune.data.pieces import Item, drop_last_space, is_supervised_first, keys_of, lay_out
 from vlm_tune.data.sample import Picture, Sample
 from vlm_tune.data.templates import PLAIN_TEXT, Template, render
@@ -20,8 +21,11 @@ if TYPE_CHECKING:
 
 NO_LOSS = -100  # label of a token that is not supervised
 
-Tiling = Callable[[int], Sequence[int]]
-"""Tiles of each picture of a sample, in the order of the text, when the sample may have that many in all."""
+Tiling = Callable[[int], Sequence[int] | Sequence[Spread]]
+"""Tiles of each picture of a sample, in the order of the text, when the sample may have that many in all.
+
+A Spread also says how they lie, which decides the number of tokens where rows end with a newline.
+"""
 
 
 def no_pictures(max_tiles: int) -> tuple[int, ...]:
@@ -37,6 +41,7 @@ class EncoderSettings:
     image_context: str = "<IMG_CONTEXT>"  # replaced by one feature each; "" = the model takes no pictures
     image_end: str = "</img>"
     tokens_per_tile: int = 256
+    newline: bool = False  # any-resolution pictures lie unpadded, each row with a newline token (LLaVA-NeXT)
     max_tiles: int = 12
     max_length: int = 8192
     on_too_long: TooLong = TooLong.error
@@ -55,6 +60,7 @@ class Example:
     num_tiles: tuple[int, ...] = ()  # of each picture; fewer than the sample's pictures where trim_text left turns out
     max_tiles: int = 0  # the limit that `num_tiles` was made with
     note: str = ""  # what data.on_too_long did to the row: "fewer_tiles: 13 -> 7 tiles"
+    spreads: tuple[Spread, ...] = ()  # how the tiles of each picture lie, where that decides its tokens
 
     @property
     def num_supervised(self) -> int:
@@ -82,9 +88,17 @@ class _Fit:
     """The tiles of a sample that fits into max_length, or `is_long` where its text must be trimmed."""
 
     num_tiles: tuple[int, ...]
+    num_tokens: tuple[int, ...]  # of each picture
+    spreads: tuple[Spread, ...]
     max_tiles: int
     note: str = ""
     is_long: bool = False
+
+    def first(self, num_pictures: int) -> "_Fit":
+        """Keep the first pictures."""
+        kept = slice(num_pictures)
+        parts = self.num_tiles[kept], self.num_tokens[kept], self.spreads[kept]
+        return replace(self, num_tiles=parts[0], num_tokens=parts[1], spreads=parts[2])
 
 
 class Encoder:
@@ -144,7 +158,7 @@ class Encoder:
         num_fixed, _ = self._count(items, encodings)
         fit = self._fit(asked, num_fixed, lambda max_tiles: tiling(max_tiles)[:num_pictures])
         if fit.is_long:
-            raise self._too_long(asked, num_fixed, fit.num_tiles)
+            raise self._too_long(asked, num_fixed, fit)
         return self._assemble(asked, items, encodings, fit)
 
     def encode_lengths(self, samples: Sequence[Sample], tilings: Sequence[Tiling]) -> list[Lengths | DataError]:
@@ -181,7 +195,7 @@ class Encoder:
             return Lengths(
                 len(trimmed.input_ids), trimmed.num_supervised, trimmed.num_tiles, fit.max_tiles, trimmed.note
             )
-        num_tokens = num_fixed + self.settings.tokens_per_tile * sum(fit.num_tiles)
+        num_tokens = num_fixed + sum(fit.num_tokens)
         return Lengths(num_tokens, num_supervised, fit.num_tiles, fit.max_tiles, fit.note)
 
     def _lay_out(self, sample: Sample, for_generation: bool = False) -> list[Item]:
@@ -220,11 +234,10 @@ class Encoder:
             ids.extend(tokens)
             labels.extend(tokens if supervised else [NO_LOSS] * len(tokens))
 
-        num_tiles = iter(fit.num_tiles)
+        num_tokens = iter(fit.num_tokens)
         for item in items:
             if isinstance(item, Picture):
-                num_context = self.settings.tokens_per_tile * next(num_tiles)
-                add((*self._start_ids, *[self.context_id or 0] * num_context, *self._end_ids), False)
+                add((*self._start_ids, *[self.context_id or 0] * next(num_tokens), *self._end_ids), False)
             elif isinstance(item, tuple):
                 add(item[:1], item[1])
             else:
@@ -240,45 +253,53 @@ class Encoder:
             num_tiles=fit.num_tiles,
             max_tiles=fit.max_tiles,
             note=fit.note,
+            spreads=fit.spreads,
         )
 
     def _fit(self, sample: Sample, num_fixed: int, tiling: Tiling) -> _Fit:
         """Choose the tiles of each picture so that the sample fits, as data.on_too_long says."""
         settings = self.settings
-        num_tiles = self._tile(sample, tiling, settings.max_tiles)
+        fit = self._tile(sample, tiling, settings.max_tiles)
         room = settings.max_length - num_fixed
-        if settings.tokens_per_tile * sum(num_tiles) <= room:
-            return _Fit(num_tiles, settings.max_tiles)
+        if sum(fit.num_tokens) <= room:
+            return fit
         if settings.on_too_long is TooLong.trim_text:
-            return _Fit(num_tiles, settings.max_tiles, is_long=True)
+            return replace(fit, is_long=True)
         if settings.on_too_long is TooLong.skip:
-            num_tokens = num_fixed + settings.tokens_per_tile * sum(num_tiles)
+            num_tokens = num_fixed + sum(fit.num_tokens)
             raise SkippedSample(
                 f"left out: {num_tokens} tokens, data.max_length={settings.max_length}, data.on_too_long=skip",
                 sample.where,
                 sample.id,
             )
-        least = num_tiles
-        if settings.on_too_long is TooLong.fewer_tiles and num_tiles:
+        least = fit
+        if settings.on_too_long is TooLong.fewer_tiles and fit.num_tiles:
             for max_tiles in range(settings.max_tiles - 1, 0, -1):
                 fewer = self._tile(sample, tiling, max_tiles)
-                if settings.tokens_per_tile * sum(fewer) <= room:
-                    return _Fit(fewer, max_tiles, f"fewer_tiles: {sum(num_tiles)} -> {sum(fewer)} tiles")
-                least = min(least, fewer, key=sum)
+                if sum(fewer.num_tokens) <= room:
+                    note = f"fewer_tiles: {sum(fit.num_tiles)} -> {sum(fewer.num_tiles)} tiles"
+                    return replace(fewer, note=note)
+                least = min(least, fewer, key=lambda each: sum(each.num_tokens))
         raise self._too_long(sample, num_fixed, least)
 
-    def _tile(self, sample: Sample, tiling: Tiling, max_tiles: int) -> tuple[int, ...]:
+    def _tile(self, sample: Sample, tiling: Tiling, max_tiles: int) -> _Fit:
         num_pictures = len(sample.pictures)
         if num_pictures and self.context_id is None:
             raise _fault(sample, f"{num_pictures} pictures in the row, but this model takes none: remove them")
-        num_tiles = tuple(tiling(max_tiles))
-        assert len(num_tiles) == num_pictures, f"the tiling gives {len(num_tiles)} pictures, the row has {num_pictures}"
-        return num_tiles
+        tiled: tuple[int | Spread, ...] = tuple(tiling(max_tiles))
+        per_tile = self.settings.tokens_per_tile
+        assert len(tiled) == num_pictures, f"the tiling gives {len(tiled)} pictures, the row has {num_pictures}"
+        num_tiles = tuple(each if isinstance(each, int) else each.num_tiles for each in tiled)
+        if not self.settings.newline:
+            return _Fit(num_tiles, tuple(per_tile * number for number in num_tiles), (), max_tiles)
+        spreads = tuple(each for each in tiled if isinstance(each, Spread))
+        assert len(spreads) == num_pictures, "a picture whose rows end with a newline has a Spread"
+        return _Fit(num_tiles, tuple(count_tokens(spread, per_tile) for spread in spreads), spreads, max_tiles)
 
-    def _too_long(self, sample: Sample, num_fixed: int, num_tiles: tuple[int, ...]) -> DataError:
+    def _too_long(self, sample: Sample, num_fixed: int, fit: _Fit) -> DataError:
         settings = self.settings
-        num_image = settings.tokens_per_tile * sum(num_tiles)
-        pictures = f" ({num_fixed} of text, {num_image} of {sum(num_tiles)} tiles)" if num_image else ""
+        num_image = sum(fit.num_tokens)
+        pictures = f" ({num_fixed} of text, {num_image} of {sum(fit.num_tiles)} tiles)" if num_image else ""
         lower = ", lower model.tiles.max" if num_image else ""
         useless = {TooLong.error, settings.on_too_long} | (set() if num_image else {TooLong.fewer_tiles})
         policies = " or ".join(policy.value for policy in TooLong if policy not in useless)
@@ -295,7 +316,7 @@ class Encoder:
         shortest: Example | None = None
         for num_turns in range(len(answers), 0, -1):
             shorter = replace(sample, messages=sample.messages[: answers[num_turns - 1] + 1])
-            kept = replace(fit, num_tiles=fit.num_tiles[: len(shorter.pictures)])
+            kept = fit.first(len(shorter.pictures))
             items = self._lay_out(shorter)
             example = self._assemble(shorter, items, self._tokens.plain(keys_of(items)), kept)
             if example.num_supervised == 0:

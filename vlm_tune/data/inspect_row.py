@@ -10,9 +10,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from vlm_tune.config.schema import BadSample, Config, TileRule, TilesConfig
+from vlm_tune.data.anyres import NEWLINE, token_order
 from vlm_tune.data.datamodule import DataModule, Part, validation_packs
 from vlm_tune.data.dataset import Conversations, find_file, sibling
-from vlm_tune.data.encode import NO_LOSS, Encoder, Example
+from vlm_tune.data.encode import NO_LOSS, Encoder, EncoderSettings, Example
 from vlm_tune.data.mixture import open_data
 from vlm_tune.data.sample import Sample
 from vlm_tune.data.tiles import choose_grid, make_tiles
@@ -106,7 +107,7 @@ def look(config: Config, encoder: Encoder, tokenizer: "PreTrainedTokenizerBase",
         settings={
             "model": config.model.name,
             "template": config.model.template,
-            "tokens_per_tile": str(data.encoder.settings.tokens_per_tile),
+            "tokens_per_tile": tokens_each(data.encoder.settings),
             "max_length": str(config.data.max_length),
         },
     )
@@ -118,15 +119,32 @@ def read_tokens(example: Example, encoder: Encoder, tokenizer: "PreTrainedTokeni
     names = (settings.image_start, settings.image_context, settings.image_end)
     start, context, end = (tokenizer.convert_tokens_to_ids(name) if name else None for name in names)
     ids = example.input_ids.tolist()
-    num_seen = 0
+    tiles = iter(tile_numbers(example, settings.tokens_per_tile))
     for token_id, text, label in zip(ids, texts_of(ids, tokenizer), example.labels.tolist(), strict=True):
         if token_id == context:
-            yield Token(token_id, text, IMAGE, num_seen // settings.tokens_per_tile + 1)
-            num_seen += 1
+            yield Token(token_id, text, IMAGE, next(tiles))
         elif label != NO_LOSS:
             yield Token(token_id, text, SUPERVISED)
         else:
             yield Token(token_id, text, IMAGE if token_id in (start, end) else CONTEXT)
+
+
+def tokens_each(settings: EncoderSettings) -> str:
+    """Say how many tokens a tile has; of an any-resolution picture, some are left out and newlines added."""
+    return f"about {settings.tokens_per_tile}" if settings.newline else str(settings.tokens_per_tile)
+
+
+def tile_numbers(example: Example, per_tile: int) -> Iterator[int]:
+    """Give the tile of each image token, counted from 1; a newline belongs to the tile before it."""
+    if not example.spreads:
+        yield from (number // per_tile + 1 for number in range(per_tile * sum(example.num_tiles)))
+    before = 0
+    for spread in example.spreads:
+        number = before + 1
+        for place in token_order(spread, per_tile).tolist():
+            number = number if place == NEWLINE else before + place // per_tile + 1
+            yield number
+        before += spread.num_tiles
 
 
 def texts_of(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from vlm_tune.config.schema import TileRule, TilesConfig
+from vlm_tune.data.anyres import Spread
 from vlm_tune.errors import ConfigError
 
 if TYPE_CHECKING:  # the processes that only count tiles (`check`, the index) start without torch
@@ -85,6 +86,22 @@ def picture_tiles(
     """
     limits = tile_limits(is_frame, tiles, max_tiles)
     return tuple(count_tiles(width, height, tiles, limit) for (width, height), limit in zip(sizes, limits, strict=True))
+
+
+def picture_spreads(
+    sizes: Sequence[tuple[int, int]], is_frame: Sequence[bool], tiles: TilesConfig, max_tiles: int | None = None
+) -> tuple[Spread, ...]:
+    """Return how the tiles of each picture of one sample lie, from their (width, height) in pixels (rule=anyres)."""
+    limits = tile_limits(is_frame, tiles, max_tiles)
+    return tuple(Spread(*choose_grid(*size, tiles, limit), *size) for size, limit in zip(sizes, limits, strict=True))
+
+
+def anyres_grids(tiles: TilesConfig) -> list[tuple[int, int]]:
+    """List the grids (columns, rows) of rule=anyres in the order in which they are tried.
+
+    At most 4 tiles: (2, 1), (1, 2), (3, 1), (2, 2), (1, 3), LLaVA-NeXT's five.
+    """
+    return list(_anyres_grids(tiles.min, tiles.max))
 
 
 def make_tiles(
@@ -211,16 +228,22 @@ def _fit_anyres(width: int, height: int, size: int, min_tiles: int, max_tiles: i
     transformers takes the wide one then, LLaVA the tall one. Ours is that of transformers, where exports are loaded.
     """
     best, best_kept, best_wasted = (1, 1), 0, math.inf
-    longest = max(2, max_tiles - 1)
-    grids = [(columns, rows) for columns, rows, _ in _grids(max(2, min_tiles), max_tiles)]
-    for columns, rows in sorted(grids, key=lambda grid: (grid[0] * grid[1], -grid[0])):
+    for columns, rows in _anyres_grids(min_tiles, max_tiles):
         scale = min(columns * size / width, rows * size / height)
         kept = min(int(width * scale) * int(height * scale), width * height)
         wasted = columns * size * rows * size - kept
         is_better = kept > best_kept or (kept == best_kept and wasted < best_wasted)
-        if is_better and max(columns, rows) <= longest:
+        if is_better:
             best, best_kept, best_wasted = (columns, rows), kept, wasted
     return best
+
+
+@lru_cache(maxsize=256)
+def _anyres_grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
+    longest = max(2, max_tiles - 1)
+    grids = [(columns, rows) for columns, rows, _ in _grids(max(2, min_tiles), max_tiles)]
+    ordered = sorted(grids, key=lambda grid: (grid[0] * grid[1], -grid[0]))
+    return tuple(grid for grid in ordered if max(grid) <= longest)
 
 
 def _pixels(image: Image.Image, width: int, height: int) -> npt.NDArray[np.uint8]:

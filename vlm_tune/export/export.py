@@ -15,12 +15,13 @@ from vlm_tune.export.merge import merge_adapters
 from vlm_tune.export.parity import Parity, compare
 from vlm_tune.model.build import Model, build_model
 from vlm_tune.model.generate import Prompt
-from vlm_tune.model.layouts import internvl_hf, internvl_official, parts
+from vlm_tune.model.layouts import internvl_hf, internvl_official, llava_hf, parts
+from vlm_tune.model.layouts.llava_processor import save_llava_processor
 from vlm_tune.model.layouts.processor import save_processor
 from vlm_tune.model.trained import open_trained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LAYOUTS = ("hf", "official", "parts")
+LAYOUTS = ("hf", "official", "llava_hf", "parts")
 
 
 def export(ckpt: str, out: str, layout: str, dtype: str, overrides: list[str]) -> Path:
@@ -91,6 +92,9 @@ def write(layout: str, model: Model, config: Config, folder: Path) -> None:
     elif layout == "official":
         internvl_official.save(model.vlm, model.encoder.template, config.model, folder)
         model.tokenizer.save_pretrained(folder)
+    elif layout == "llava_hf":
+        llava_hf.save(model.vlm, config.model.tiles, folder)
+        save_llava_processor(model.tokenizer, model.encoder, config.model, folder)
     else:
         parts.save(model.vlm, model.tokenizer, folder)
 

@@ -1,7 +1,8 @@
 """Causal attention over packed samples: each token sees the earlier tokens of its own sample, and no mask is built.
 
 Registered with transformers under the name `packed`. A `Segments` travels as the keyword `segments` through the
-language model's forward pass. Without it (generation, padded batches) plain SDPA runs.
+language model's forward pass. Without it (generation, padded batches) plain SDPA runs. A layer with a sliding window
+(Mistral, Gemma 3) looks back no further than its window, in both.
 """
 
 from dataclasses import dataclass
@@ -43,30 +44,39 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attend within each segment: query (1, heads, L, d), key and value (1, kv_heads, L, d) -> (1, L, heads, d)."""
     segments: Segments | None = options.pop("segments", None)
-    scale = options.get("scaling") or query.shape[-1] ** -0.5
+    scale, window = options.get("scaling") or query.shape[-1] ** -0.5, options.get("sliding_window")
     if segments is None:
         is_vision = not getattr(module, "is_causal", True) and attention_mask is None
         if is_vision and uses_products(query) and not torch.is_grad_enabled():
             return attend_all(query, key, value, scale), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     assert query.shape[0] == 1, "a pack is one row"
+    assert options.get("softcap") is None, "a language model with capped scores is refused when it is loaded"
     assert sum(segments.lengths) == query.shape[2], "segments must fill the packed row"
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        return _varlen(query, key, value, segments.lengths, scale), None
-    if uses_products(query):
+        return _varlen(query, key, value, segments.lengths, scale, window), None
+    if uses_products(query) and (window is None or max(segments.lengths) <= window):
         # q has all heads, k and v have kv_heads
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (L, _, d)
         made: Tensor = PackedProducts.apply(q, k, v, segments.groups, scale)
         return made.unsqueeze(0), None
     parts = [tensor.split(segments.lengths, dim=2) for tensor in (query, key, value)]
-    outputs = [
-        scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-        for q, k, v in zip(*parts, strict=True)
-    ]
+    outputs = [_attend(q, k, v, scale, window) for q, k, v in zip(*parts, strict=True)]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+    """Run SDPA on one sample; a mask is built only where its window is shorter than the sample."""
+    length = query.shape[2]
+    mask = None
+    if window is not None and length > window:
+        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+    )
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float, window: int | None) -> Tensor:
     """Run torch's variable-length flash attention: one kernel for all segments (CUDA, 16 bit)."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -76,15 +86,18 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale
     if groups > 1:  # the kernel's own grouping is not in every torch 2 release
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     longest = max(lengths)
-    out = varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=(-1, 0))
+    back = -1 if window is None else window - 1
+    out = varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=(back, 0))
     return out.unsqueeze(0)  # type: ignore[union-attr]
 
 
-def packed_mask(*args: Any, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
-    """Build a mask only for padded generation; packing and right padding need none, causality is enough."""
-    if attention_mask is None:
+def packed_mask(
+    *args: Any, attention_mask: Tensor | None = None, local_size: int | None = None, **options: Any
+) -> Tensor | None:
+    """Build a mask for padded generation and for sliding windows; else causality is enough, and none is built."""
+    if attention_mask is None and local_size is None:
         return None
-    return sdpa_mask(*args, attention_mask=attention_mask, **options)
+    return sdpa_mask(*args, attention_mask=attention_mask, local_size=local_size, **options)
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)

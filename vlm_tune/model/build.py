@@ -10,8 +10,9 @@ from vlm_tune.config.schema import Config, ModelConfig, Precision, Quantize
 from vlm_tune.data.encode import Encoder
 from vlm_tune.errors import ConfigError
 from vlm_tune.model.encoder import make_encoder, require_weights
-from vlm_tune.model.folders import find_folder, model_kind
-from vlm_tune.model.layouts import internvl_hf, internvl_official, parts
+from vlm_tune.model.folders import LLAVA_ORIGINAL, find_folder, model_kind
+from vlm_tune.model.isolation import check_rope
+from vlm_tune.model.layouts import internvl_hf, internvl_official, llava_hf, llava_original, parts
 from vlm_tune.model.layouts.loaded import Loaded
 from vlm_tune.model.vlm import VisionLanguageModel
 
@@ -21,6 +22,9 @@ LAYOUTS = {  # by the model_type of a folder's config.json
     "parts": parts.load,
     "internvl": internvl_hf.load,
     "internvl_chat": internvl_official.load,
+    "llava": llava_hf.load,
+    "llava_next": llava_hf.load,
+    LLAVA_ORIGINAL: llava_original.load,
 }
 
 
@@ -37,6 +41,7 @@ def build_model(config: Config) -> Model:
     """Load a whole checkpoint, or join a vision encoder and a language model that never met by a new projector."""
     dtype = DTYPES[resolve_precision(config.trainer.precision)]
     vlm, tokenizer, tokens = load_weights(config.model, dtype, config.stage.quantize)
+    check_rope(vlm.llm, config)
     num_patches = vlm.vision.num_patches(config.model.tiles.size)
     return Model(vlm, tokenizer, make_encoder(config, tokenizer, tokens, num_patches))
 

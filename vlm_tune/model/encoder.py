@@ -8,13 +8,15 @@ import torch
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
-from vlm_tune.config.schema import Config, ModelConfig, TooLong
+from vlm_tune.config.schema import Config, ModelConfig, ProjectorConfig, TileRule, TooLong
 from vlm_tune.data.chat_template import choose_template
 from vlm_tune.data.encode import Encoder, EncoderSettings
 from vlm_tune.errors import ConfigError
 from vlm_tune.model.folders import PARTS_SETTINGS, find_folder, model_kind
+from vlm_tune.model.llava import LLAVA_KINDS, image_tokens, read_llava
 from vlm_tune.model.llm import load_tokenizer
-from vlm_tune.model.vision import VisionEncoder
+from vlm_tune.model.projector import tokens_per_tile
+from vlm_tune.model.vision import VisionEncoder, resample_positions
 from vlm_tune.model.vlm import ImageTokens
 
 
@@ -25,16 +27,17 @@ def make_encoder(config: Config, tokenizer: PreTrainedTokenizerBase, tokens: Ima
     """
     model, data = config.model, config.data
     shuffle = model.projector.shuffle
-    if num_patches % shuffle**2:
+    if model.projector.kind != "qformer" and num_patches % shuffle**2:
         raise ConfigError(
             f"model.projector.shuffle={shuffle} does not divide the {num_patches} patches of a tile of "
             f"model.tiles.size={model.tiles.size}: choose another tile size or shuffle"
         )
-    tokens_per_tile = num_patches // shuffle**2
-    most = model.tiles.max + (model.tiles.thumbnail and model.tiles.max > 1)
-    if most * tokens_per_tile >= data.max_length and data.on_too_long is TooLong.error:
+    per_tile = tokens_per_tile(model.projector, num_patches)
+    has_overview = model.tiles.thumbnail or model.tiles.rule is TileRule.anyres
+    most = model.tiles.max + (has_overview and model.tiles.max > 1)
+    if most * per_tile >= data.max_length and data.on_too_long is TooLong.error:
         raise ConfigError(
-            f"model.tiles.max={model.tiles.max} needs up to {most}*{tokens_per_tile}={most * tokens_per_tile} image "
+            f"model.tiles.max={model.tiles.max} needs up to {most}*{per_tile}={most * per_tile} image "
             f"tokens, data.max_length is {data.max_length}: raise it, lower model.tiles.max or set "
             "data.on_too_long=fewer_tiles"
         )
@@ -42,7 +45,8 @@ def make_encoder(config: Config, tokenizer: PreTrainedTokenizerBase, tokens: Ima
         image_start=tokens.start,
         image_context=tokens.context,
         image_end=tokens.end,
-        tokens_per_tile=tokens_per_tile,
+        tokens_per_tile=per_tile,
+        newline=model.projector.newline,
         max_tiles=model.tiles.max,
         max_length=data.max_length,
         on_too_long=data.on_too_long,
@@ -55,12 +59,26 @@ def build_encoder(config: Config) -> tuple[Encoder, PreTrainedTokenizerBase]:
     """Make the encoder that `build_model` would make, from the small files of the same folders: no weights are read."""
     model = config.model
     vision_folder, llm_folder = find_parts(model)
-    tokenizer, tokens = load_tokenizer(llm_folder), ImageTokens()
+    num_patches = count_features(vision_folder, model)
+    tokenizer, tokens = load_tokenizer(llm_folder), image_tokens(model.projector)
     vocabulary = tokenizer.get_vocab()
-    new = [AddedToken(token, special=True, normalized=False) for token in tokens.all if token not in vocabulary]
-    if vision_folder != llm_folder:  # a whole checkpoint's tokenizer is complete
-        tokenizer.add_tokens(new, special_tokens=True)
-    return make_encoder(config, tokenizer, tokens, count_patches(vision_folder, model.tiles.size)), tokenizer
+    # a whole checkpoint's tokenizer knows its own tokens; LLaVA's original one lacks the one for a picture
+    wanted = [tokens.context] if vision_folder == llm_folder else tokens.all
+    new = [AddedToken(token, special=True, normalized=False) for token in wanted if token not in vocabulary]
+    tokenizer.add_tokens(new, special_tokens=True)
+    return make_encoder(config, tokenizer, tokens, num_patches), tokenizer
+
+
+def count_features(vision_folder: Path, model: ModelConfig) -> int:
+    """Count the features of a tile: its patches, and the class token where the model keeps it."""
+    kind = model_kind(find_folder(model.path, "model.path")) if model.path is not None else ""
+    if kind in LLAVA_KINDS:
+        return read_llava(vision_folder, model).num_patches(model.tiles.size)
+    num_patches = count_patches(vision_folder, model.tiles.size)
+    if kind != "parts":
+        return num_patches
+    settings = json.loads((vision_folder.parent / PARTS_SETTINGS).read_text(encoding="utf-8"))
+    return num_patches + bool(settings.get("keeps_class"))
 
 
 def find_parts(model: ModelConfig) -> tuple[Path, Path]:
@@ -75,7 +93,7 @@ def find_parts(model: ModelConfig) -> tuple[Path, Path]:
         model.projector.shuffle = round(1 / config.get("downsample_ratio", 1))
         return folder, folder
     settings = json.loads((folder / PARTS_SETTINGS).read_text(encoding="utf-8"))
-    model.projector.shuffle = int(settings["projector"]["shuffle"])
+    model.projector = ProjectorConfig(**settings["projector"])
     return folder / "vision", folder / "llm"
 
 
@@ -96,6 +114,7 @@ def count_patches(folder: Path, tile_size: int) -> int:
 
         with torch.device("meta"):
             tower = timm.create_model(config["architecture"], pretrained=False, num_classes=0)
+        resample_positions(tower, tile_size)
         return VisionEncoder(tower).num_patches(tile_size)
     size = config.get("vision_config", config).get("patch_size")
     if size is None:

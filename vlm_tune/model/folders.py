@@ -7,6 +7,7 @@ from pathlib import Path
 from vlm_tune.data.recipe import run_recipe
 from vlm_tune.errors import ConfigError
 
+LLAVA_ORIGINAL = "llava_original"  # haotian-liu/LLaVA's layout
 PARTS_SETTINGS = "vlm_tune.json"  # stands in a folder of parts side by side: what joins them
 
 
@@ -36,7 +37,10 @@ def model_kind(folder: Path) -> str:
     """
     if (folder / PARTS_SETTINGS).is_file():
         return "parts"
-    return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if "mm_vision_tower" in config or "mm_projector_type" in config:
+        return LLAVA_ORIGINAL  # its model_type may be the same as that of transformers' own LLaVA
+    return str(config.get("model_type"))
 
 
 def _download(hub_id: str, key: str) -> Path:

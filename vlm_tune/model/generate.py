@@ -61,7 +61,8 @@ def embed_prompts(model: Model, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
         ids = torch.from_numpy(prompt.example.input_ids.astype(np.int64)).to(vlm.device).unsqueeze(0)
         rows.append(ids)
     tiles = torch.from_numpy(np.concatenate([prompt.tiles for prompt in prompts])).to(vlm.device)
-    packed = vlm.embed(torch.cat(rows, dim=1), tiles)[0]  # (L, D)
+    spreads = [spread for prompt in prompts for spread in prompt.example.spreads]
+    packed = vlm.embed(torch.cat(rows, dim=1), tiles, spreads=spreads)[0]  # (L, D)
     lengths = [row.shape[1] for row in rows]
     width = max(lengths)
     embeddings = packed.new_zeros(len(rows), width, packed.shape[-1])

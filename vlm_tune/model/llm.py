@@ -15,6 +15,7 @@ from transformers import (
 
 from vlm_tune.config.schema import Quantize
 from vlm_tune.model import attention, tokenizer
+from vlm_tune.model.isolation import check_language_model
 
 
 def load_llm(folder: Path, dtype: torch.dtype, quantize: Quantize = Quantize.none) -> PreTrainedModel:
@@ -23,6 +24,7 @@ def load_llm(folder: Path, dtype: torch.dtype, quantize: Quantize = Quantize.non
     llm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention.NAME, **options)
     llm.config.use_cache = False
     guard_4bit(llm)
+    check_language_model(llm)
     return llm
 
 

@@ -1,10 +1,13 @@
-"""From vision features to tokens of the language model: pixel shuffle, then a small network."""
+"""From vision features to tokens of the language model: pixel shuffle, or a Q-Former, then a small network."""
 
 import torch
 from torch import Tensor, nn
+from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
 from vlm_tune.config.schema import ProjectorConfig
 from vlm_tune.errors import ConfigError
+
+HEAD_WIDTH = 64  # of a Q-Former
 
 
 def pixel_shuffle(features: Tensor, shuffle: int, version: str = "v2") -> Tensor:
@@ -26,32 +29,71 @@ def pixel_shuffle(features: Tensor, shuffle: int, version: str = "v2") -> Tensor
     return tokens
 
 
+def tokens_per_tile(config: ProjectorConfig, num_patches: int) -> int:
+    """Return S, the tokens of a tile of `num_patches` patches."""
+    return config.num_queries if config.kind == "qformer" else num_patches // config.shuffle**2
+
+
+class QFormer(nn.Module):
+    """Read the features of a tile by learned queries: (T, P, C) -> (T, S, width), whatever P is.
+
+    Source: Li et al. 2023, "BLIP-2", with transformers' own Q-Former; every other layer looks at the features.
+    """
+
+    def __init__(self, config: ProjectorConfig, vision_width: int) -> None:
+        super().__init__()
+        width = config.qformer_width
+        if width % HEAD_WIDTH:
+            raise ConfigError(f"model.projector.qformer_width={width}: set a multiple of {HEAD_WIDTH}")
+        sizes = Blip2QFormerConfig(
+            hidden_size=width,
+            num_hidden_layers=config.qformer_layers,
+            num_attention_heads=width // HEAD_WIDTH,
+            intermediate_size=4 * width,
+            encoder_hidden_size=vision_width,
+        )
+        self.queries = nn.Parameter(torch.randn(1, config.num_queries, width) * sizes.initializer_range)
+        self.layers = Blip2QFormerModel(sizes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(T, P, C) -> (T, S, width)."""
+        queries = self.queries.expand(len(features), -1, -1)  # (T, S, _)
+        read: Tensor = self.layers(query_embeds=queries, encoder_hidden_states=features).last_hidden_state
+        return read
+
+
 class Projector(nn.Module):
     """Map shuffled vision features to the language model's width: (T, S, r^2*C) -> (T, S, D).
 
     mlp         LayerNorm, Linear, GELU, Linear   (InternVL)
     mlp2x_gelu  Linear, GELU, Linear              (LLaVA 1.5)
     linear      Linear                            (LLaVA)
+    qformer     Q-Former, Linear                  (BLIP-2, MiniGPT-4)
     """
 
     def __init__(self, config: ProjectorConfig, vision_width: int, llm_width: int) -> None:
         super().__init__()
         self.config = config
-        width = vision_width * config.shuffle**2
+        self.reader = QFormer(config, vision_width) if config.kind == "qformer" else None
+        width = config.qformer_width if self.reader is not None else vision_width * config.shuffle**2
         self.layer_norm = nn.LayerNorm(width) if config.kind == "mlp" else nn.Identity()
-        self.linear_1 = nn.Linear(width, llm_width)
+        self.linear_1 = nn.Linear(width, llm_width, bias=config.bias)
         self.act = nn.GELU()
-        self.linear_2 = nn.Linear(llm_width, llm_width)
-        if config.kind == "linear":
+        self.linear_2 = nn.Linear(llm_width, llm_width, bias=config.bias)
+        self.newline = nn.Parameter(torch.randn(llm_width) * llm_width**-0.5) if config.newline else None
+        if config.kind in ("linear", "qformer"):
             self.act, self.linear_2 = nn.Identity(), nn.Identity()  # type: ignore[assignment]
         elif config.kind not in ("mlp", "mlp2x_gelu"):
             raise ConfigError(
-                f"model.projector.kind={config.kind}: no such projector. There are: mlp, mlp2x_gelu, linear"
+                f"model.projector.kind={config.kind}: no such projector. There are: mlp, mlp2x_gelu, linear, qformer"
             )
 
     def forward(self, features: Tensor) -> Tensor:
         """(T, P, C) -> (T, S, D)."""
-        tokens = pixel_shuffle(features, self.config.shuffle, self.config.shuffle_version)  # (T, S, r*r*C)
+        if self.reader is not None:
+            tokens = self.reader(features)  # (T, S, _)
+        else:
+            tokens = pixel_shuffle(features, self.config.shuffle, self.config.shuffle_version)  # (T, S, r*r*C)
         tokens = self.linear_2(self.act(self.linear_1(self.layer_norm(tokens))))  # (T, S, D)
         return tokens
 
@@ -64,7 +106,11 @@ class Projector(nn.Module):
         last = self.linear_1 if isinstance(self.linear_2, nn.Identity) else self.linear_2
         width = last.in_features
         # a normalised input of unit variance passes GELU with a second moment of about 0.3 after a default Linear
-        probe = torch.randn(256, width, generator=torch.Generator().manual_seed(0)).to(last.weight) * 0.4
+        probe = torch.randn(256, width, generator=torch.Generator().manual_seed(0)).to(last.weight)
+        probe *= 0.4 if last is self.linear_2 else 1.0
         spread = (probe @ last.weight.T).std()
         last.weight.mul_(embeddings.float().std() / spread)
-        last.bias.zero_()
+        if last.bias is not None:
+            last.bias.zero_()
+        if self.newline is not None:
+            self.newline.mul_(embeddings.float().std() / self.newline.std())

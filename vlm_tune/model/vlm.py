@@ -1,11 +1,14 @@
 """(5) The model: embed the text, put the image features in their places, run the language model."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from vlm_tune.data.anyres import NEWLINE, Spread, token_order
 from vlm_tune.data.batch import Batch
 from vlm_tune.data.tiles import normalize
 from vlm_tune.model.attention import Segments
@@ -77,25 +80,33 @@ class VisionLanguageModel(nn.Module):
             features = self.vision(pixels)  # (T, P, C)
         return features
 
-    def project(self, features: Tensor) -> Tensor:
-        """Translate features (T, P, C) into tokens (T, S, D)."""
+    def project(self, features: Tensor, spreads: Sequence[Spread] = ()) -> Tensor:
+        """Translate features (T, P, C) into tokens (T, S, D), or as many as any-resolution pictures have."""
         if not torch.is_autocast_enabled(features.device.type):
-            features = features.to(self.projector.linear_1.weight.dtype)
+            features = features.to(next(self.projector.parameters()).dtype)
         tokens = self.projector(features)  # (T, S, D)
+        if self.projector.newline is not None:
+            tokens = arrange(tokens, self.projector.newline, spreads)
         return torch.zeros_like(tokens) if self.is_blind else tokens
 
-    def embed(self, input_ids: Tensor, tiles: Tensor | None, features: Tensor | None = None) -> Tensor:
+    def embed(
+        self,
+        input_ids: Tensor,
+        tiles: Tensor | None,
+        features: Tensor | None = None,
+        spreads: Sequence[Spread] = (),
+    ) -> Tensor:
         """Embed token ids (B, L), with the features of tiles (T, H, W, 3) in their places: (B, L, D)."""
         embeddings = self.llm.get_input_embeddings()(input_ids)  # (B, L, D)
         if features is None and tiles is not None and len(tiles):
             features = self.see(tiles)  # (T, P, C)
         if features is None:
             return embeddings
-        return merge_features(embeddings, input_ids == self.context_id, self.project(features))
+        return merge_features(embeddings, input_ids == self.context_id, self.project(features, spreads))
 
     def forward(self, batch: Batch) -> Tensor:
         """Sum of weighted losses of a batch: a scalar in float32."""
-        embeddings = self.embed(batch.input_ids, batch.tiles, batch.features)  # (B, L, D)
+        embeddings = self.embed(batch.input_ids, batch.tiles, batch.features, batch.spreads)  # (B, L, D)
         if batch.tiles is None and batch.features is None and self.training and self._learns_to_see():
             embeddings = embeddings + self._unused_features().to(embeddings.dtype)
         hidden = self.llm.get_decoder()(
@@ -116,17 +127,31 @@ class VisionLanguageModel(nn.Module):
         So does a run of one rank: the optimizer treats a gradient of zero and none at all differently.
         """
         tile = torch.zeros(1, self.tile_size, self.tile_size, 3, dtype=torch.uint8, device=self.device)
-        return self.project(self.see(tile)).sum() * 0.0
+        return self.project(self.see(tile), [Spread(1, 1, self.tile_size, self.tile_size)]).sum() * 0.0
+
+
+def arrange(tokens: Tensor, newline: Tensor, spreads: Sequence[Spread]) -> Tensor:
+    """Lay the tokens of any-resolution pictures out in rows: (T, S, D) and the newline (D,) -> (_, D)."""
+    num_tiles, per_tile, _ = tokens.shape
+    assert sum(spread.num_tiles for spread in spreads) == num_tiles, f"{num_tiles} tiles, but spreads for {spreads}"
+    orders, start, last = [], 0, num_tiles * per_tile
+    for spread in spreads:
+        order = token_order(spread, per_tile)
+        orders.append(np.where(order == NEWLINE, last, order + start))
+        start += spread.num_tiles * per_tile
+    known = torch.cat([tokens.flatten(0, 1), newline.to(tokens.dtype).unsqueeze(0)])
+    return known.index_select(0, torch.from_numpy(np.concatenate(orders)).to(tokens.device))
 
 
 def merge_features(embeddings: Tensor, is_context: Tensor, features: Tensor) -> Tensor:
-    """Put features (T, S, D) in the places of the context tokens: (B, L, D), mask (B, L) -> (B, L, D).
+    """Put features (T, S, D), or (_, D), in the places of the context tokens: (B, L, D), mask (B, L) -> (B, L, D).
 
     Counts are checked for each sample when a batch is made; here the sum must fit, or features would move to a
     neighbour's places.
     """
-    num_places, num_features = int(is_context.sum()), features.shape[0] * features.shape[1]
+    features = features.reshape(-1, embeddings.shape[-1])
+    num_places, num_features = int(is_context.sum()), len(features)
     assert num_places == num_features, f"{num_places} places for {num_features} image features in the batch"
     merged = embeddings.clone()
-    merged[is_context] = features.flatten(0, 1).to(embeddings.dtype)
+    merged[is_context] = features.to(embeddings.dtype)
     return merged

@@ -8,9 +8,10 @@ import numpy as np
 from rich.console import Console
 
 from vlm_tune.config.schema import ImageConfig, TilesConfig
+from vlm_tune.data.dataset import Tiling
 from vlm_tune.data.images import ImageReader
 from vlm_tune.data.sample import Message, Part, Picture, Sample
-from vlm_tune.data.tiles import make_tiles, picture_tiles, tile_limits
+from vlm_tune.data.tiles import make_tiles, tile_limits
 from vlm_tune.errors import DataError, VlmTuneError
 from vlm_tune.model.build import Model
 from vlm_tune.model.generate import Prompt, answer
@@ -53,9 +54,7 @@ class Chat:
     def _prompt(self, sample: Sample) -> Prompt:
         images = [self._reader(picture).open_picture(picture, "chat", None) for picture in sample.pictures]
         sizes, stills = [image.size for image in images], [False] * len(images)
-        example = self.model.encoder.encode_prompt(
-            sample, lambda max_tiles: picture_tiles(sizes, stills, self.tiles, max_tiles)
-        )
+        example = self.model.encoder.encode_prompt(sample, Tiling(sizes, stills, self.tiles))
         limits = tile_limits(stills, self.tiles, example.max_tiles)
         size = self.tiles.size
         made = [np.zeros((0, size, size, 3), dtype=np.uint8)]

@@ -19,13 +19,18 @@ from transformers import (
 from vlm_tune.config.schema import ModelConfig, ProjectorConfig, Quantize
 from vlm_tune.errors import ConfigError
 from vlm_tune.model import attention
+from vlm_tune.model.isolation import check_language_model
 from vlm_tune.model.layouts.loaded import Loaded
 from vlm_tune.model.llm import guard_4bit, load_tokenizer, quantization
 from vlm_tune.model.projector import Projector
 from vlm_tune.model.vision import VisionEncoder, resample_positions
 from vlm_tune.model.vlm import ImageTokens, View, VisionLanguageModel
 
-OTHER_PARTS = ["vision_tower", "multi_modal_projector", "lm_head"]  # these stay in 16 bit
+OTHER_PARTS = [
+    "model.vision_tower",
+    "model.multi_modal_projector",
+    "lm_head",
+]  # of a packed model: these stay in 16 bit
 
 
 def load(folder: Path, model: ModelConfig, dtype: torch.dtype, quantize: Quantize) -> Loaded:
@@ -62,6 +67,7 @@ def as_causal_lm(native: PreTrainedModel) -> PreTrainedModel:
     llm.model = native.model.language_model
     llm.lm_head = native.lm_head
     llm.config.use_cache = False
+    check_language_model(llm)
     return llm
 
 

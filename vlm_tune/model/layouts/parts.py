@@ -11,35 +11,51 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vlm_tune.config.schema import ModelConfig, ProjectorConfig, Quantize
 from vlm_tune.model.folders import PARTS_SETTINGS
 from vlm_tune.model.layouts.internlm2 import load_language_model
 from vlm_tune.model.layouts.loaded import Loaded
+from vlm_tune.model.llava import image_tokens
 from vlm_tune.model.llm import add_tokens, load_tokenizer
 from vlm_tune.model.projector import Projector
-from vlm_tune.model.vision import VisionEncoder, load_tower, resample_positions
-from vlm_tune.model.vlm import ImageTokens, View, VisionLanguageModel
+from vlm_tune.model.vision import VisionEncoder, load_tower, resample_positions, whole_tower, whole_weights
+from vlm_tune.model.vlm import View, VisionLanguageModel
 
 PROJECTOR = "projector.safetensors"
 
 
-def join(vision_folder: Path, llm_folder: Path, model: ModelConfig, dtype: torch.dtype, quantize: Quantize) -> Loaded:
+def join(
+    vision_folder: Path,
+    llm_folder: Path,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    quantize: Quantize,
+    keeps_class: bool = False,
+) -> Loaded:
     """Join an encoder and a language model by a new projector, whose first weights are the same in every run."""
     tower = load_tower(vision_folder, dtype)
     resample_positions(tower, model.tiles.size)
-    vision = VisionEncoder(tower, model.vision.select_layer)
+    vision = VisionEncoder(tower, model.vision.select_layer, keeps_class)
     tokenizer, llm = load_tokenizer(llm_folder), load_language_model(llm_folder, dtype, quantize)
-    tokens = ImageTokens()
+    tokens = image_tokens(model.projector)
     add_tokens(tokenizer, llm, tokens.all)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the projector's first weights belong to the model, not to the run's seed
         projector = Projector(model.projector, vision.width, llm.config.hidden_size)
-    projector.match_scale(llm.get_input_embeddings().weight)
+    projector.match_scale(spoken(llm))
     context_id = tokenizer.convert_tokens_to_ids(tokens.context)
     view = View(model.tiles.size, model.vision.normalize)
     return Loaded(VisionLanguageModel(vision, projector, llm, context_id, view), tokenizer, tokens)
+
+
+def spoken(llm: PreTrainedModel) -> Tensor:
+    """Return the token embeddings (V, D) as the language model reads them: Gemma scales those of its table."""
+    table = llm.get_input_embeddings()
+    scale = getattr(table, "embed_scale", 1.0)
+    return table.weight.detach() * scale
 
 
 def load(folder: Path, model: ModelConfig, dtype: torch.dtype, quantize: Quantize) -> Loaded:
@@ -48,7 +64,7 @@ def load(folder: Path, model: ModelConfig, dtype: torch.dtype, quantize: Quantiz
     model.projector = ProjectorConfig(**settings["projector"])
     model.vision.select_layer = settings["select_layer"]
     model.vision.normalize = settings["normalize"]
-    loaded = join(folder / "vision", folder / "llm", model, dtype, quantize)
+    loaded = join(folder / "vision", folder / "llm", model, dtype, quantize, settings.get("keeps_class", False))
     loaded.vlm.projector.load_state_dict(load_file(folder / PROJECTOR))
     return loaded
 
@@ -59,14 +75,15 @@ def save(vlm: VisionLanguageModel, tokenizer: PreTrainedTokenizerBase, folder: P
     vlm.llm.save_pretrained(folder / "llm")
     tokenizer.save_pretrained(folder / "llm")
     save_file({name: weight.contiguous() for name, weight in vlm.projector.state_dict().items()}, folder / PROJECTOR)
-    settings = {"projector": asdict(vlm.projector.config), "normalize": vlm.normalization, "select_layer": -1}
+    settings: dict[str, Any] = {"projector": asdict(vlm.projector.config), "normalize": vlm.normalization}
+    settings |= {"select_layer": vlm.vision.select_layer, "keeps_class": vlm.vision.keeps_class}
     (folder / PARTS_SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
 
 def save_tower(vision: VisionEncoder, folder: Path) -> None:
     """Write an encoder in its library's own layout."""
     if not vision.is_timm:
-        vision.tower.save_pretrained(folder)  # type: ignore[operator]
+        whole_tower(vision).save_pretrained(folder)
         return
     folder.mkdir(parents=True)
     tower: Any = vision.tower
@@ -76,5 +93,5 @@ def save_tower(vision: VisionEncoder, folder: Path) -> None:
         "pretrained_cfg": {"num_classes": 0},
     }
     (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-    weights = {name: weight.contiguous() for name, weight in vision.tower.state_dict().items()}
+    weights = {name: weight.contiguous() for name, weight in whole_weights(vision).items()}
     save_file(weights, folder / "model.safetensors")

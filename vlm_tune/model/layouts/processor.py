@@ -53,8 +53,8 @@ def save_processor(tokenizer: PreTrainedTokenizerBase, encoder: Encoder, model: 
     processor.save_pretrained(folder)
 
 
-def jinja_template(template: Template, system: str | None) -> str:
-    """Write a template of ours as the Jinja text that transformers renders."""
+def jinja_template(template: Template, system: str | None, context: str = "<IMG_CONTEXT>") -> str:
+    """Write a template of ours as the Jinja text that transformers renders; `context` stands for a picture."""
     default = system if system is not None else template.default_system or ""
     before, _, after = template.user.partition("{question}")
     opening, _, closing = template.system.partition("{system}")
@@ -62,7 +62,7 @@ def jinja_template(template: Template, system: str | None) -> str:
     content = (
         "{%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}"
         "{%- for part in message['content'] -%}"
-        "{%- if part['type'] == 'image' -%}{{ '<IMG_CONTEXT>\\n' }}"
+        f"{{%- if part['type'] == 'image' -%}}{{{{ '{context}\\n' }}}}"
         "{%- elif part['type'] == 'text' -%}{{ part['text'] }}{%- endif -%}"
         "{%- endfor -%}{%- endif -%}"
     )
@@ -78,5 +78,5 @@ def jinja_template(template: Template, system: str | None) -> str:
     return (
         f"{{%- if messages[0]['role'] != 'system' -%}}{{{{ {unsaid!r} }}}}{{%- endif -%}}"
         f"{{%- for message in messages -%}}{''.join(branches)}{{%- endfor -%}}"
-        f"{{%- if add_generation_prompt -%}}{{{{ {template.assistant!r} }}}}{{%- endif -%}}"
+        f"{{%- if add_generation_prompt -%}}{{{{ {template.assistant.removesuffix(' ')!r} }}}}{{%- endif -%}}"
     )

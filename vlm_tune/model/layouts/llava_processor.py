@@ -1,0 +1,65 @@
+"""What lies beside the weights of a llava-hf folder: tokenizer, chat template and picture settings, as trained."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    CLIPImageProcessorPil,
+    LlavaImageProcessorPil,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    PreTrainedTokenizerBase,
+)
+
+from vlm_tune.config.schema import ModelConfig, TileRule
+from vlm_tune.data.encode import Encoder
+from vlm_tune.data.tiles import anyres_grids, find_normalization
+from vlm_tune.errors import ConfigError
+from vlm_tune.model.layouts.processor import jinja_template
+
+
+def save_llava_processor(
+    tokenizer: PreTrainedTokenizerBase, encoder: Encoder, model: ModelConfig, folder: Path
+) -> None:
+    """Write a processor that makes the tokens and tiles of training, beside the config.json that is there.
+
+    Raises ConfigError for a tile rule that transformers' processors do not know. Of several pictures in one
+    conversation, LLaVA-NeXT's processor gives each all tiles, where training shares model.tiles.max among them. A
+    folder cannot name the library that resizes: AutoProcessor.from_pretrained(FOLDER, backend="pil") is training's.
+    """
+    pictures = picture_processor(model, encoder.settings.newline)
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    template = jinja_template(encoder.template, model.system, encoder.settings.image_context)
+    tokenizer.save_pretrained(folder)
+    kind = LlavaNextProcessor if encoder.settings.newline else LlavaProcessor
+    processor = kind(
+        image_processor=pictures,
+        tokenizer=tokenizer,
+        patch_size=config["vision_config"]["patch_size"],
+        vision_feature_select_strategy=config["vision_feature_select_strategy"],
+        num_additional_image_tokens=int(config["vision_config"]["model_type"] == "clip_vision_model"),
+        image_token=encoder.settings.image_context,
+        chat_template=template,
+    )
+    processor.save_pretrained(folder)
+
+
+def picture_processor(model: ModelConfig, newline: bool) -> Any:
+    """Choose the picture processor of transformers that cuts as model.tiles says; Pillow resizes, as in training."""
+    tiles = model.tiles
+    mean, std = find_normalization(model.vision.normalize)
+    square = {"height": tiles.size, "width": tiles.size}
+    options: dict[str, Any] = {"image_mean": list(mean), "image_std": list(std), "crop_size": square}
+    if newline:
+        pinpoints = [[rows * tiles.size, columns * tiles.size] for columns, rows in anyres_grids(tiles)]
+        return LlavaNextImageProcessorPil(size={"shortest_edge": tiles.size}, image_grid_pinpoints=pinpoints, **options)
+    if tiles.rule is TileRule.pad:
+        return LlavaImageProcessorPil(size=square, do_pad=True, do_center_crop=False, **options)
+    if tiles.rule is TileRule.resize or tiles.max == 1:
+        return CLIPImageProcessorPil(size=square, do_center_crop=False, **options)
+    raise ConfigError(
+        f"layout=llava_hf: transformers' LLaVA processors cut no picture by model.tiles.rule={tiles.rule.value} into "
+        f"up to {tiles.max} tiles: use layout=parts"
+    )
