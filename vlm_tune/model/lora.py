@@ -26,9 +26,12 @@ def _forward(layer: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
     if layer.disable_adapters or layer.merged:
         output: Tensor = type(layer).forward(layer, x, *args, **options)
         return output
+    base = layer.base_layer(x, *args, **options)
+    if type(layer.base_layer) is not nn.Linear:  # what another kind of layer returns may not be changed in place
+        base = base.clone()
     low = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
     output = AddLowRank.apply(  # type: ignore[no-untyped-call]
-        layer.base_layer(x, *args, **options), layer.lora_dropout[ADAPTER](x), *low, layer.scaling[ADAPTER]
+        base, layer.lora_dropout[ADAPTER](x), *low, layer.scaling[ADAPTER]
     )
     return output
 

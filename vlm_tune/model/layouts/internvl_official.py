@@ -72,7 +72,7 @@ def empty_model(config: dict[str, Any], model: ModelConfig, folder: Path) -> Vis
     """Make the whole model without weights, no layer cut off, on the meta device."""
     text = text_config(config, folder)
     with torch.device("meta"):
-        tower = AutoModel.from_config(vision_config(config), attn_implementation="sdpa")
+        tower = AutoModel.from_config(vision_config(config), attn_implementation=attention.NAME)
         llm = AutoModelForCausalLM.from_config(text, attn_implementation=attention.NAME)
         vision = VisionEncoder(tower)
         projector = Projector(model.projector, vision.width, text.hidden_size)

@@ -64,7 +64,7 @@ def _load_native(folder: Path, is_next: bool, dtype: torch.dtype, quantize: Quan
     native, found = kind.from_pretrained(
         folder,
         dtype=dtype,
-        attn_implementation={"text_config": attention.NAME, "vision_config": "sdpa"},
+        attn_implementation=attention.NAME,
         output_loading_info=True,
         **options,
     )
