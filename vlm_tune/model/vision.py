@@ -60,7 +60,7 @@ def cut_layers(tower: Any, select_layer: int) -> None:
     """Remove the layers after `select_layer`, an index into the hidden states (0 = embeddings, -1 = last, normed)."""
     if select_layer == -1:
         return
-    owner, name = _layer_list(tower)
+    owner, name = _find_layers(tower, "model.vision.select_layer")
     layers = getattr(owner, name)
     keep = select_layer if select_layer >= 0 else len(layers) + 1 + select_layer
     if not 0 < keep <= len(layers):
@@ -73,16 +73,25 @@ def cut_layers(tower: Any, select_layer: int) -> None:
                 setattr(holder, norm, nn.Identity())
 
 
-def _layer_list(tower: Any) -> tuple[nn.Module, str]:
-    for path in ("encoder.layer", "encoder.layers", "vision_model.encoder.layers", "model.layer"):
+def layer_list(tower: Any, key: str) -> nn.ModuleList | nn.Sequential:
+    """Return a transformer's layers, first to last; raise ConfigError in the name of `key` when it has none."""
+    owner, name = _find_layers(tower, key)
+    layers: nn.ModuleList | nn.Sequential = getattr(owner, name)
+    return layers
+
+
+def _find_layers(tower: Any, key: str) -> tuple[nn.Module, str]:
+    paths = ("encoder.layer", "encoder.layers", "vision_model.encoder.layers", "model.layer", "layers", "blocks")
+    for path in paths:
         holder_path, _, name = path.rpartition(".")
         try:
             holder = tower.get_submodule(holder_path)
         except AttributeError:
             continue
-        if isinstance(getattr(holder, name, None), nn.ModuleList):
+        layers = getattr(holder, name, None)
+        if isinstance(layers, nn.ModuleList) or (isinstance(layers, nn.Sequential) and hasattr(layers[0], "attn")):
             return holder, name
-    raise ConfigError(f"model.vision.select_layer: {type(tower).__name__} has no list of layers to cut; set it to -1")
+    raise ConfigError(f"{key}: {type(tower).__name__} has no list of transformer layers; leave this key at its default")
 
 
 def resample_positions(tower: Any, tile_size: int) -> None:

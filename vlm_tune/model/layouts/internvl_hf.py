@@ -25,7 +25,11 @@ from vlm_tune.model.projector import Projector
 from vlm_tune.model.vision import VisionEncoder, resample_positions
 from vlm_tune.model.vlm import ImageTokens, View, VisionLanguageModel
 
-OTHER_PARTS = ["vision_tower", "multi_modal_projector", "lm_head"]  # these stay in 16 bit
+OTHER_PARTS = [
+    "model.vision_tower",
+    "model.multi_modal_projector",
+    "lm_head",
+]  # of a packed model: these stay in 16 bit
 
 
 def load(folder: Path, model: ModelConfig, dtype: torch.dtype, quantize: Quantize) -> Loaded:
@@ -62,6 +66,8 @@ def as_causal_lm(native: PreTrainedModel) -> PreTrainedModel:
     llm.model = native.model.language_model
     llm.lm_head = native.lm_head
     llm.config.use_cache = False
+    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):  # peft puts another layer beside a packed one
+        setattr(llm, flag, getattr(native, flag, False))
     return llm
 
 
