@@ -82,12 +82,14 @@ def evaluate_verb(arguments: list[str]) -> int:
 
 def export_verb(arguments: list[str]) -> int:
     """Write a trained model as a folder of its own."""
-    own, overrides = split_own(arguments, {"ckpt": "runs/latest", "out": "", "layout": "auto", "dtype": "fp32"})
+    defaults = {"ckpt": "runs/latest", "out": "", "layout": "auto", "dtype": "fp32"}
+    own, overrides = split_own(arguments, defaults | {"base": "trained", "max_shard_size": "2GB"})
     if not own["out"]:
         raise ConfigError("out is not set. Give a folder for the exported model: out=FOLDER")
-    from vlm_tune.export.export import export
+    from vlm_tune.export.export import Wanted, export
 
-    export(own["ckpt"], own["out"], own["layout"], own["dtype"], overrides)
+    wanted = Wanted(own["layout"], own["dtype"], own["base"], own["max_shard_size"])
+    export(own["ckpt"], own["out"], wanted, overrides)
     return 0
 
 

@@ -1,5 +1,6 @@
 """The optimizer does what the stage says: rates by part, warmup and cosine by step, no decay of vectors, clipping."""
 
+import io
 import math
 
 import lightning as L
@@ -9,7 +10,7 @@ from torch import nn
 from torch.optim import SGD
 
 from vlm_tune.config.parse import load_config
-from vlm_tune.config.schema import StageConfig
+from vlm_tune.config.schema import Optimizer, StageConfig
 from vlm_tune.errors import ConfigError, TrainingError
 from vlm_tune.model.parts import PARTS, trained_parameters
 from vlm_tune.training.module import VlmModule
@@ -78,6 +79,73 @@ def test_vectors_do_not_decay_and_matrices_do(toys):
     for name, weight in trained_parameters(staged.model.vlm):
         is_vector = name.endswith(".bias") or "norm" in name or weight.ndim < 2
         assert decays[id(weight)] == (0.0 if is_vector else 0.1), name
+
+
+def test_a_part_may_have_its_own_decay(toys):
+    staged = toys.staged(*FULL, "stage.weight_decay=0.1", "stage.part_weight_decay={vision: 0, llm: 0.3}")
+    groups = make_optimizer(staged.model.vlm, staged.config.stage).param_groups
+    decays = {group["name"]: group["weight_decay"] for group in groups if group["params"][0].ndim > 1}
+    assert decays == {"vision": 0, "projector": 0.1, "llm": 0.3}
+
+
+def test_earlier_layers_of_the_encoder_learn_more_slowly(toys):
+    staged = toys.staged(*FULL, "stage.layer_decay=0.5", "stage.lr={vision: 1, projector: 2, llm: 3}")
+    vlm = staged.model.vlm
+    rates = {}
+    for group in make_optimizer(vlm, staged.config.stage).param_groups:
+        rates |= {id(weight): group["lr"] for weight in group["params"]}
+    found = {name: rates[id(weight)] for name, weight in trained_parameters(vlm)}
+    assert {rate for name, rate in found.items() if name.startswith("vision.tower.embeddings")} == {0.25}
+    assert {rate for name, rate in found.items() if ".encoder.layer.0." in name} == {0.5}
+    assert {rate for name, rate in found.items() if ".encoder.layer.1." in name} == {1}
+    assert {rate for name, rate in found.items() if not name.startswith("vision")} == {2, 3}
+
+
+@pytest.mark.parametrize("kind", [each.value for each in Optimizer])
+def test_every_optimizer_learns_and_goes_on_from_its_state(toys, kind):
+    staged = toys.staged(*FULL, f"stage.optimizer={kind}", "stage.lr={vision: 0.01, projector: 0.01, llm: 0.01}")
+    vlm, batch = staged.model.vlm, staged.batch([0, 1])
+    optimizer = make_optimizer(vlm, staged.config.stage)
+    losses = [step(vlm, batch, optimizer) for _ in range(3)]
+    assert losses[-1] < losses[0]
+    weights = {name: weight.detach().clone() for name, weight in vlm.named_parameters()}
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    straight = [step(vlm, batch, optimizer) for _ in range(2)]
+
+    vlm.load_state_dict(weights, strict=False)
+    again = make_optimizer(vlm, staged.config.stage)
+    again.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    assert [step(vlm, batch, again) for _ in range(2)] == straight
+
+
+def step(vlm, batch, optimizer):
+    loss = vlm(batch)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(loss)
+
+
+@pytest.mark.parametrize("kind", ["adamw8bit", "paged_adamw8bit"])
+def test_moments_of_large_matrices_are_in_8_bits(toys, kind):
+    staged = toys.staged(*FULL, f"stage.optimizer={kind}")
+    optimizer = make_optimizer(staged.model.vlm, staged.config.stage)
+    step(staged.model.vlm, staged.batch([0, 1]), optimizer)
+    kinds = {weight.numel() >= 4096: optimizer.state[weight]["state1"].dtype for weight in optimizer.state}
+    assert kinds == {True: torch.uint8, False: torch.float32}  # bitsandbytes leaves small ones as they are
+
+
+def test_the_plain_optimizer_is_one_kernel_where_torch_has_it(toys):
+    staged = toys.staged("stage=finetune")
+    assert make_optimizer(staged.model.vlm, staged.config.stage).defaults["fused"]
+    assert not make_optimizer(staged.model.vlm, staged.config.stage, may_fuse=False).defaults["fused"]
+
+
+def test_gradients_of_the_fused_kernel_are_clipped_in_16_bits_too(toys, tmp_path):
+    trainer = fit(stage(toys, "stage.clip=0.05", "trainer.precision=bf16"), tmp_path)
+    moment = torch.cat([state["exp_avg"].flatten() for state in trainer.optimizers[0].state.values()])
+    assert float(moment.norm()) / 0.1 == pytest.approx(0.05, rel=1e-2)
 
 
 class Norm(L.Callback):

@@ -44,6 +44,14 @@ WAYS = {
     "without workers": ["data.workers=0"],
     "without kept features": ["data.feature_cache=off"],
     "16 bit": ["trainer.precision=bf16"],
+    "noise, skipped layers, paged 8-bit moments": [
+        "stage.train.vision=full",
+        "stage.neftune=5",
+        "stage.drop_path=0.3",
+        "stage.gradient_checkpointing={vision: true, projector: true, llm: true}",
+        "stage.optimizer=paged_adamw8bit",
+    ],
+    "4-bit base": ["stage=qlora", "trainer.precision=bf16"],
 }
 
 

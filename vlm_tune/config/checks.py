@@ -24,6 +24,13 @@ def _stage(config: Config) -> list[str]:
             )
         if how is not Train.frozen and getattr(stage.lr, part) <= 0:
             problems.append(f"stage.lr.{part}={getattr(stage.lr, part)} but the part is trained: set a rate above 0")
+    if stage.train.vision is Train.frozen:
+        for key, value, off in (("drop_path", stage.drop_path, 0), ("layer_decay", stage.layer_decay, 1)):
+            if value != off:
+                problems.append(
+                    f"stage.{key}={value} concerns a trained encoder but stage.train.vision=frozen: set it to {off}, "
+                    "or stage.train.vision to lora or full"
+                )
     if stage.train.projector is Train.lora:
         problems.append("stage.train.projector=lora: the projector is small and new; set it to full or frozen")
     if stage.quantize is not Quantize.none and stage.train.llm is Train.full:
@@ -40,6 +47,9 @@ def _numbers(config: Config) -> list[str]:
         "stage.warmup": (stage.warmup, 0, 1),
         "stage.min_lr": (stage.min_lr, 0, 1),
         "stage.lora.dropout": (stage.lora.dropout, 0, 0.99),
+        "stage.drop_path": (stage.drop_path, 0, 0.9),
+        "stage.layer_decay": (stage.layer_decay, 0.01, 1),
+        "stage.neftune": (stage.neftune, 0, 100),
         "data.val_share": (config.data.val_share, 0, 0.9),
         "data.augment.crop": (config.data.augment.crop, 0.1, 1),
     }

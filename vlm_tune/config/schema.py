@@ -62,6 +62,15 @@ class Quantize(Enum):
     int8 = "int8"
 
 
+class Optimizer(Enum):
+    """AdamW, and bitsandbytes' versions of it that keep less on the device."""
+
+    adamw = "adamw"
+    adamw8bit = "adamw8bit"  # both moments in 8 bit: a quarter of the memory
+    paged_adamw32bit = "paged_adamw32bit"  # moments that move to main memory when the GPU is full
+    paged_adamw8bit = "paged_adamw8bit"
+
+
 class Precision(Enum):
     """Arithmetic of the forward and backward pass; trained weights are always kept in float32."""
 
@@ -186,6 +195,24 @@ class LearningRates:
 
 
 @dataclass
+class WeightDecays:
+    """The weight decay of each part, where it is not the stage's; null = stage.weight_decay."""
+
+    vision: float | None = None
+    projector: float | None = None
+    llm: float | None = None
+
+
+@dataclass
+class Checkpointing:
+    """Recompute a part's layers in the backward pass instead of keeping their activations: less memory, more time."""
+
+    vision: bool = False
+    projector: bool = False
+    llm: bool = False
+
+
+@dataclass
 class LoraConfig:
     """peft's adapters."""
 
@@ -205,7 +232,10 @@ class StageConfig:
     init_stage: str | None = None  # stage that `auto` looks for; null = start from the base weights
     train: TrainParts = field(default_factory=TrainParts)
     lr: LearningRates = field(default_factory=LearningRates)
+    layer_decay: float = 1.0  # rate of a layer of the vision encoder, as a share of the next layer's
+    optimizer: Optimizer = Optimizer.adamw
     weight_decay: float = 0.0  # not on norms, biases and other vectors
+    part_weight_decay: WeightDecays = field(default_factory=WeightDecays)
     warmup: float = 0.03  # share of the optimizer steps
     min_lr: float = 0.0  # share of the learning rate that is left at the end of the cosine
     clip: float = 1.0  # norm of the gradient; 0 = off
@@ -213,6 +243,9 @@ class StageConfig:
     max_steps: int = -1  # optimizer steps; -1 = from epochs
     lora: LoraConfig = field(default_factory=LoraConfig)
     quantize: Quantize = Quantize.none
+    gradient_checkpointing: Checkpointing = field(default_factory=Checkpointing)
+    neftune: float = 0.0  # alpha of the noise on text embeddings while training (5, 10 or 15); 0 = off
+    drop_path: float = 0.0  # how often the last layer of a trained vision encoder is skipped; earlier ones less often
     loss: LossWeight = LossWeight.token
     evaluate: bool = True  # score the test file before and after training
     packing: bool = True  # concatenate samples without padding; false = pad to the longest

@@ -2,18 +2,19 @@
 
 import json
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from vlm_tune.config.schema import Config, Precision
+from vlm_tune.config.schema import Config, Precision, Quantize
 from vlm_tune.errors import ConfigError
 from vlm_tune.evaluation.evaluate import open_test, prompt_of, read_questions
 from vlm_tune.export.merge import merge_adapters
 from vlm_tune.export.parity import Parity, compare
 from vlm_tune.model.build import Model, build_model
+from vlm_tune.model.checkpoint import find_checkpoint, run_config
 from vlm_tune.model.generate import Prompt
 from vlm_tune.model.layouts import internvl_hf, internvl_official, llava_hf, parts
 from vlm_tune.model.layouts.llava_processor import save_llava_processor
@@ -22,18 +23,36 @@ from vlm_tune.model.trained import open_trained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = ("hf", "official", "llava_hf", "parts")
+BASES = ("trained", "original")
 
 
-def export(ckpt: str, out: str, layout: str, dtype: str, overrides: list[str]) -> Path:
+@dataclass(frozen=True)
+class Wanted:
+    """What an export shall be."""
+
+    layout: str = "auto"
+    dtype: str = "fp32"
+    base: str = "trained"  # of a quantized run: what its adapters were trained on, or the weights before quantization
+    shard: str = "2GB"
+
+    def check(self) -> None:
+        """Raise ConfigError for a choice that is none."""
+        for key, value, choices in (
+            ("dtype", self.dtype, tuple(DTYPES)),
+            ("layout", self.layout, ("auto", *LAYOUTS)),
+            ("base", self.base, BASES),
+        ):
+            if value not in choices:
+                raise ConfigError(f"{key}={value}: no such {key}. There are: {', '.join(choices)}")
+
+
+def export(ckpt: str, out: str, wanted: Wanted, overrides: list[str]) -> Path:
     """Write the merged model of a run, and fail when it does not answer as the trained one does."""
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype}: no such type. There are: {', '.join(DTYPES)}")
-    folder = Path(out).expanduser()
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"out={out}: the folder is not empty. Name a new one: nothing is overwritten")
-    console = Console()
-    model, config = open_trained(ckpt, overrides, Precision.fp32)
-    layout = choose_layout(model, layout)
+    wanted.check()
+    folder = empty_folder(out)
+    quantized = measure_quantized(ckpt, overrides)
+    model, config = open_for_merging(ckpt, overrides, wanted.base)
+    layout = choose_layout(model, wanted.layout)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -42,13 +61,53 @@ def export(ckpt: str, out: str, layout: str, dtype: str, overrides: list[str]) -
     before = Parity.measure(model, prompts)
     merge_adapters(model.vlm)
     for parameter in model.vlm.parameters():  # buffers (the rotary frequencies) stay in float32
-        parameter.data = parameter.data.to(DTYPES[dtype])
-    write(layout, model, config, partial)
+        parameter.data = parameter.data.to(DTYPES[wanted.dtype])
+    write(layout, model, config, partial, wanted.shard)
     after = Parity.measure(reload(partial, config), prompts)
-    result = compare(before, after, dtype)
-    (partial / "parity.json").write_text(json.dumps(asdict(result), indent=1), encoding="utf-8")
-    console.print(f"{layout} folder, {dtype}: {result.summary}", highlight=False)
+    result = compare(before, after, wanted.dtype)
+    report = {"layout": layout, "dtype": wanted.dtype, **asdict(result)}
+    console = Console()
+    console.print(f"{layout} folder, {wanted.dtype}: {result.summary}", highlight=False)
+    if quantized is not None:
+        distance = compare(quantized, after, wanted.dtype)
+        report |= {"base": wanted.base, "to_quantized_run": asdict(distance)}
+        console.print(f"beside the quantized run in its own arithmetic: {distance.summary}", highlight=False)
+    (partial / "parity.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     return settle(partial, folder, result.passed, result.summary)
+
+
+def empty_folder(out: str) -> Path:
+    """Return the folder to write; raise ConfigError when something is in it."""
+    folder = Path(out).expanduser()
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"out={out}: the folder is not empty. Name a new one: nothing is overwritten")
+    return folder
+
+
+def measure_quantized(ckpt: str, overrides: list[str]) -> Parity | None:
+    """Measure a quantized run as it was trained, packed weights and all; None for any other run."""
+    if run_config(find_checkpoint(ckpt), overrides).stage.quantize is Quantize.none:
+        return None
+    model, config = open_trained(ckpt, overrides)
+    return Parity.measure(model, sample_prompts(model, config))
+
+
+def open_for_merging(ckpt: str, overrides: list[str], base: str) -> tuple[Model, Config]:
+    """Open a run in float32, adapters apart, on the base that they were trained on, or on a quantized one's original.
+
+    Nothing is ever merged into packed weights: rounding to 4 bits would undo what was learned.
+    """
+    quantize = run_config(find_checkpoint(ckpt), overrides).stage.quantize
+    if quantize is Quantize.none:
+        return open_trained(ckpt, overrides, Precision.fp32)
+    if base == "original":
+        Console().print(
+            f"base=original: the adapters were trained on a {quantize.value} base. On the original weights they make "
+            "another model",
+            highlight=False,
+        )
+        return open_trained(ckpt, [*overrides, "stage.quantize=none"], Precision.fp32)
+    return open_trained(ckpt, overrides, dequantized=True)
 
 
 def settle(partial: Path, folder: Path, passed: bool, summary: str) -> Path:
@@ -68,8 +127,6 @@ def settle(partial: Path, folder: Path, passed: bool, summary: str) -> Path:
 def choose_layout(model: Model, layout: str) -> str:
     """Take transformers' own layout where the model fits it, else the parts side by side."""
     if layout != "auto":
-        if layout not in LAYOUTS:
-            raise ConfigError(f"layout={layout}: no such layout. There are: auto, {', '.join(LAYOUTS)}")
         return layout
     try:
         internvl_hf.native_config(model.vlm)
@@ -84,10 +141,10 @@ def sample_prompts(model: Model, config: Config, count: int = 4) -> list[Prompt]
     return [prompt_of(test, question.sample) for question in read_questions(test, count)] if test else []
 
 
-def write(layout: str, model: Model, config: Config, folder: Path) -> None:
+def write(layout: str, model: Model, config: Config, folder: Path, shard: str) -> None:
     """Write the folder of a layout."""
     if layout == "hf":
-        internvl_hf.save(model.vlm, folder)
+        internvl_hf.save(model.vlm, folder, shard)
         save_processor(model.tokenizer, model.encoder, config.model, folder)
     elif layout == "official":
         internvl_official.save(model.vlm, model.encoder.template, config.model, folder)
@@ -96,7 +153,7 @@ def write(layout: str, model: Model, config: Config, folder: Path) -> None:
         llava_hf.save(model.vlm, config.model.tiles, folder)
         save_llava_processor(model.tokenizer, model.encoder, config.model, folder)
     else:
-        parts.save(model.vlm, model.tokenizer, folder)
+        parts.save(model.vlm, model.tokenizer, folder, shard)
 
 
 def reload(folder: Path, config: Config) -> Model:
@@ -104,4 +161,5 @@ def reload(folder: Path, config: Config) -> Model:
     model = replace(config.model, path=str(folder), vision=replace(config.model.vision, path=None))
     model.llm = replace(config.model.llm, path=None)
     trainer = replace(config.trainer, precision=Precision.fp32)
-    return build_model(replace(config, model=model, trainer=trainer))
+    stage = replace(config.stage, quantize=Quantize.none)
+    return build_model(replace(config, model=model, trainer=trainer, stage=stage))

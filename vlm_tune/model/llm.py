@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -49,6 +50,34 @@ def guard_4bit(llm: Any) -> None:
     for module in llm.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def dequantize(llm: PreTrainedModel) -> int:
+    """Replace 4- and 8-bit layers by float32 layers of the values that they computed with; return how many there were.
+
+    In the run's own arithmetic a layer multiplies with its codes times their scales, rounded to that arithmetic: these
+    are the weights that adapters learned to correct.
+    """
+    import bitsandbytes as bnb  # late: it takes seconds to import
+    from peft.utils.integrations import dequantize_module_weight
+
+    kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+    packed = [(name, layer) for name, layer in llm.named_modules() if isinstance(layer, kinds)]
+    dtype = llm.dtype
+    for name, layer in packed:
+        with torch.device("meta"):
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        weight = dequantize_module_weight(layer).detach().to(dtype).float()
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        if layer.bias is not None:
+            plain.bias = nn.Parameter(layer.bias.detach().float(), requires_grad=False)
+        parent, _, child = name.rpartition(".")
+        setattr(llm.get_submodule(parent), child, plain)
+    for trace in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "hf_quantizer", "quantization_method"):
+        llm.__dict__.pop(trace, None)
+    llm.config.__dict__.pop("quantization_config", None)
+    llm.float()
+    return len(packed)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

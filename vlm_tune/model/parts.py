@@ -10,7 +10,9 @@ from torch import nn
 
 from vlm_tune.config.schema import Config, LoraConfig, StageConfig, Train
 from vlm_tune.errors import ConfigError
+from vlm_tune.model.layers import drop_paths, recompute
 from vlm_tune.model.lora import spare_casts
+from vlm_tune.model.vision import layer_list
 from vlm_tune.model.vlm import VisionLanguageModel
 
 PARTS = ("vision", "projector", "llm")
@@ -44,6 +46,7 @@ def apply_stage(model: VisionLanguageModel, config: Config) -> list[PartSummary]
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    set_aids(model, stage)
     set_modes(model, stage)
     summary = [_summarize(name, getattr(model, name), stage) for name in PARTS]
     if not any(row.num_trained for row in summary):
@@ -72,6 +75,24 @@ def add_lora(part: nn.Module, lora: LoraConfig, targets: list[str], key: str) ->
         torch.manual_seed(0)  # an adapter's first weights belong to the stage: equal on every rank and after a resume
         inject_adapter_in_model(adapter, part)
     spare_casts(part)
+
+
+def set_aids(model: VisionLanguageModel, stage: StageConfig) -> None:
+    """Set what acts in training alone: noise, skipped layers, and activations that are computed twice, not kept.
+
+    A frozen encoder is outside autograd: there is nothing to recompute.
+    """
+    model.neftune = stage.neftune
+    if stage.drop_path:
+        drop_paths(model.vision.tower, stage.drop_path)
+    aids = stage.gradient_checkpointing
+    layers: list[nn.Module] = [model.projector] if aids.projector else []
+    if aids.vision and stage.train.vision is not Train.frozen:
+        layers += layer_list(model.vision.tower, "stage.gradient_checkpointing.vision")
+    if aids.llm:
+        layers += model.llm.get_decoder().layers
+    for layer in layers:
+        recompute(layer)
 
 
 def set_modes(model: VisionLanguageModel, stage: StageConfig) -> None:

@@ -6,19 +6,26 @@ from pathlib import Path
 from vlm_tune.config.schema import Config, Precision
 from vlm_tune.model.build import Model, build_model
 from vlm_tune.model.checkpoint import find_checkpoint, load_weights, run_config, start_of, trained_weights
+from vlm_tune.model.llm import dequantize
 from vlm_tune.model.parts import apply_stage
 
 
-def open_trained(ckpt: str, overrides: list[str], precision: Precision | None = None) -> tuple[Model, Config]:
+def open_trained(
+    ckpt: str, overrides: list[str], precision: Precision | None = None, dequantized: bool = False
+) -> tuple[Model, Config]:
     """Load the model of a run folder or checkpoint, with its stage's adapters in place.
 
-    Frozen parts that an earlier stage had trained (a pretrained projector) come from that stage's checkpoint.
+    Frozen parts that an earlier stage had trained (a pretrained projector) come from that stage's checkpoint. With
+    `dequantized` the base of a quantized run is unpacked into float32, as it was in the run's own arithmetic.
     """
     checkpoint = find_checkpoint(ckpt)
     config = run_config(checkpoint, overrides)
     if precision is not None:
         config.trainer = replace(config.trainer, precision=precision)
     model = build_model(config)
+    if dequantized:
+        dequantize(model.vlm.llm)
+        model.vlm.float()
     apply_stage(model.vlm, config)
     start = start_of(checkpoint)
     if start is not None:

@@ -65,6 +65,7 @@ class VisionLanguageModel(nn.Module):
         self.context_id = context_id
         self.normalization = view.normalization
         self.tile_size = view.tile_size
+        self.neftune = 0.0  # alpha of the noise on text embeddings while training
         self.is_blind = False  # answer with image features set to zero, to measure what pictures contribute
 
     @property
@@ -107,6 +108,8 @@ class VisionLanguageModel(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Sum of weighted losses of a batch: a scalar in float32."""
         embeddings = self.embed(batch.input_ids, batch.tiles, batch.features, batch.spreads)  # (B, L, D)
+        if self.training and self.neftune:
+            embeddings = embeddings + self._noise(batch).to(embeddings)
         if batch.tiles is None and batch.features is None and self.training and self._learns_to_see():
             embeddings = embeddings + self._unused_features().to(embeddings.dtype)
         hidden = self.llm.get_decoder()(
@@ -117,6 +120,20 @@ class VisionLanguageModel(nn.Module):
         ).last_hidden_state  # (B, L, D)
         rows = hidden.flatten(0, 1)[batch.predicting]  # (N, D)
         return supervised_loss(rows, self.llm.get_output_embeddings(), batch.targets, batch.weights)
+
+    def _noise(self, batch: Batch) -> Tensor:
+        """Draw NEFTune's noise for text: U(-m, m) with m = alpha/sqrt(l*D) in a sample of l tokens: (B, L, D).
+
+        Source: Jain et al. 2023, "NEFTune: noisy embeddings improve instruction finetuning".
+        """
+        rows, width = batch.input_ids.shape
+        lengths = torch.tensor(batch.segments or (batch.position_ids.amax(1) + 1).tolist())
+        repeats = torch.tensor(batch.segments or [width] * rows)
+        depth = self.llm.get_input_embeddings().weight.shape[-1]
+        bounds = self.neftune / (lengths * depth).sqrt().repeat_interleave(repeats)
+        is_text = batch.input_ids != self.context_id
+        bounds = bounds.view(rows, width, 1).to(self.device) * is_text.unsqueeze(-1)  # (B, L, 1)
+        return (torch.rand(rows, width, depth, device=self.device) * 2 - 1) * bounds  # (B, L, D)
 
     def _learns_to_see(self) -> bool:
         return any(weight.requires_grad for part in (self.vision, self.projector) for weight in part.parameters())

@@ -7,10 +7,10 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from vlm_tune.config.schema import Config
+from vlm_tune.config.schema import Config, Precision
 from vlm_tune.data.batch import Batch
 from vlm_tune.errors import TrainingError
-from vlm_tune.model.build import Model
+from vlm_tune.model.build import Model, resolve_precision
 from vlm_tune.model.parts import set_modes, trained_parameters
 from vlm_tune.training.optim import make_optimizer, make_schedule
 
@@ -95,7 +95,8 @@ class VlmModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW by part, warmup and cosine by optimizer step."""
-        optimizer = make_optimizer(self.vlm, self.config.stage)
+        is_scaled = resolve_precision(self.config.trainer.precision) is Precision.fp16
+        optimizer = make_optimizer(self.vlm, self.config.stage, may_fuse=not is_scaled)
         schedule = make_schedule(optimizer, self.config.stage, self.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

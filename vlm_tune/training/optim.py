@@ -1,32 +1,76 @@
-"""The optimizer: AdamW with a learning rate for each part, linear warmup, then a cosine, by optimizer step."""
+"""The optimizer: AdamW with a rate for each part, linear warmup, then a cosine, by optimizer step."""
 
 import math
+from typing import Any
 
+import torch
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from vlm_tune.config.schema import StageConfig
+from vlm_tune.config.schema import Optimizer, StageConfig
 from vlm_tune.model.parts import PARTS, trained_parameters
+from vlm_tune.model.vision import layer_list
 from vlm_tune.model.vlm import VisionLanguageModel
 
+BETAS = (0.9, 0.999)
+FUSED = ("cpu", "cuda", "mps", "xpu")  # where torch has AdamW as one kernel
+BITSANDBYTES = {
+    Optimizer.adamw8bit: "AdamW8bit",
+    Optimizer.paged_adamw32bit: "PagedAdamW32bit",
+    Optimizer.paged_adamw8bit: "PagedAdamW8bit",
+}
 
-def make_optimizer(model: VisionLanguageModel, stage: StageConfig) -> AdamW:
-    """Group trained parameters by part, and by whether they decay: norms, biases and other vectors do not."""
-    groups = []
-    for part in PARTS:
-        parameters = [parameter for _, parameter in trained_parameters(getattr(model, part))]
-        for decays in (True, False):
-            chosen = [parameter for parameter in parameters if (parameter.ndim > 1) == decays]
-            if chosen:
-                decay = stage.weight_decay if decays else 0.0
-                groups.append({"params": chosen, "lr": getattr(stage.lr, part), "weight_decay": decay, "name": part})
-    optimizer = AdamW(groups, betas=(0.9, 0.999), fused=True)
-    # the loop unscales and clips gradients; Lightning refuses to clip where the optimizer claims to unscale them
-    optimizer._step_supports_amp_scaling = False
+
+def make_optimizer(model: VisionLanguageModel, stage: StageConfig, may_fuse: bool = True) -> torch.optim.Optimizer:
+    """Make the stage's optimizer.
+
+    Without `may_fuse` gradients can be clipped under fp16's loss scale, which the fused kernel takes off itself.
+    """
+    groups = make_groups(model, stage)
+    if stage.optimizer is Optimizer.adamw:
+        adamw = AdamW(groups, betas=BETAS, fused=may_fuse and model.device.type in FUSED)
+        # outside fp16 there is no loss scale to take off, for which Lightning would refuse to clip a fused optimizer
+        adamw._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        return adamw
+    import bitsandbytes  # late: it takes seconds to import
+
+    kind = getattr(bitsandbytes.optim, BITSANDBYTES[stage.optimizer])
+    optimizer: torch.optim.Optimizer = kind(groups, betas=BETAS)
     return optimizer
 
 
-def make_schedule(optimizer: AdamW, stage: StageConfig, max_steps: int) -> LambdaLR:
+def make_groups(model: VisionLanguageModel, stage: StageConfig) -> list[dict[str, Any]]:
+    """Group trained parameters by part, by whether they decay, and the encoder's by layer where its rates differ.
+
+    Norms, biases and other vectors do not decay.
+    """
+    shares = layer_shares(model, stage.layer_decay) if stage.layer_decay != 1 else {}
+    groups: dict[tuple[str, float, bool], dict[str, Any]] = {}
+    for part in PARTS:
+        decay = getattr(stage.part_weight_decay, part)
+        decay = stage.weight_decay if decay is None else decay
+        for _, parameter in trained_parameters(getattr(model, part)):
+            share, decays = shares.get(id(parameter), 1.0), parameter.ndim > 1
+            settings = {"lr": getattr(stage.lr, part) * share, "weight_decay": decay if decays else 0.0, "name": part}
+            groups.setdefault((part, share, not decays), {"params": [], **settings})["params"].append(parameter)
+    return [groups[key] for key in sorted(groups, key=lambda key: (PARTS.index(key[0]), *key[1:]))]
+
+
+def layer_shares(model: VisionLanguageModel, decay: float) -> dict[int, float]:
+    """Map the id of each of the encoder's n layers' weights to decay**(n-i), i = 1 for the first layer.
+
+    The embeddings have decay**n, what follows the layers 1. Source: Clark et al. 2020 (ELECTRA); BEiT's fine-tuning.
+    """
+    layers = layer_list(model.vision.tower, "stage.layer_decay")
+    numbers = {id(weight): number for number, layer in enumerate(layers, 1) for weight in layer.parameters()}
+    shares, last = {}, 0
+    for weight in model.vision.parameters():  # in order: embeddings, layers, the norm behind them
+        last = numbers.get(id(weight), len(layers) + 1 if last else 0)
+        shares[id(weight)] = decay ** max(0, len(layers) - last)
+    return shares
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, stage: StageConfig, max_steps: int) -> LambdaLR:
     """Warm up linearly over a share of the steps, then follow a cosine down to `stage.min_lr` of the rate."""
     warmup = round(stage.warmup * max_steps)
 

@@ -67,6 +67,8 @@ def as_causal_lm(native: PreTrainedModel) -> PreTrainedModel:
     llm.model = native.model.language_model
     llm.lm_head = native.lm_head
     llm.config.use_cache = False
+    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):  # peft puts another layer beside a packed one
+        setattr(llm, flag, getattr(native, flag, False))
     check_language_model(llm)
     return llm
 

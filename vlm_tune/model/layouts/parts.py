@@ -69,10 +69,10 @@ def load(folder: Path, model: ModelConfig, dtype: torch.dtype, quantize: Quantiz
     return loaded
 
 
-def save(vlm: VisionLanguageModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save(vlm: VisionLanguageModel, tokenizer: PreTrainedTokenizerBase, folder: Path, shard: str = "2GB") -> None:
     """Write a merged model as parts, in the dtype that it has."""
     save_tower(vlm.vision, folder / "vision")
-    vlm.llm.save_pretrained(folder / "llm")
+    vlm.llm.save_pretrained(folder / "llm", max_shard_size=shard)
     tokenizer.save_pretrained(folder / "llm")
     save_file({name: weight.contiguous() for name, weight in vlm.projector.state_dict().items()}, folder / PROJECTOR)
     settings: dict[str, Any] = {"projector": asdict(vlm.projector.config), "normalize": vlm.normalization}
