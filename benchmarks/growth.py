@@ -1,0 +1,205 @@
+"""How time and memory grow: with rows, pack length, vocabulary and tiles; and where a step's time goes.
+
+COMMAND: python benchmarks/growth.py        (about 6 minutes on two CPU cores)
+Writes results/growth.json, figures/growth.svg and figures/profile.svg. Each point is a process of its own; the model is
+the demo's, but for the vocabulary, where a random language model of 22 million parameters grows its table.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+STARTED = time.time()
+
+from vlm_tune.cli import quiet_libraries  # noqa: E402 (its environment must stand before torch is imported)
+
+quiet_libraries()
+
+import lightning as L  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from plots import bars, lines  # noqa: E402
+from torch.profiler import ProfilerActivity, profile  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+
+from vlm_tune.config.parse import load_config  # noqa: E402
+from vlm_tune.data.batch import Batch  # noqa: E402
+from vlm_tune.data.datamodule import DataModule  # noqa: E402
+from vlm_tune.data.recipe import run_recipe  # noqa: E402
+from vlm_tune.model.build import build_model  # noqa: E402
+from vlm_tune.model.fill_cache import use_feature_cache  # noqa: E402
+from vlm_tune.model.parts import apply_stage  # noqa: E402
+from vlm_tune.training.module import VlmModule  # noqa: E402
+from vlm_tune.training.trainer import make_trainer  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+STEPS, WARM = 8, 2
+TEXT = ["stage=sft", "data.val=none", "data.test=none", "stage.init_from=none", "data.workers=0"]
+PICTURES = ["stage=finetune", "data.val=none", "data.test=none", "stage.init_from=none", "data.workers=0"]
+KINDS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::addmm_", "aten::mkldnn_convolution"),
+    "copies and casts": ("aten::copy_", "aten::index_select", "aten::cat", "aten::index_copy_"),
+    "softmax": ("aten::_softmax", "aten::_softmax_backward_data", "aten::masked_fill_", "aten::max"),
+    "optimizer": ("aten::_fused_adamw_", "aten::_foreach_norm"),
+}
+
+
+class Clock(L.Callback):
+    """Write down processor seconds and tokens of each step."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[float, int]] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start."""
+        self.startup, self.last = time.time() - STARTED, time.process_time()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Count."""
+        now = time.process_time()
+        self.steps.append((now - self.last, batch.num_tokens))
+        self.last = now
+
+
+def measure(overrides: list[str], is_profiled: bool = False) -> dict[str, Any]:
+    """Train a few steps; return processor microseconds a token, peak memory, start-up, and the profile by kind."""
+    quiet = ["trainer={global_batch: 1, chat_every: 0, val_every: 1000, save_every: 1000}", f"stage.max_steps={STEPS}"]
+    config = load_config([*overrides, *quiet])
+    model = build_model(config)
+    apply_stage(model.vlm, config)
+    data = DataModule(config, model.encoder)
+    data.setup()
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as run:
+        (Path(run) / "checkpoints").mkdir()
+        trainer = make_trainer(config, STEPS, Path(run), [clock])
+        use_feature_cache(model.vlm, data, config, trainer.strategy.root_device)
+        watched = profile(activities=[ProfilerActivity.CPU]) if is_profiled else None
+        if watched:
+            watched.start()
+        trainer.fit(VlmModule(model, config, STEPS), datamodule=data)
+        if watched:
+            watched.stop()
+    result: dict[str, Any] = {
+        "microseconds_per_token": statistics.median(seconds / tokens * 1e6 for seconds, tokens in clock.steps[WARM:]),
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "startup_s": clock.startup,
+    }
+    return result | ({"profile": by_kind(watched)} if watched else {})
+
+
+def by_kind(watched: Any) -> dict[str, float]:
+    """Add up the profile's own seconds by kind of work."""
+    shares = dict.fromkeys([*KINDS, "elementwise and the rest"], 0.0)
+    for event in watched.key_averages():
+        kind = next((kind for kind, names in KINDS.items() if event.key in names), "elementwise and the rest")
+        shares[kind] += event.self_cpu_time_total / 1e6
+    return shares
+
+
+def write_text(path: Path, num_rows: int) -> None:
+    """Write text rows of 20 to 400 tokens, from this project's own documentation."""
+    words = np.array(" ".join(page.read_text(encoding="utf-8") for page in (HERE.parent / "docs").glob("*.md")).split())
+    rng = np.random.default_rng(0)
+    with path.open("w", encoding="utf-8") as file:
+        for row in range(num_rows):
+            asked, said = (" ".join(words[rng.integers(0, len(words), rng.integers(5, most))]) for most in (30, 180))
+            turns = [
+                {"from": "human", "value": asked.replace("<", "")},
+                {"from": "gpt", "value": said.replace("<", "")},
+            ]
+            file.write(json.dumps({"id": str(row), "conversations": turns}) + "\n")
+
+
+def write_llm(folder: Path, vocabulary: int) -> None:
+    """Write a random language model with a table of that many rows, and the demo's tokenizer."""
+    config = AutoConfig.for_model(
+        "qwen2", hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=6,
+        num_key_value_heads=2, vocab_size=vocabulary, tie_word_embeddings=True,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(run_recipe("demo_llm")).save_pretrained(folder)
+
+
+def points(folder: Path) -> dict[str, dict[str, list[str]]]:
+    """Name the settings of every point."""
+    few, many = folder / "few.jsonl", folder / "many.jsonl"
+    write_text(few, 1_000)
+    write_text(many, 100_000)
+    made: dict[str, dict[str, list[str]]] = {
+        "rows": {"1000": [*TEXT, f"data.path={few}"], "100000": [*TEXT, f"data.path={many}"]},
+        "pack_length": {
+            str(length): [*TEXT, f"data.path={few}", f"stage.pack_length={length}"] for length in (2048, 4096, 8192)
+        },
+        "pack_tiles": {
+            str(tiles): [*PICTURES, f"stage.pack_tiles={tiles}", "stage.pack_length=8192", "data.feature_cache=off"]
+            for tiles in (8, 16, 32, 64)
+        },
+        "vocabulary": {},
+    }
+    for vocabulary in (50_000, 100_000, 152_000, 256_000):
+        write_llm(folder / f"llm_{vocabulary}", vocabulary)
+        path = f"model.llm.path={folder / f'llm_{vocabulary}'}"
+        made["vocabulary"][str(vocabulary)] = [*TEXT, f"data.path={few}", path]
+    made["start"] = {"demo": PICTURES}
+    return made
+
+
+def main() -> None:
+    """Measure every point in a process of its own; write the figures."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--one", help="the settings of one point, as JSON")
+    parser.add_argument("--profile", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(measure(json.loads(arguments.one), arguments.profile)))
+        return
+    results: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, settings in points(Path(folder)).items():
+            for value, overrides in settings.items():
+                for _ in range(2 if name == "start" else 1):  # the first one measures the rows and fills the caches
+                    results.setdefault(name, {})[value] = ask(overrides)
+                print(name, value, results[name][value], flush=True)
+    results["step"] = {"demo": ask([*PICTURES, "stage.pack_length=1024"], "--profile")}
+    (HERE / "results" / "growth.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    draw(results)
+
+
+def ask(overrides: list[str], *options: str) -> dict[str, Any]:
+    """Measure one point in a process of its own."""
+    command = [sys.executable, __file__, "--one", json.dumps(overrides), *options]
+    made = subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ))
+    answer: dict[str, Any] = json.loads(made.stdout.splitlines()[-1])
+    return answer
+
+
+def draw(results: dict[str, dict[str, Any]]) -> None:
+    """Draw memory against pack length, vocabulary and tiles, and the profile."""
+    figures = HERE / "figures"
+    figures.mkdir(exist_ok=True)
+    names = {
+        "pack_length": "tokens of a pack",
+        "vocabulary": "words of the vocabulary",
+        "pack_tiles": "tiles of a pack",
+    }
+    panels = {
+        title: [(float(value), float(row["peak_rss_mb"])) for value, row in results[name].items()]
+        for name, title in names.items()
+    }
+    (figures / "growth.svg").write_text(lines(panels, "peak memory, MB"), encoding="utf-8")
+    (figures / "profile.svg").write_text(bars(results["step"]["demo"]["profile"]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
