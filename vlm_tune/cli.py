@@ -18,6 +18,7 @@ python -m vlm_tune [VERB] key=value ...
   evaluate   score a test file            ckpt=runs/latest data.test=test.jsonl
   export     write a merged model folder  ckpt=runs/latest out=my_model
   check      find every fault in a file   data.path=my.jsonl model=internvl2_2b out=FOLDER
+  cache      encode all pictures ahead    data.path=my.jsonl model=internvl2_2b
   inspect    see a row as the model does  data.path=my.jsonl row=17 out=row.html (or --text)
   configs    list stages, models, data
 
@@ -104,6 +105,15 @@ def check_verb(arguments: list[str]) -> int:
     return check(config, encoder, own["out"], own["repeated_ids"])
 
 
+def cache_verb(arguments: list[str]) -> int:
+    """Encode the pictures of a run ahead of it."""
+    config = load_config(arguments)
+    from vlm_tune.training.run import fill_ahead
+
+    fill_ahead(config)
+    return 0
+
+
 def inspect_verb(arguments: list[str]) -> int:
     """Show what the model sees of one row."""
     own, overrides = take_own([each for each in arguments if each != "--text"], {"row": "0", "out": ""})
@@ -130,6 +140,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": evaluate_verb,
     "export": export_verb,
     "check": check_verb,
+    "cache": cache_verb,
     "inspect": inspect_verb,
     "configs": configs_verb,
 }

@@ -1,11 +1,13 @@
 """A run's table of contents: where it starts, model, stage, data, trainer, fit, report."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
+import torch
 from rich.console import Console
 
-from vlm_tune.config.schema import Config
+from vlm_tune.config.schema import Config, FeatureCaching
 from vlm_tune.data.datamodule import DataModule
 from vlm_tune.model.build import build_model
 from vlm_tune.model.checkpoint import run_of, start_of
@@ -58,3 +60,15 @@ def train(config: Config) -> Path:
         examiner.after(trainer.strategy.root_device, report)
         console.print(f"report: {report.write(module, data)}", highlight=False)
     return run
+
+
+def fill_ahead(config: Config) -> None:
+    """Keep what the frozen encoder sees in a run's pictures, as the run itself would before its first step."""
+    model = build_model(config)
+    apply_stage(model.vlm, config)
+    data = DataModule(config, model.encoder)
+    data.setup()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    use_feature_cache(
+        model.vlm, data, replace(config, data=replace(config.data, feature_cache=FeatureCaching.on)), device
+    )
