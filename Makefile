@@ -5,7 +5,7 @@ export DS_BUILD_OPS := 0            # deepspeed compiles what it needs when it n
 export GOMP_SPINCOUNT := 10000       # threads wait awake for the next product, but not for long: workers need the cores
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-cnn test test-slow check format docs bench clean
+.PHONY: help install demo demo-cnn test test-slow check format docs bench bench-peers clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -48,6 +48,9 @@ docs: .venv/installed ## write docs/configuration.md and the tree of README.md a
 bench: .venv/installed ## measure: three seeds of both demos, tiles
 	$(BIN)/python benchmarks/demo.py
 	$(BIN)/python benchmarks/tiles.py
+
+bench-peers: .venv/installed ## measure beside other trainers: PEERS=FOLDER of their bench.py, WORK=FOLDER that its setup.sh built
+	$(BIN)/python benchmarks/speed.py --peers $(PEERS) --work $(WORK)
 
 clean: ## remove the environment, caches and build output (runs/ stays)
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
