@@ -80,3 +80,9 @@ def test_the_mixtures_in_the_documentation_are_read(tmp_path: Path) -> None:
         path.write_text(found.replace("recipe:chat_text/", ""), encoding="utf-8")
         assert is_meta(path)
         assert read_meta(path)[0].annotation == tmp_path / "dishes.jsonl"
+
+
+def test_a_set_that_is_named_twice_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, '{"a": {"annotation": "b.jsonl"}, "a": {"annotation": "c.jsonl"}}')
+    with pytest.raises(DataError, match=r'meta.json: "a" stands twice in one object'):
+        read_meta(path)

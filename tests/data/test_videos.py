@@ -1,6 +1,7 @@
 """Frames of video files: as many as the header says, those that were chosen, and each fault by its name."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,13 @@ def test_frames_of_too_many_pixels_are_refused(tmp_path: Path) -> None:
     reader = ImageReader(ImageConfig(max_pixels=1000), tmp_path)
     with pytest.raises(DataError, match=r'video "a.mp4" is too large: 64 x 48 pixels, data.image.max_pixels=1000'):
         reader.read_size(Picture("a.mp4", is_frame=True, frame=0))
+
+
+def test_without_the_decoder_the_fault_is_not_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_video(tmp_path / "a.mp4")
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(DataError, match=r"needs the package av: .* pip install av"):
+        read_header(str(path))
 
 
 def test_a_file_that_changes_is_read_anew(tmp_path: Path) -> None:

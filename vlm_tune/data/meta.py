@@ -5,6 +5,7 @@ InternVL's meta file, {name: {...}}, or a list of the same in YAML or JSON. Beyo
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,8 @@ def read_meta(path: Path) -> list[MetaEntry]:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
-        content = yaml.safe_load(text) if path.suffix.lower() in _YAML else json.loads(text)
+        is_yaml = path.suffix.lower() in _YAML
+        content = yaml.safe_load(text) if is_yaml else json.loads(text, object_pairs_hook=partial(_once, path))
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}.", str(path)) from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
@@ -87,6 +89,16 @@ def read_meta(path: Path) -> list[MetaEntry]:
         missing = next(entry.name for entry in entries if entry.weight is None)
         raise DataError('"weight" is missing here. Give one to every set, or to none.', f"{path.name}: {missing}")
     return entries
+
+
+def _once(path: Path, pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Make a dict of a JSON object; json itself would keep the last of two of one name, in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        name = next(name for name in names if names.count(name) > 1)
+        raise DataError(f'"{name}" stands twice in one object. Keep one, or name each set by itself.', path.name)
+    return found
 
 
 def _by_name(path: Path, content: list[object]) -> dict[str, object]:

@@ -208,8 +208,13 @@ def _state(path: str) -> tuple[int, int]:
 @contextmanager
 def _opened(file: BinaryIO) -> Iterator[tuple["InputContainer", "VideoStream"]]:
     """Open a video by its first bytes; yield the container and the stream of its pictures."""
-    import av  # a quarter of a second, for those who have videos only
-    from av.stream import Disposition
+    try:
+        import av  # a quarter of a second, for those who have videos only
+        from av.stream import Disposition
+    except ImportError as error:
+        raise DataError(
+            f"needs the package av: {error}. pip install av, or extract the frames into a folder"
+        ) from error
 
     first = file.read(16)
     file.seek(0)
