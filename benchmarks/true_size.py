@@ -99,7 +99,7 @@ def make_folder(folder: Path, seed: int) -> None:
             return torch.ones(shapes[key], dtype=torch.bfloat16)
         return torch.empty(shapes[key], dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
 
-    write_shards(shapes, random, folder, 2 * 10**9)
+    write_shards(shapes, random, folder)
 
 
 def make_tokenizer(folder: Path) -> None:
