@@ -99,7 +99,7 @@ def make_folder(folder: Path, seed: int) -> None:
             return torch.ones(shapes[key], dtype=torch.bfloat16)
         return torch.empty(shapes[key], dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
 
-    write_shards(shapes, random, folder, 2 * 10**9)
+    write_shards(shapes, random, folder)
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -146,8 +146,8 @@ def measure_load(folder: Path) -> tuple[int, int, float]:
     return int(grown), int(weights), float(seconds)
 
 
-def fine_tune(folder: Path, runs: Path, options: argparse.Namespace) -> tuple[dict[str, Any], int]:
-    """Run the command of the table; return its report and the most memory of its process, in bytes."""
+def fine_tune(folder: Path, runs: Path, options: argparse.Namespace) -> tuple[dict[str, Any], int, float]:
+    """Run the command of the table; return its report, the most memory of its process in bytes, its CPU seconds."""
     settings = [
         "stage=finetune",
         "model=internvl2_2b",
@@ -173,10 +173,10 @@ def fine_tune(folder: Path, runs: Path, options: argparse.Namespace) -> tuple[di
     if code:
         raise SystemExit("the run failed")
     report: dict[str, Any] = json.loads((runs / "latest" / "report.json").read_text(encoding="utf-8"))
-    return report, usage.ru_maxrss * 1024
+    return report, usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime
 
 
-def row(report: dict[str, Any], peak: int, load: tuple[int, int, float], steps: int) -> str:
+def row(report: dict[str, Any], peak: int, cpu: float, load: tuple[int, int, float], steps: int) -> str:
     """Write the table's heading and its row."""
     grown, weights, seconds = load
     tokens = report["run"]["tokens"] / steps
@@ -187,10 +187,11 @@ def row(report: dict[str, Any], peak: int, load: tuple[int, int, float], steps: 
         f"{peak / 2**30:.1f}",
         f"{tokens:,.0f}",
         f"{report['train_seconds'] / steps:.0f}",
+        f"{cpu:.0f}",
     ]
     return (
-        "| weights GiB | load s | load: peak / weights | run: peak GiB | tokens a step | s a step |\n"
-        f"|---|---|---|---|---|---|\n| {' | '.join(cells)} |"
+        "| weights GiB | load s | load: peak / weights | run: peak GiB | tokens a step | s a step | run: CPU s |\n"
+        f"|---|---|---|---|---|---|---|\n| {' | '.join(cells)} |"
     )
 
 
@@ -213,8 +214,8 @@ def main() -> None:
             print(f"folder made in {time.perf_counter() - start:.0f} s")
         load = measure_load(model)
         print(f"loaded: {load}, load average {os.getloadavg()[0]:.1f}")
-        report, peak = fine_tune(model, runs, options)
-        print(row(report, peak, load, options.steps))
+        report, peak, cpu = fine_tune(model, runs, options)
+        print(row(report, peak, cpu, load, options.steps))
         print(f"load average {os.getloadavg()[0]:.1f}; losses {report['loss_curve']}")
     finally:
         if not options.keep:

@@ -48,6 +48,6 @@ def write_official(folder: Path, llm: dict[str, Any], dtype: torch.dtype = torch
         weight = torch.randn(shapes[key], generator=generator) * 0.2
         return (weight + 1 if "norm" in key and key.endswith("weight") else weight).to(dtype)
 
-    write_shards(shapes, random, folder, 10**9)
+    write_shards(shapes, random, folder)
     AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
     return folder

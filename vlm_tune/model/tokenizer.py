@@ -93,7 +93,7 @@ def build(folder: Path, settings: dict[str, Any]) -> PreTrainedTokenizerFast:
 
 def _wrapped(backend: Tokenizer, settings: dict[str, Any], folder: Path) -> PreTrainedTokenizerFast:
     given = _json(folder / "special_tokens_map.json") | settings
-    names = {key: _content(given.get(key, DEFAULTS[key])) for key in NAMED}
+    names = {key: _content(given.get(key) or DEFAULTS[key]) for key in NAMED}
     first = [names["bos_token"]] if settings.get("add_bos_token", True) else []
     last = [names["eos_token"]] if settings.get("add_eos_token", False) else []
     marks = [(name, backend.token_to_id(name)) for name in {*first, *last}]

@@ -38,7 +38,6 @@ from vlm_tune.model.vision import VisionEncoder, cut_layers, resample_positions
 from vlm_tune.model.vlm import ImageTokens, View, VisionLanguageModel
 
 EMBEDDING = "llm.model.embed_tokens.weight"
-SHARD_BYTES = 2 * 10**9
 
 
 def load(folder: Path, model: ModelConfig, dtype: torch.dtype, quantize: Quantize) -> Loaded:
@@ -118,7 +117,7 @@ def save(
     model: ModelConfig,
     folder: Path,
     auto_map: bool = False,
-    shard_bytes: int = SHARD_BYTES,
+    shard: str = "2GB",
 ) -> None:
     """Write a merged model as an original folder, config and weights, in the dtype that it has.
 
@@ -147,7 +146,7 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
     _write_pictures(model, folder)
-    _write_weights(vlm, config, base, folder, shard_bytes)
+    _write_weights(vlm, config, base, folder, shard)
     Console().print(
         "official: InternVL's code is not among the files. Where it must run, copy the *.py files of the original "
         "folder beside them",
@@ -164,7 +163,7 @@ def _base_folder(model: ModelConfig) -> Path | None:
 
 
 def _write_weights(
-    vlm: VisionLanguageModel, config: dict[str, Any], base: Path | None, folder: Path, shard_bytes: int
+    vlm: VisionLanguageModel, config: dict[str, Any], base: Path | None, folder: Path, shard: str
 ) -> None:
     weights: dict[str, Tensor] = {name: weight.detach() for name, weight in vlm.named_parameters()}
     table = {entry.original: entry for entry in original_entries(vlm, config)}
@@ -183,7 +182,7 @@ def _write_weights(
             return unused[key].clone()  # a shard holds no tensor twice
         return table[key].join([weights[name] for name in table[key].ours])
 
-    write_shards(shapes, read, folder, shard_bytes)
+    write_shards(shapes, read, folder, shard)
 
 
 def _write_pictures(model: ModelConfig, folder: Path) -> None:

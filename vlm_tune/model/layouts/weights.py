@@ -12,6 +12,7 @@ from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.utils.hub import convert_file_size_to_int
 
 from vlm_tune.errors import CheckpointError
 
@@ -81,12 +82,12 @@ class Shards:
             )
 
 
-def write_shards(shapes: Mapping[str, Shape], read: Callable[[str], Tensor], folder: Path, max_bytes: int) -> None:
-    """Write tensors in this order as safetensors of at most `max_bytes` each; `read` gives one when its turn comes.
+def write_shards(shapes: Mapping[str, Shape], read: Callable[[str], Tensor], folder: Path, shard: str = "2GB") -> None:
+    """Write tensors in this order as safetensors of at most `shard` each; `read` gives one when its turn comes.
 
     Sizes are counted in the dtype of the first.
     """
-    keys = list(shapes)
+    keys, max_bytes = list(shapes), convert_file_size_to_int(shard)
     size = read(keys[0]).dtype.itemsize
     groups: list[list[str]] = [[]]
     room = max_bytes
