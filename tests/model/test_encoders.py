@@ -155,3 +155,9 @@ def test_a_network_without_a_list_of_layers_says_so():
     tower = timm.create_model("test_resnet", pretrained=False, num_classes=0)
     with pytest.raises(ConfigError, match="has no list of transformer layers"):
         VisionEncoder(tower, -2)
+
+
+def test_a_folder_that_brings_its_own_code_is_refused_without_a_question(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "my_vit", "auto_map": {"AutoModel": "code.Mine"}}')
+    with pytest.raises(ConfigError, match=r"model\.vision\.path=.*: a model of type my_vit, which transformers does"):
+        load_tower(tmp_path, torch.float32)

@@ -219,6 +219,20 @@ def test_tiles_that_no_llava_processor_cuts_are_refused(tmp_path):
         save_llava_processor(model.tokenizer, model.encoder, config.model, tmp_path / "out")
 
 
+@pytest.mark.parametrize(("is_next", "overrides", "told"), [(False, ONE, 1), (True, ANYRES, 2)])
+def test_what_a_processor_does_otherwise_is_said(tmp_path, capsys, is_next, overrides, told):
+    save_llava(tmp_path / "base", is_next)
+    config = configure(tmp_path / "base", overrides)
+    model = build_model(config)
+    llava_hf.save(model.vlm, config.model.tiles, tmp_path / "out")
+    capsys.readouterr()
+    save_llava_processor(model.tokenizer, model.encoder, config.model, tmp_path / "out")
+    said = capsys.readouterr().out
+    assert said.count("llava_hf: ") == told
+    assert 'backend="pil"' in said
+    assert ("training shared them" in said.replace("\n", " ")) == is_next
+
+
 # ------------------------------------------------------------------------------------------------ what is not a LLaVA
 
 

@@ -43,6 +43,18 @@ def model_kind(folder: Path) -> str:
     return str(config.get("model_type"))
 
 
+def require_known(folder: Path, key: str) -> None:
+    """Raise ConfigError for a part that transformers has no class of: it would offer to run the folder's own code."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = model_kind(folder)
+    if kind not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"{key}.path={folder}: a model of type {kind}, which transformers does not know. No code out of a folder "
+            "is run: convert it to a type that is known"
+        )
+
+
 def _download(hub_id: str, key: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
