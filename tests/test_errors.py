@@ -140,8 +140,8 @@ def test_runs_that_cannot_be_written(folder, fail):
             "ConfigError: model.llm.targets=['wqkv'] matches no linear layer. There are: down_",
         ),
         (
-            "model.projector.kind=qformer",
-            "ConfigError: model.projector.kind=qformer: no such projector. There are: mlp",
+            "model.projector.kind=resampler",
+            "ConfigError: model.projector.kind=resampler: no such projector. There are: mlp",
         ),
         (
             "model.projector.shuffle=3",

@@ -155,3 +155,42 @@ def test_a_network_without_a_list_of_layers_says_so():
     tower = timm.create_model("test_resnet", pretrained=False, num_classes=0)
     with pytest.raises(ConfigError, match="has no list of transformer layers"):
         VisionEncoder(tower, -2)
+
+
+def test_a_folder_that_brings_its_own_code_is_refused_without_a_question(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "my_vit", "auto_map": {"AutoModel": "code.Mine"}}')
+    with pytest.raises(ConfigError, match=r"model\.vision\.path=.*: a model of type my_vit, which transformers does"):
+        load_tower(tmp_path, torch.float32)
+
+
+def test_bin_files_are_read_as_tensors_only_and_say_so(tmp_path, capsys):
+    tower = AutoModel.from_config(Config.for_model("clip_vision_model", **SIZES, image_size=56))
+    tower.config.save_pretrained(tmp_path)
+    torch.save(tower.state_dict(), tmp_path / "pytorch_model.bin")
+    loaded = load_tower(tmp_path, torch.float32)
+    assert all(torch.equal(weight, loaded.state_dict()[name]) for name, weight in tower.state_dict().items())
+    assert "read as tensors only" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_bin_files_that_hold_code_are_not_run(tmp_path):
+    AutoModel.from_config(Config.for_model("clip_vision_model", **SIZES, image_size=56)).config.save_pretrained(
+        tmp_path
+    )
+    torch.save({"embeddings.class_embedding": Harmful()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(Exception, match=r"[Ww]eights.?only|Unsupported|safe"):
+        load_tower(tmp_path, torch.float32)
+    assert not Harmful.was_run
+
+
+class Harmful:
+    """Run something when it is unpickled."""
+
+    was_run = False
+
+    def __reduce__(self):
+        return run_it, ()
+
+
+def run_it():
+    """Show that code of a file was run."""
+    Harmful.was_run = True

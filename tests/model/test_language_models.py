@@ -1,5 +1,7 @@
 """Any language model packs: its packed logits are those that plain transformers gives each sample alone."""
 
+import json
+
 import pytest
 import torch
 from toys import TOKENIZER
@@ -167,3 +169,10 @@ def test_frequencies_that_follow_the_longest_sample_are_refused_in_a_shared_batc
     else:
         with pytest.raises(ConfigError, match=remedy):
             check_rope(llm, config)
+
+
+def test_a_folder_that_brings_its_own_code_is_refused_without_a_question(tmp_path):
+    config = {"model_type": "my_llm", "auto_map": {"AutoModelForCausalLM": "code.Mine"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"model\.llm\.path=.*: a model of type my_llm, which transformers does not"):
+        load_llm(tmp_path, torch.float32)

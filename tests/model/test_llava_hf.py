@@ -219,6 +219,45 @@ def test_tiles_that_no_llava_processor_cuts_are_refused(tmp_path):
         save_llava_processor(model.tokenizer, model.encoder, config.model, tmp_path / "out")
 
 
+@pytest.mark.parametrize("kind", ["1.5", "next"])
+def test_a_longer_conversation_has_the_same_tokens_in_an_exported_processor(tmp_path, kind):
+    is_next, _, overrides = KINDS[kind]
+    save_llava(tmp_path / "base", is_next)
+    config = configure(tmp_path / "base", overrides)
+    model = build_model(config)
+    llava_hf.save(model.vlm, config.model.tiles, tmp_path / "out")
+    save_llava_processor(model.tokenizer, model.encoder, config.model, tmp_path / "out")
+    images = [picture(100, 70), picture(60, 200)][: 1 if is_next else 2]  # of several, training shares the tiles
+    shown = [{"type": "image", "image": image} for image in images]
+    said = [("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi."), ("user", QUESTION)]
+    turns = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said]
+    turns[1]["content"] = [*shown, *turns[1]["content"]]
+    processor = processor_of(tmp_path / "out")
+    inputs = processor.apply_chat_template(
+        turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    marks = [part for _ in images for part in (Picture("x.png"), "\n")]
+    messages = [Message(role, (text,), supervised=role == "assistant") for role, text in (*said, ("assistant", ""))]
+    messages[1] = Message("user", (*marks, "Hello"))
+    tiling = Tiling([image.size for image in images], [False] * len(images), config.model.tiles)
+    example = model.encoder.encode_prompt(Sample("x", tuple(messages), "x"), tiling)
+    assert example.input_ids.tolist() == inputs["input_ids"][0].tolist()
+
+
+@pytest.mark.parametrize(("is_next", "overrides", "told"), [(False, ONE, 1), (True, ANYRES, 2)])
+def test_what_a_processor_does_otherwise_is_said(tmp_path, capsys, is_next, overrides, told):
+    save_llava(tmp_path / "base", is_next)
+    config = configure(tmp_path / "base", overrides)
+    model = build_model(config)
+    llava_hf.save(model.vlm, config.model.tiles, tmp_path / "out")
+    capsys.readouterr()
+    save_llava_processor(model.tokenizer, model.encoder, config.model, tmp_path / "out")
+    said = capsys.readouterr().out
+    assert said.count("llava_hf: ") == told
+    assert 'backend="pil"' in said
+    assert ("training shared them" in said.replace("\n", " ")) == is_next
+
+
 # ------------------------------------------------------------------------------------------------ what is not a LLaVA
 
 

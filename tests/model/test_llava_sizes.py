@@ -1,6 +1,7 @@
 """The LLaVA models of conf/model at true size, on no memory: parameters by part are the published ones."""
 
 import pytest
+import timm
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -59,3 +60,14 @@ def test_parameters_by_part_equal_the_published_ones(name):
     vision = VisionEncoder(tower, model.vision.select_layer)
     assert tokens_per_tile(model.projector, vision.num_patches(model.tiles.size)) == 576
     assert count(vision) < count(tower) + sum(weight.numel() for weight in vision.unused.values()) == CLIP
+
+
+def test_minigpt4_reads_the_last_layer_but_one_of_eva_by_32_queries():
+    # MiniGPT-4 takes 39 of EVA ViT-g's 40 layers, 1,408 wide, and BLIP-2's Q-Former
+    model = load_config(["model=minigpt4_7b", "data.path=x.jsonl"]).model
+    with torch.device("meta"):
+        tower = timm.create_model(model.vision.path.removeprefix("timm/").split(".")[0], num_classes=0)
+        vision = VisionEncoder(tower, model.vision.select_layer)
+        projector = Projector(model.projector, vision.width, 4096)
+    assert (len(tower.blocks), vision.width, vision.num_patches(model.tiles.size)) == (39, 1408, 256)
+    assert projector(torch.zeros(2, 256, 1408, device="meta")).shape == (2, 32, 4096)

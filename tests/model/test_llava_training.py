@@ -5,11 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 from llava_toys import save_llava
+from test_llava_hf import ONE, configure, converse, our_logits, picture, processor_of, prompt_of, their_logits
 from toys import TOKENIZER
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from vlm_tune.data.inspect_row import look
+from vlm_tune.model.build import build_model
 from vlm_tune.model.encoder import build_encoder
+from vlm_tune.model.layouts import llava_hf, parts
+from vlm_tune.model.layouts.llava_processor import save_llava_processor
 
 RULES = {"pad": "model.tiles={size: 56, max: 1, rule: pad}", "anyres": "model.tiles={size: 56, max: 4, rule: anyres}"}
 ROWS = [0, 1, 6, 2]  # with pictures of several sizes, and one without
@@ -104,3 +108,41 @@ def test_a_run_trains_and_leaves_as_a_folder_of_transformers(toys, tmp_path, run
     assert ("model.image_newline" in changed) == (rule == "anyres")
     assert not any("vision_tower" in name for name in changed)
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == len(AutoTokenizer.from_pretrained(TOKENIZER)) + 1
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_parts_that_never_met_leave_as_a_folder_of_transformers(toys, tmp_path, rule):
+    """CLIP, a new projector and a language model, as LLaVA itself began; the new newline goes along."""
+    save_llava(tmp_path / "base")
+    tower = AutoModelForImageTextToText.from_pretrained(tmp_path / "base").model.vision_tower
+    tower.save_pretrained(tmp_path / "clip")
+    newline = str(rule == "anyres").lower()
+    joined = [f"model.vision.path={tmp_path}/clip", "model.vision.select_layer=-2", "model.template=v1", RULES[rule]]
+    joined += [f"model.projector={{kind: mlp2x_gelu, shuffle: 1, newline: {newline}}}", "stage.pack_length=1024"]
+    joined.append("model.vision.normalize=openai_clip")
+    staged = toys.staged("stage=pretrain", *joined)
+    model, config = staged.model, staged.config
+    assert torch.isfinite(model.vlm(staged.batch(ROWS)))
+    llava_hf.save(model.vlm, config.model.tiles, tmp_path / "out")
+    save_llava_processor(model.tokenizer, model.encoder, config.model, tmp_path / "out")
+    image = picture(120, 60)
+    prompt = prompt_of(config, model.encoder, image)
+    inputs = converse(processor_of(tmp_path / "out"), image)
+    assert inputs["input_ids"][0].tolist() == prompt.example.input_ids.tolist()
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(our_logits(model, prompt), their_logits(plain, inputs), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_parts_keep_what_a_llava_reads(tmp_path):
+    """Written side by side, a LLaVA keeps its layer, its class token and its token for pictures."""
+    save_llava(tmp_path / "base", vision_feature_select_strategy="full", multimodal_projector_bias=False)
+    one = configure(tmp_path / "base", ONE)
+    model = build_model(one)
+    parts.save(model.vlm, model.tokenizer, tmp_path / "parts")
+    other = configure(tmp_path / "parts", ONE)
+    again = build_model(other)
+    prompts = [prompt_of(config, each.encoder, picture()) for config, each in ((one, model), (other, again))]
+    assert prompts[0].example.input_ids.tolist() == prompts[1].example.input_ids.tolist()
+    torch.testing.assert_close(our_logits(again, prompts[1]), our_logits(model, prompts[0]), atol=1e-5, rtol=1e-5)
+    assert build_encoder(other)[0].settings == again.encoder.settings == model.encoder.settings

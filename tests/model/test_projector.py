@@ -125,7 +125,8 @@ def test_the_q_former_is_that_of_transformers(qformer):
     plain = Blip2QFormerModel(config).eval()
     plain.load_state_dict(qformer.reader.layers.state_dict())
     features = torch.randn(2, 16, 8)
-    read = plain(query_embeds=qformer.reader.queries.expand(2, -1, -1), encoder_hidden_states=features)[0]
+    normed = torch.nn.functional.layer_norm(features, (8,))
+    read = plain(query_embeds=qformer.reader.queries.expand(2, -1, -1), encoder_hidden_states=normed)[0]
     assert torch.equal(qformer(features), qformer.linear_1(read))
 
 

@@ -37,7 +37,7 @@ def use_feature_cache(vlm: VisionLanguageModel, data: DataModule, config: Config
         if wanted is FeatureCaching.on:
             raise ConfigError(f"data.feature_cache=on, but {reason}: set data.feature_cache=off")
         return
-    folder = cache_folder() / "features" / fingerprint(vlm.vision.state_dict(), _settings(config))
+    folder = cache_folder() / "features" / fingerprint(vlm.vision.state_dict(), _settings(vlm, config))
     tile_bytes = vlm.vision.num_patches(config.model.tiles.size) * vlm.vision.width * vlm.vision.dtype.itemsize
     need = num_tiles * tile_bytes / GIB  # an upper bound: a picture that stands in several rows is kept once
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,5 +88,6 @@ def fill(vlm: VisionLanguageModel, part: Part, cache: FeatureCache) -> None:
                     cache.write(key, vlm.see(tiles))
 
 
-def _settings(config: Config) -> str:
-    return f"{config.model.tiles} {config.model.vision.normalize} {config.data.image.exif}"
+def _settings(vlm: VisionLanguageModel, config: Config) -> str:
+    seen = f"{vlm.vision.select_layer} {vlm.vision.keeps_class}"
+    return f"{seen} {config.model.tiles} {config.model.vision.normalize} {config.data.image.exif}"

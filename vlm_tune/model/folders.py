@@ -4,6 +4,8 @@ import json
 import os
 from pathlib import Path
 
+from rich.console import Console
+
 from vlm_tune.data.recipe import run_recipe
 from vlm_tune.errors import ConfigError
 
@@ -43,6 +45,23 @@ def model_kind(folder: Path) -> str:
     return str(config.get("model_type"))
 
 
+def check_part(folder: Path, key: str) -> None:
+    """Raise ConfigError for a part that transformers has no class of: it would offer to run the folder's own code.
+
+    Say so where its weights are in .bin files, which transformers reads as tensors only.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = model_kind(folder)
+    if kind not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"{key}.path={folder}: a model of type {kind}, which transformers does not know. No code out of a folder "
+            "is run: convert it to a type that is known"
+        )
+    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+        Console().print(f"{folder}: weights from .bin files, read as tensors only; no code in them is run")
+
+
 def _download(hub_id: str, key: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -50,7 +69,10 @@ def _download(hub_id: str, key: str) -> Path:
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
         os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "10")
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+        folder = Path(snapshot_download(hub_id, allow_patterns=patterns))
+        if not any(folder.glob("*.safetensors")):  # older models have nothing else
+            snapshot_download(hub_id, allow_patterns=["pytorch_model*.bin"])
+        return folder
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         raise ConfigError(
             f"{key}={hub_id}: the hub cannot be reached and the model is not in the local cache. On a machine with a "

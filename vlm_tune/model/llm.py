@@ -16,11 +16,13 @@ from transformers import (
 
 from vlm_tune.config.schema import Quantize
 from vlm_tune.model import attention, tokenizer
+from vlm_tune.model.folders import check_part
 from vlm_tune.model.isolation import check_language_model
 
 
 def load_llm(folder: Path, dtype: torch.dtype, quantize: Quantize = Quantize.none) -> PreTrainedModel:
     """Load a causal LM for training: packed attention, no cache, 4- or 8-bit weights when asked for."""
+    check_part(folder, "model.llm")
     options = {"quantization_config": quantization(quantize, dtype)} if quantize is not Quantize.none else {}
     llm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention.NAME, **options)
     llm.config.use_cache = False

@@ -37,7 +37,8 @@ def tokens_per_tile(config: ProjectorConfig, num_patches: int) -> int:
 class QFormer(nn.Module):
     """Read the features of a tile by learned queries: (T, P, C) -> (T, S, width), whatever P is.
 
-    Source: Li et al. 2023, "BLIP-2", with transformers' own Q-Former; every other layer looks at the features.
+    Source: Li et al. 2023, "BLIP-2", with transformers' own Q-Former; every other layer looks at the features. They are
+    normed first, as BLIP-2 norms them behind its encoder (`ln_vision`).
     """
 
     def __init__(self, config: ProjectorConfig, vision_width: int) -> None:
@@ -53,12 +54,13 @@ class QFormer(nn.Module):
             encoder_hidden_size=vision_width,
         )
         self.queries = nn.Parameter(torch.randn(1, config.num_queries, width) * sizes.initializer_range)
+        self.norm = nn.LayerNorm(vision_width)
         self.layers = Blip2QFormerModel(sizes)
 
     def forward(self, features: Tensor) -> Tensor:
         """(T, P, C) -> (T, S, width)."""
         queries = self.queries.expand(len(features), -1, -1)  # (T, S, _)
-        read: Tensor = self.layers(query_embeds=queries, encoder_hidden_states=features).last_hidden_state
+        read: Tensor = self.layers(query_embeds=queries, encoder_hidden_states=self.norm(features)).last_hidden_state
         return read
 
 

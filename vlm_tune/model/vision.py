@@ -11,6 +11,7 @@ from torch.nn.functional import interpolate
 
 from vlm_tune.errors import CheckpointError, ConfigError
 from vlm_tune.model import attention
+from vlm_tune.model.folders import check_part
 
 # Where a tower keeps its layers. Its final norm and pooling head, of these names, come after them.
 LAYER_LISTS = ("encoder.layer", "encoder.layers", "model.layer", "layers", "blocks")
@@ -210,6 +211,7 @@ def load_tower(folder: Path, dtype: torch.dtype) -> Any:
         return tower.to(dtype)
     from transformers import AutoConfig, AutoModel
 
+    check_part(folder, "model.vision")
     parsed = AutoConfig.from_pretrained(folder)
     if hasattr(parsed, "vision_config"):  # a CLIP or SigLIP folder holds a text tower too
         parsed = parsed.vision_config

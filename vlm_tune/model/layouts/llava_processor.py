@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from transformers import (
     CLIPImageProcessorPil,
     LlavaImageProcessorPil,
@@ -25,9 +26,8 @@ def save_llava_processor(
 ) -> None:
     """Write a processor that makes the tokens and tiles of training, beside the config.json that is there.
 
-    Raises ConfigError for a tile rule that transformers' processors do not know. Of several pictures in one
-    conversation, LLaVA-NeXT's processor gives each all tiles, where training shares model.tiles.max among them. A
-    folder cannot name the library that resizes: AutoProcessor.from_pretrained(FOLDER, backend="pil") is training's.
+    What it cannot do as training did is printed. Raises ConfigError for a tile rule that transformers' processors do
+    not know.
     """
     pictures = picture_processor(model, encoder.settings.newline)
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -44,6 +44,22 @@ def save_llava_processor(
         chat_template=template,
     )
     processor.save_pretrained(folder)
+    for note in notes(model, encoder.settings.newline):
+        Console().print(f"llava_hf: {note}", highlight=False, markup=False)
+
+
+def notes(model: ModelConfig, newline: bool) -> list[str]:
+    """Say where a processor of transformers differs from training."""
+    told = [
+        "a folder cannot name the library that resizes pictures. Training took Pillow: AutoProcessor.from_pretrained("
+        'FOLDER, backend="pil"). The default, torchvision, moves pixels by up to 2/255'
+    ]
+    if newline:
+        told.append(
+            f"of several pictures in one conversation, transformers gives each up to {model.tiles.max} tiles and the "
+            "base tile; training shared them among the pictures (model.tiles.max)"
+        )
+    return told
 
 
 def picture_processor(model: ModelConfig, newline: bool) -> Any:

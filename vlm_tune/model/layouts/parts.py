@@ -17,11 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from vlm_tune.config.schema import ModelConfig, ProjectorConfig, Quantize
 from vlm_tune.model.folders import PARTS_SETTINGS
 from vlm_tune.model.layouts.internlm2 import load_language_model
+from vlm_tune.model.layouts.internvit import load_encoder
 from vlm_tune.model.layouts.loaded import Loaded
 from vlm_tune.model.llava import image_tokens
 from vlm_tune.model.llm import add_tokens, load_tokenizer
 from vlm_tune.model.projector import Projector
-from vlm_tune.model.vision import VisionEncoder, load_tower, resample_positions, whole_tower, whole_weights
+from vlm_tune.model.vision import VisionEncoder, resample_positions, whole_tower, whole_weights
 from vlm_tune.model.vlm import View, VisionLanguageModel
 
 PROJECTOR = "projector.safetensors"
@@ -36,7 +37,7 @@ def join(
     keeps_class: bool = False,
 ) -> Loaded:
     """Join an encoder and a language model by a new projector, whose first weights are the same in every run."""
-    tower = load_tower(vision_folder, dtype)
+    tower = load_encoder(vision_folder, dtype)
     resample_positions(tower, model.tiles.size)
     vision = VisionEncoder(tower, model.vision.select_layer, keeps_class)
     tokenizer, llm = load_tokenizer(llm_folder), load_language_model(llm_folder, dtype, quantize)
