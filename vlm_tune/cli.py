@@ -16,7 +16,7 @@ python -m vlm_tune [VERB] key=value ...
   train      (default) run a stage        stage=finetune model=internvl2_2b data.path=my.jsonl
   chat       talk to a trained model      ckpt=runs/latest image=photo.jpg
   evaluate   score a test file            ckpt=runs/latest data.test=test.jsonl
-  export     write a merged model folder  ckpt=runs/latest out=my_model
+  export     write a merged model folder  ckpt=runs/latest out=my_model layout=hf dtype=bf16
   check      find every fault in a file   data.path=my.jsonl model=internvl2_2b out=FOLDER
   inspect    see a row as the model does  data.path=my.jsonl row=17 out=row.html (or --text)
   configs    list stages, models, data

@@ -53,19 +53,21 @@ def save_processor(tokenizer: PreTrainedTokenizerBase, encoder: Encoder, model: 
     processor.save_pretrained(folder)
 
 
-def jinja_template(template: Template, system: str | None) -> str:
-    """Write a template of ours as the Jinja text that transformers renders."""
+CONTENT = (
+    "{%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}"
+    "{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'image' -%}{{ '<IMG_CONTEXT>\\n' }}"
+    "{%- elif part['type'] == 'text' -%}{{ part['text'] }}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}"
+)
+
+
+def jinja_template(template: Template, system: str | None, content: str = CONTENT) -> str:
+    """Write a template of ours as the Jinja text that transformers renders; `content` renders what a message says."""
     default = system if system is not None else template.default_system or ""
     before, _, after = template.user.partition("{question}")
     opening, _, closing = template.system.partition("{system}")
     unsaid = opening + default + closing if default else template.no_system
-    content = (
-        "{%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}"
-        "{%- for part in message['content'] -%}"
-        "{%- if part['type'] == 'image' -%}{{ '<IMG_CONTEXT>\\n' }}"
-        "{%- elif part['type'] == 'text' -%}{{ part['text'] }}{%- endif -%}"
-        "{%- endfor -%}{%- endif -%}"
-    )
     turns = {
         "system": (opening, closing),
         "user": (before, after),
