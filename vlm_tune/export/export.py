@@ -26,7 +26,7 @@ GGUF_DTYPES = {"f32": "fp32", "fp32": "fp32", "f16": "fp16", "fp16": "fp16", "q8
 BASES = ("trained", "original")
 BACKEND = (
     "pictures: AutoProcessor takes torchvision where that is installed, whose pixels differ by up to 2/255 from those "
-    'of training; AutoProcessor.from_pretrained(FOLDER, backend="pil") makes the very same'
+    'of training; processor.image_processor = AutoImageProcessor.from_pretrained(FOLDER, backend="pil") makes the same'
 )
 
 
