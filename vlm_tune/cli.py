@@ -16,7 +16,8 @@ python -m vlm_tune [VERB] key=value ...
   train      (default) run a stage        stage=finetune model=internvl2_2b data.path=my.jsonl
   chat       talk to a trained model      ckpt=runs/latest image=photo.jpg
   evaluate   score a test file            ckpt=runs/latest data.test=test.jsonl
-  export     write a merged model folder  ckpt=runs/latest out=my_model
+  export     write a merged model folder  ckpt=runs/latest out=my_model layout=hf dtype=bf16
+  merge      fold a peft adapter into it  base=FOLDER adapter=FOLDER out=my_model
   check      find every fault in a file   data.path=my.jsonl model=internvl2_2b out=FOLDER
   cache      encode all pictures ahead    data.path=my.jsonl model=internvl2_2b
   inspect    see a row as the model does  data.path=my.jsonl row=17 out=row.html (or --text)
@@ -94,6 +95,21 @@ def export_verb(arguments: list[str]) -> int:
     return 0
 
 
+def merge_verb(arguments: list[str]) -> int:
+    """Fold an adapter that was made elsewhere into its base."""
+    own, overrides = split_own(arguments, {"base": "", "adapter": "", "out": ""})
+    if missing := [key for key, value in own.items() if not value]:
+        raise ConfigError(f"{missing[0]} is not set. Give three folders: base=FOLDER adapter=FOLDER out=FOLDER")
+    if overrides:
+        raise ConfigError(
+            f"{overrides[0]}: merge reads no run, so it has no keys of one: base, adapter and out are all"
+        )
+    from vlm_tune.export.merge_folders import merge
+
+    merge(own["base"], own["adapter"], own["out"])
+    return 0
+
+
 def check_verb(arguments: list[str]) -> int:
     """Find every faulty row of a data file; 1 when there are any."""
     own, overrides = take_own(arguments, {"out": "", "repeated_ids": "error"})
@@ -139,6 +155,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "chat": chat_verb,
     "evaluate": evaluate_verb,
     "export": export_verb,
+    "merge": merge_verb,
     "check": check_verb,
     "cache": cache_verb,
     "inspect": inspect_verb,

@@ -11,7 +11,12 @@ def seen(monkeypatch):
     """Count the tiles that the vision encoder is shown."""
     tiles = []
     forward = VisionEncoder.forward
-    monkeypatch.setattr(VisionEncoder, "forward", lambda self, pixels: tiles.append(len(pixels)) or forward(self, pixels))
+
+    def watched(self, pixels):
+        tiles.append(len(pixels))
+        return forward(self, pixels)
+
+    monkeypatch.setattr(VisionEncoder, "forward", watched)
     return tiles
 
 

@@ -22,8 +22,13 @@ from vlm_tune.model.layouts.processor import save_processor
 from vlm_tune.model.trained import open_trained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LAYOUTS = ("hf", "official", "llava_hf", "parts")
+LAYOUTS = ("hf", "official", "llava_hf", "parts", "gguf")
+GGUF_DTYPES = {"f32": "fp32", "fp32": "fp32", "f16": "fp16", "fp16": "fp16", "q8_0": "q8_0"}
 BASES = ("trained", "original")
+BACKEND = (
+    "pictures: AutoProcessor takes torchvision where that is installed, whose pixels differ by up to 2/255 from those "
+    'of training; processor.image_processor = AutoImageProcessor.from_pretrained(FOLDER, backend="pil") makes the same'
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Wanted:
     def check(self) -> None:
         """Raise ConfigError for a choice that is none."""
         for key, value, choices in (
-            ("dtype", self.dtype, tuple(DTYPES)),
+            ("dtype", self.dtype, tuple(GGUF_DTYPES if self.layout == "gguf" else DTYPES)),
             ("layout", self.layout, ("auto", *LAYOUTS)),
             ("base", self.base, BASES),
         ):
@@ -53,6 +58,7 @@ def export(ckpt: str, out: str, wanted: Wanted, overrides: list[str]) -> Path:
     quantized = measure_quantized(ckpt, overrides)
     model, config = open_for_merging(ckpt, overrides, wanted.base)
     layout = choose_layout(model, wanted.layout)
+    dtype = GGUF_DTYPES[wanted.dtype] if layout == "gguf" else wanted.dtype
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -60,16 +66,14 @@ def export(ckpt: str, out: str, wanted: Wanted, overrides: list[str]) -> Path:
     prompts = sample_prompts(model, config)
     before = Parity.measure(model, prompts)
     merge_adapters(model.vlm)
-    for parameter in model.vlm.parameters():  # buffers (the rotary frequencies) stay in float32
-        parameter.data = parameter.data.to(DTYPES[wanted.dtype])
-    write(layout, model, config, partial, wanted.shard)
-    after = Parity.measure(reload(partial, config), prompts)
-    result = compare(before, after, wanted.dtype)
-    report = {"layout": layout, "dtype": wanted.dtype, **asdict(result)}
+    exported = write(layout, model, config, partial, replace(wanted, dtype=dtype))
+    after = Parity.measure(exported, prompts)
+    result = compare(before, after, dtype)
+    report = {"layout": layout, "dtype": dtype, **asdict(result)}
     console = Console()
-    console.print(f"{layout} folder, {wanted.dtype}: {result.summary}", highlight=False)
+    console.print(f"{layout} folder, {dtype}: {result.summary}", highlight=False)
     if quantized is not None:
-        distance = compare(quantized, after, wanted.dtype)
+        distance = compare(quantized, after, dtype)
         report |= {"base": wanted.base, "to_quantized_run": asdict(distance)}
         console.print(f"beside the quantized run in its own arithmetic: {distance.summary}", highlight=False)
     (partial / "parity.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
@@ -141,19 +145,30 @@ def sample_prompts(model: Model, config: Config, count: int = 4) -> list[Prompt]
     return [prompt_of(test, question.sample) for question in read_questions(test, count)] if test else []
 
 
-def write(layout: str, model: Model, config: Config, folder: Path, shard: str) -> None:
-    """Write the folder of a layout."""
+def write(layout: str, model: Model, config: Config, folder: Path, wanted: Wanted) -> Model:
+    """Write the folder of a layout, say what it cannot do, and load it back."""
+    if layout == "gguf":
+        from vlm_tune.model.layouts import gguf_files
+
+        target = (config.model, folder, wanted.dtype)
+        gguf_files.save(model.vlm, model.tokenizer, model.encoder, target)
+        Console().print(gguf_files.limits(config.model), highlight=False)
+        return replace(model, vlm=gguf_files.load_back(folder, model.vlm))
+    for parameter in model.vlm.parameters():  # buffers (the rotary frequencies) stay in float32
+        parameter.data = parameter.data.to(DTYPES[wanted.dtype])
     if layout == "hf":
-        internvl_hf.save(model.vlm, folder, shard)
+        internvl_hf.save(model.vlm, folder, wanted.shard)
         save_processor(model.tokenizer, model.encoder, config.model, folder)
+        Console().print(BACKEND, highlight=False)
     elif layout == "official":
-        internvl_official.save(model.vlm, model.encoder.template, config.model, folder)
+        internvl_official.save(model.vlm, model.encoder.template, config.model, folder, shard=wanted.shard)
         model.tokenizer.save_pretrained(folder)
     elif layout == "llava_hf":
-        llava_hf.save(model.vlm, config.model.tiles, folder)
+        llava_hf.save(model.vlm, config.model.tiles, folder, wanted.shard)
         save_llava_processor(model.tokenizer, model.encoder, config.model, folder)
     else:
-        parts.save(model.vlm, model.tokenizer, folder, shard)
+        parts.save(model.vlm, model.tokenizer, folder, wanted.shard)
+    return reload(folder, config)
 
 
 def reload(folder: Path, config: Config) -> Model:

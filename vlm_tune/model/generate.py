@@ -13,6 +13,8 @@ from transformers import GenerationConfig
 from vlm_tune.data.encode import Example
 from vlm_tune.model.build import Model
 
+HALF = (torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -30,7 +32,7 @@ def answering(model: Model) -> Iterator[None]:
     vlm.eval()
     dtype = vlm.llm.dtype
     try:
-        with torch.no_grad(), torch.autocast(vlm.device.type, dtype, enabled=dtype != torch.float32):
+        with torch.no_grad(), torch.autocast(vlm.device.type, dtype, enabled=dtype in HALF):
             yield
     finally:
         for module, mode in modes.items():

@@ -35,7 +35,6 @@ PROJECTORS = {  # ours -> theirs
 }
 OWN_KEYS = ("mm_", "image_", "tune_", "freeze_", "unfreeze_", "use_mm_", "vision_", "tokenizer_", "_", "torch_dtype")
 TOWER = "vision_tower"  # folder of the encoder inside an exported one
-SHARD_BYTES = 2 * 10**9
 
 
 def load(folder: Path, model: ModelConfig, dtype: torch.dtype, quantize: Quantize) -> Loaded:
@@ -150,7 +149,7 @@ def save(vlm: VisionLanguageModel, tokenizer: PreTrainedTokenizerBase, model: Mo
     (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     tokenizer.save_pretrained(folder)
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    write_shards(shapes, lambda name: weights[name].clone(), folder, SHARD_BYTES)
+    write_shards(shapes, lambda name: weights[name].clone(), folder)
 
 
 def refuse_misfit(vlm: VisionLanguageModel) -> None:

@@ -18,7 +18,7 @@ from vlm_tune.config.schema import ModelConfig, TileRule
 from vlm_tune.data.encode import Encoder
 from vlm_tune.data.tiles import anyres_grids, find_normalization
 from vlm_tune.errors import ConfigError
-from vlm_tune.model.layouts.processor import jinja_template
+from vlm_tune.model.layouts.processor import jinja_template, show_content
 
 
 def save_llava_processor(
@@ -31,7 +31,7 @@ def save_llava_processor(
     """
     pictures = picture_processor(model, encoder.settings.newline)
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    template = jinja_template(encoder.template, model.system, encoder.settings.image_context)
+    template = jinja_template(encoder.template, model.system, show_content(encoder.settings.image_context))
     tokenizer.save_pretrained(folder)
     kind = LlavaNextProcessor if encoder.settings.newline else LlavaProcessor
     processor = kind(

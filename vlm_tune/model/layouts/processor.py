@@ -41,7 +41,7 @@ def save_processor(tokenizer: PreTrainedTokenizerBase, encoder: Encoder, model: 
     tokenizer.save_pretrained(folder)
     # the processor asks for these by name, and only a tokenizer that is loaded with them knows them by name
     tokenizer = AutoTokenizer.from_pretrained(folder, extra_special_tokens={**named, "video_token": tokens.video})
-    template = jinja_template(encoder.template, model.system)
+    template = jinja_template(encoder.template, model.system, show_content(tokens.context))
     tokenizer.chat_template = template
     processor = InternVLProcessor(
         image_processor=pictures,
@@ -53,19 +53,23 @@ def save_processor(tokenizer: PreTrainedTokenizerBase, encoder: Encoder, model: 
     processor.save_pretrained(folder)
 
 
-def jinja_template(template: Template, system: str | None, context: str = "<IMG_CONTEXT>") -> str:
-    """Write a template of ours as the Jinja text that transformers renders; `context` stands for a picture."""
-    default = system if system is not None else template.default_system or ""
-    before, _, after = template.user.partition("{question}")
-    opening, _, closing = template.system.partition("{system}")
-    unsaid = opening + default + closing if default else template.no_system
-    content = (
+def show_content(context: str) -> str:
+    """Write the Jinja text that renders what a message says; `context` stands for a picture, a line break behind it."""
+    return (
         "{%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}"
         "{%- for part in message['content'] -%}"
         f"{{%- if part['type'] == 'image' -%}}{{{{ '{context}\\n' }}}}"
         "{%- elif part['type'] == 'text' -%}{{ part['text'] }}{%- endif -%}"
         "{%- endfor -%}{%- endif -%}"
     )
+
+
+def jinja_template(template: Template, system: str | None, content: str) -> str:
+    """Write a template of ours as the Jinja text that transformers renders; `content` renders what a message says."""
+    default = system if system is not None else template.default_system or ""
+    before, _, after = template.user.partition("{question}")
+    opening, _, closing = template.system.partition("{system}")
+    unsaid = opening + default + closing if default else template.no_system
     turns = {
         "system": (opening, closing),
         "user": (before, after),

@@ -1,0 +1,113 @@
+"""`python -m vlm_tune merge base=DIR adapter=DIR out=DIR`: fold an adapter of peft into the folder it belongs to."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.utils import get_peft_model_state_dict
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+from vlm_tune.errors import CheckpointError, ConfigError
+from vlm_tune.export.export import empty_folder, settle
+from vlm_tune.export.parity import FLOAT32_BOUND
+
+WEIGHTS = (".safetensors", ".bin", ".index.json", ".gguf")
+NUM_TOKENS = 64  # of the random text on which both are compared
+
+
+def merge(base: str, adapter: str, out: str) -> Path:
+    """Merge in float32, write in the base's dtype with its tokenizer and processor, load back and compare.
+
+    Raises ConfigError or CheckpointError for a folder that is none, a packed base, and weights that match nothing.
+    """
+    folder = empty_folder(out)
+    base_folder, adapter_folder = find(base, "base", "config.json"), find(adapter, "adapter", "adapter_config.json")
+    config = AutoConfig.from_pretrained(base_folder)
+    if getattr(config, "quantization_config", None):
+        raise ConfigError(
+            f"base={base}: its weights are packed, and nothing is merged into those. Name the 16-bit base"
+        )
+    model = read(base_folder, config)
+    dtype = getattr(torch, str(config.dtype).removeprefix("torch.")) if config.dtype else torch.float32
+    ids = torch.randint(
+        config.get_text_config().vocab_size, (1, NUM_TOKENS), generator=torch.Generator().manual_seed(0)
+    )
+    plain = logits(model, ids)
+    wrapped = load_adapter(model, adapter_folder)
+    before = logits(wrapped, ids)
+    merged = wrapped.merge_and_unload(safe_merge=True)
+    exact = float((logits(merged, ids) - before).abs().max())
+
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    merged.to(dtype).save_pretrained(partial)
+    for file in base_folder.iterdir():
+        if file.is_file() and not file.name.endswith(WEIGHTS) and not (partial / file.name).exists():
+            shutil.copy(file, partial / file.name)
+    after = logits(read(partial, config), ids)
+    report = {
+        "merged_in_float32": exact,
+        "as_stored": float((after - before).abs().max()),
+        "dtype": str(dtype).removeprefix("torch."),
+        "adapter_changes": float((before - plain).abs().max()),
+    }
+    (partial / "parity.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    summary = (
+        f"logits differ by {exact:.1e} at most after merging in float32, by {report['as_stored']:.1e} as stored in "
+        f"{report['dtype']}; the adapter itself changes them by {report['adapter_changes']:.1e}"
+    )
+    Console().print(summary, highlight=False)
+    return settle(partial, folder, exact <= FLOAT32_BOUND * max(1.0, float(before.abs().max())), summary)
+
+
+def find(path: str, key: str, file: str) -> Path:
+    """Return a local folder that holds a file; raise ConfigError when there is none."""
+    folder = Path(path).expanduser()
+    if not (folder / file).is_file():
+        raise ConfigError(f"{key}={path}: there is no {file} in it. Name a local folder: {key}=FOLDER")
+    return folder
+
+
+def read(folder: Path, config: Any) -> PreTrainedModel:
+    """Load a causal LM or a vision-language model in float32, whichever the folder says it is."""
+    has_pictures = hasattr(config, "vision_config")
+    kind = AutoModelForImageTextToText if has_pictures else AutoModelForCausalLM
+    model: PreTrainedModel = kind.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()
+
+
+def logits(model: Any, ids: Tensor) -> Tensor:
+    """Run a text of random tokens: (L, V)."""
+    with torch.no_grad():
+        found: Tensor = model(input_ids=ids, use_cache=False).logits[0]
+    return found
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> Any:
+    """Put an adapter beside its layers; raise CheckpointError for weights that match nothing, or that are missing."""
+    try:
+        wrapped = PeftModel.from_pretrained(model, folder, config=PeftConfig.from_pretrained(folder))
+    except (ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).splitlines()[0][:300]
+        raise CheckpointError(
+            f"adapter={folder}: it does not fit this base ({reason}). Name the base it was made for"
+        ) from error
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise CheckpointError(f"adapter={folder}: there is no adapter_model.safetensors in it. Save it as safetensors")
+    stored, wanted = set(load_file(file)), set(get_peft_model_state_dict(wrapped))
+    problems = [f"{name}: matches nothing in the base" for name in sorted(stored - wanted)]
+    problems += [f"{name}: missing in the adapter" for name in sorted(wanted - stored)]
+    if problems:
+        listed = "\n  ".join(problems[:10]) + (f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else "")
+        raise CheckpointError(
+            f"adapter={folder}: it does not fit this base\n  {listed}\n  Name the base it was made for"
+        )
+    return wrapped
