@@ -5,7 +5,7 @@ export DS_BUILD_OPS := 0            # deepspeed compiles what it needs when it n
 export GOMP_SPINCOUNT := 10000       # threads wait awake for the next product, but not for long: workers need the cores
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-cnn test test-slow check format docs bench bench-peers clean
+.PHONY: help install demo demo-cnn test test-slow test-engines check format docs bench bench-peers clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -30,6 +30,10 @@ test: .venv/installed ## run the tests
 
 test-slow: .venv/installed ## run the tests that take minutes
 	$(BIN)/python -m pytest -m "slow or network"
+
+test-engines: .venv/installed ## run the tests that ask an independent engine; VLM_TUNE_DEMO_RUN=RUN asks the trained demo too
+	$(BIN)/python -m pip install --quiet 'xllamacpp==2026.10.11549'
+	$(BIN)/python -m pytest -m engines
 
 check: .venv/installed ## lint, format, types, spelling
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def export(ckpt: str, out: str, wanted: Wanted, overrides: list[str]) -> Path:
     folder = empty_folder(out)
     quantized = measure_quantized(ckpt, overrides)
     model, config = open_for_merging(ckpt, overrides, wanted.base)
-    layout = choose_layout(model, wanted.layout)
+    layout = choose_layout(model, config, wanted.layout)
     dtype = GGUF_DTYPES[wanted.dtype] if layout == "gguf" else wanted.dtype
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -128,15 +129,20 @@ def settle(partial: Path, folder: Path, passed: bool, summary: str) -> Path:
     return folder
 
 
-def choose_layout(model: Model, layout: str) -> str:
+def choose_layout(model: Model, config: Config, layout: str) -> str:
     """Take transformers' own layout where the model fits it, else the parts side by side."""
     if layout != "auto":
         return layout
-    try:
-        internvl_hf.native_config(model.vlm)
-    except ConfigError:
-        return "parts"
-    return "hf"
+    tiles = config.model.tiles
+    classes = {
+        "hf": lambda: internvl_hf.native_config(model.vlm),
+        "llava_hf": lambda: llava_hf.native_config(model.vlm, tiles),
+    }
+    for name, describe in classes.items():
+        with suppress(ConfigError):
+            describe()
+            return name
+    return "parts"
 
 
 def sample_prompts(model: Model, config: Config, count: int = 4) -> list[Prompt]:
