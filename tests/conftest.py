@@ -24,11 +24,6 @@ os.environ |= {
 }
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Name the mark of tests that ask another engine."""
-    config.addinivalue_line("markers", "engines: asks an engine that make test-engines installs")
-
-
 class Finished(NamedTuple):
     """What a command left behind."""
 

@@ -13,7 +13,8 @@ from transformers import AutoModel, Siglip2VisionConfig
 import vlm_tune
 from vlm_tune.config.schema import ProjectorConfig
 from vlm_tune.evaluation.evaluate import prompt_of
-from vlm_tune.model.attention import SHORT
+from vlm_tune.model import attention
+from vlm_tune.model.attention_cpu import SHORT
 from vlm_tune.model.generate import answer
 from vlm_tune.model.projector import Projector
 from vlm_tune.model.vision import VisionEncoder
@@ -44,10 +45,17 @@ def traced(toys):
     long = staged.batch(list(range(12)))  # one pack whose samples are joined to one that is not short
     long.segments = [sum(long.segments[:8]), *long.segments[8:]]
     assert long.segments[0] > SHORT > long.segments[1]
+    noisy = toys.staged("stage=finetune", "stage.train.vision=full", "stage.drop_path=0.2", "stage.neftune=5")
     with ShapeComments(FILES, LEGEND | {"V": len(table)}) as run:
         staged.model.vlm(staged.batch([0, 1, 6])).backward()
         staged.model.vlm(staged.batch([0, 1, 6], packing=False))
         staged.model.vlm(long)
+        with pytest.MonkeyPatch.context() as patch:  # what 16 bit takes on a CPU
+            patch.setattr(attention, "uses_products", lambda tensor: True)
+            staged.model.vlm(long).backward()
+        with torch.no_grad():  # as in validation
+            staged.model.vlm(staged.batch([0, 1, 6]))
+        noisy.model.vlm(noisy.batch([0, 1, 6])).backward()
         answer(staged.model, [prompt_of(data, data.sample(row)) for row in (0, 6)], 2)
     return run
 

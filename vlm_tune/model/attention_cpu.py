@@ -66,7 +66,7 @@ class PackedProducts(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.groups, ctx.scale = groups, scale
-        joined = [tensor.index_select(0, groups.gather) for tensor in (query, key, value)]  # (J, _, d)
+        joined = [tensor.index_select(0, groups.gather) for tensor in (query, key, value)]
         output = torch.empty_like(joined[0])
         for first, count, width in groups.shapes:
             rows = slice(first, first + count * width)
@@ -101,7 +101,7 @@ def _backward(q: Tensor, k: Tensor, v: Tensor, d_output: Tensor) -> tuple[Tensor
     d_k, d_v = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
     for block in _blocks(q.shape[2]):
         stop = block.stop
-        shares = _shares(q, k, block)  # (n*kv_heads, groups*b, stop)
+        shares = _shares(q, k, block)  # (_, _, stop)
         d_out = d_output[:, :, block].flatten(1, 2)
         d_v[:, 0, :stop] += shares.transpose(1, 2) @ d_out
         d_shares = d_out @ v[:, 0, :stop].transpose(1, 2)
@@ -130,7 +130,7 @@ def _blocks(width: int) -> list[slice]:
 
 def _shares(q: Tensor, k: Tensor, block: slice) -> Tensor:
     """Softmax of the scores of one block of queries on all keys up to it: (n*kv_heads, groups*b, stop)."""
-    queries = q[:, :, block].flatten(1, 2)  # (n*kv_heads, groups*b, d)
+    queries = q[:, :, block].flatten(1, 2)  # (_, _, d)
     scores = queries @ k[:, 0, : block.stop].transpose(1, 2)
     width = block.stop - block.start
     scores.view(*q.shape[:2], width, block.stop)[..., block].masked_fill_(_future(width), float("-inf"))
@@ -149,6 +149,6 @@ def attend_all(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tenso
     output = query.new_empty(num_tiles, num_patches, heads, size)
     for tile in range(num_tiles):
         for head in range(heads):
-            scores = (query[tile, head] * scale) @ key[tile, head].T  # (P, P)
+            scores = (query[tile, head] * scale) @ key[tile, head].T  # (num_patches, num_patches)
             output[tile, :, head] = scores.softmax(-1) @ value[tile, head]
     return output

@@ -44,9 +44,9 @@ class AddLowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:  # noqa: D102
-        rows = x.flatten(0, -2).to(y.dtype)  # (L, I)
+        rows = x.flatten(0, -2).to(y.dtype)
         down, up = a.to(y.dtype), (b * scaling).to(y.dtype)
-        low = rows @ down.T  # (L, r)
+        low = rows @ down.T
         y.view(-1, y.shape[-1]).addmm_(low, up.T)
         ctx.mark_dirty(y)
         ctx.save_for_backward(rows, low, down, up)
@@ -56,8 +56,8 @@ class AddLowRank(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor, None]:  # noqa: D102
         rows, low, down, up = ctx.saved_tensors
-        d_y = gradients[0].flatten(0, -2)  # (L, O)
-        d_low = d_y @ up  # (L, r)
+        d_y = gradients[0].flatten(0, -2)
+        d_low = d_y @ up
         d_x = (d_low @ down).view(ctx.shape).to(ctx.dtypes[0]) if ctx.needs_input_grad[1] else None
         d_a, d_b = (d_low.T @ rows).to(ctx.dtypes[1]), (low.T @ d_y).T.to(ctx.dtypes[1]).mul_(ctx.scaling)
         return gradients[0], d_x, d_a, d_b, None

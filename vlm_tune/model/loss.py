@@ -50,11 +50,11 @@ class FrozenHeadLoss(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, len(targets), CHUNK):
             chunk = slice(start, start + CHUNK)
-            target = targets[chunk].unsqueeze(1)  # (n, 1)
-            logits = linear(rows[chunk], head)  # (n, V)
-            shares = logits.softmax(-1, dtype=torch.float32)  # (n, V)
+            target = targets[chunk].unsqueeze(1)  # (_, 1)
+            logits = linear(rows[chunk], head)  # (_, V)
+            shares = logits.softmax(-1, dtype=torch.float32)  # (_, V)
             largest, place = logits.max(-1, keepdim=True)  # log(sum(exp(z))) = max(z) - log(max(p))
-            losses = largest.float() - shares.gather(1, place).log() - logits.gather(1, target).float()  # (n, 1)
+            losses = largest.float() - shares.gather(1, place).log() - logits.gather(1, target).float()  # (_, 1)
             total += (losses.squeeze(1) * weights[chunk]).sum()  # no product: autocast would round it
             shares.scatter_add_(1, target, shares.new_full((1, 1), -1.0).expand_as(target))
             gradient[chunk] = shares.to(head.dtype) @ head  # weighed later: 16 bit has no room for small weights
