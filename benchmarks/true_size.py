@@ -1,6 +1,6 @@
 """Fine-tune InternVL2-2B at its true size with random weights, from a folder in its original layout; print a table row.
 
-COMMAND: python benchmarks/true_size.py [--folder /tmp/true_size] [--steps 2] [--pack 2048] [--keep] [KEY=VALUE ...]
+COMMAND: python benchmarks/true_size.py [--folder FOLDER] [--steps 2] [--pack 2048] [--keep] [KEY=VALUE ...]
 TIME: about 10 minutes on two CPU cores; 5 GB of disk, 18 GiB of memory with packs of 2048 tokens.
 What is measured is memory and time: random weights learn nothing.
 """
@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,7 @@ def row(report: dict[str, Any], peak: int, cpu: float, load: tuple[int, int, flo
 def main() -> None:
     """Make the folder, measure, print, and delete it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/vlm_tune_true_size"))
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "vlm_tune_true_size")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--pack", type=int, default=2048, help="tokens of a pack")
     parser.add_argument("settings", nargs="*", help="more keys of the run")

@@ -141,7 +141,7 @@ def test_keys_exist(path: Path) -> None:
     groups = {".".join(key.split(".")[:depth]) for key in keys for depth in (1, 2)}
     for code in inline_code(text_of(path)):
         match = re.match(rf"((?:{'|'.join(GROUPS)})(?:\.[a-z_]+)+)(?=$|[= ])", code)
-        if match and not match[1].endswith((".py", ".yaml", ".safetensors")):
+        if match and not match[1].endswith((".py", ".yaml", ".safetensors", ".gguf")):
             assert match[1] in keys | groups, f"{short(path)}: `{code}`: no such key"
 
 

@@ -201,7 +201,7 @@ def test_a_hub_model_without_a_network(run_cli, toys, tmp_path):
         ("evaluate ckpt=nowhere", "CheckpointError: nowhere: no such run folder or checkpoint"),
         ("chat nowhere", "ConfigError: nowhere: keys are written key=value. This verb has: ckpt, image"),
         ("chat kcpt=nowhere", "ConfigError: kcpt: no such key. This verb has: ckpt, image"),
-        ("export out=x dtype=int4", "ConfigError: dtype=int4: no such type. There are: fp32, bf16, fp16"),
+        ("export out=x dtype=int4", "ConfigError: dtype=int4: no such dtype. There are: fp32, bf16, fp16"),
     ],
 )
 def test_a_verb_that_cannot_be(run_cli, command, said):
