@@ -4,8 +4,8 @@ COMMAND: python benchmarks/speed.py --peers FOLDER --work WORK [--reps 3] [--mod
 FOLDER holds bench.py and setup.sh of the peers; `setup.sh WORK` has built WORK (environments, model, data). The run is
 in turns: every trainer once, then every trainer again. Each has the same environment, threads and rows a step.
 
-Our rows: `ours` is a first epoch, with every picture encoded; `ours_later` a later one, whose features are kept;
-`ours_unpacked` pads. A ratio compares processor seconds a step with those of the best peer on that work.
+Our rows: `ours` is a first epoch, with every picture encoded; `ours_later` a later one, whose features are kept. A
+ratio compares processor seconds a step with those of the best peer on that work.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "speed.json"
 STEPS = f"{sys.executable} {HERE / 'speed_steps.py'}"
-OURS = {"ours": STEPS, "ours_later": f"{STEPS} --cache 1", "ours_unpacked": f"{STEPS} --unpacked 1"}
+OURS = {"ours": STEPS, "ours_later": f"{STEPS} --cache 1"}
 WORKS = {"R": ("w1", "w2", "w3"), "V": ("w2",)}
 NAMES = {("R", "w1"): "w1", ("R", "w2"): "w2", ("R", "w3"): "w3", ("V", "w2"): "v"}
 LEANEST = ("hf", "trl", "llamafactory", "swift")
