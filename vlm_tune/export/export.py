@@ -5,6 +5,7 @@ import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -12,18 +13,20 @@ from rich.console import Console
 from vlm_tune.config.schema import Config, Precision, Quantize
 from vlm_tune.errors import ConfigError
 from vlm_tune.evaluation.evaluate import open_test, prompt_of, read_questions
+from vlm_tune.export.adapter import NATIVE, Goal, require_adapters, require_language_model, write_adapter
 from vlm_tune.export.merge import merge_adapters
 from vlm_tune.export.parity import Parity, compare
 from vlm_tune.model.build import Model, build_model
 from vlm_tune.model.checkpoint import find_checkpoint, run_config
 from vlm_tune.model.generate import Prompt
 from vlm_tune.model.layouts import internvl_hf, internvl_official, llava_hf, parts
+from vlm_tune.model.layouts.internvl_hf import OTHER_PARTS
 from vlm_tune.model.layouts.llava_processor import save_llava_processor
 from vlm_tune.model.layouts.processor import save_processor
 from vlm_tune.model.trained import open_trained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LAYOUTS = ("hf", "official", "llava_hf", "parts", "gguf")
+LAYOUTS = ("hf", "official", "llava_hf", "parts", "gguf", "adapter")
 GGUF_DTYPES = {"f32": "fp32", "fp32": "fp32", "f16": "fp16", "fp16": "fp16", "q8_0": "q8_0"}
 BASES = ("trained", "original")
 BACKEND = (
@@ -53,11 +56,13 @@ class Wanted:
 
 
 def export(ckpt: str, out: str, wanted: Wanted, overrides: list[str]) -> Path:
-    """Write the merged model of a run, and fail when it does not answer as the trained one does."""
+    """Write the merged model of a run, or its adapter; fail when it does not answer as the trained one does."""
     wanted.check()
     folder = empty_folder(out)
+    if wanted.layout == "adapter":
+        require_adapters(ckpt, overrides)
     quantized = measure_quantized(ckpt, overrides)
-    model, config = open_for_merging(ckpt, overrides, wanted.base)
+    model, config = open_for_merging(ckpt, overrides, wanted)
     layout = choose_layout(model, config, wanted.layout)
     dtype = GGUF_DTYPES[wanted.dtype] if layout == "gguf" else wanted.dtype
     partial = folder.with_name(folder.name + ".partial")
@@ -66,16 +71,23 @@ def export(ckpt: str, out: str, wanted: Wanted, overrides: list[str]) -> Path:
 
     prompts = sample_prompts(model, config)
     before = Parity.measure(model, prompts)
-    merge_adapters(model.vlm)
-    exported = write(layout, model, config, partial, replace(wanted, dtype=dtype))
-    after = Parity.measure(exported, prompts)
+    report: dict[str, Any] = {"layout": layout, "dtype": dtype}
+    if layout == "adapter":
+        kind = choose_layout(model, config, "auto")
+        if kind not in NATIVE:
+            require_language_model(ckpt, overrides)
+        goal = Goal(kind, partial, folder, DTYPES[dtype], wanted.shard)
+        after, report["base_model"] = write_adapter(model, config, goal, prompts)
+    else:
+        merge_adapters(model.vlm)
+        after = Parity.measure(write(layout, model, config, partial, replace(wanted, dtype=dtype)), prompts)
     result = compare(before, after, dtype)
-    report = {"layout": layout, "dtype": dtype, **asdict(result)}
+    report |= asdict(result)
     console = Console()
     console.print(f"{layout} folder, {dtype}: {result.summary}", highlight=False)
     if quantized is not None:
         distance = compare(quantized, after, dtype)
-        report |= {"base": wanted.base, "to_quantized_run": asdict(distance)}
+        report |= {"base": "original" if layout == "adapter" else wanted.base, "to_quantized_run": asdict(distance)}
         console.print(f"beside the quantized run in its own arithmetic: {distance.summary}", highlight=False)
     (partial / "parity.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     return settle(partial, folder, result.passed, result.summary)
@@ -97,15 +109,24 @@ def measure_quantized(ckpt: str, overrides: list[str]) -> Parity | None:
     return Parity.measure(model, sample_prompts(model, config))
 
 
-def open_for_merging(ckpt: str, overrides: list[str], base: str) -> tuple[Model, Config]:
+def open_for_merging(ckpt: str, overrides: list[str], wanted: Wanted) -> tuple[Model, Config]:
     """Open a run in float32, adapters apart, on the base that they were trained on, or on a quantized one's original.
 
-    Nothing is ever merged into packed weights: rounding to 4 bits would undo what was learned.
+    Nothing is ever merged into packed weights: rounding to 4 bits would undo what was learned. An adapter that leaves
+    by itself is compared on the original weights: the folder that its user will load holds those.
     """
     quantize = run_config(find_checkpoint(ckpt), overrides).stage.quantize
     if quantize is Quantize.none:
         return open_trained(ckpt, overrides, Precision.fp32)
-    if base == "original":
+    if wanted.layout == "adapter":
+        Console().print(
+            f"the adapter was trained on a {quantize.value} base and is compared on the original one. For the model as "
+            f"trained load the base quantized: BitsAndBytesConfig(..., llm_int8_skip_modules={OTHER_PARTS})",
+            highlight=False,
+            markup=False,
+        )
+        return open_trained(ckpt, [*overrides, "stage.quantize=none"], Precision.fp32)
+    if wanted.base == "original":
         Console().print(
             f"base=original: the adapters were trained on a {quantize.value} base. On the original weights they make "
             "another model",

@@ -1,14 +1,34 @@
-"""Merge adapters into the weights that they were trained on, in float32."""
+"""Merge adapters into the weights that they were trained on, in float32; or take them off as they are."""
+
+from collections.abc import Iterator
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 
 def merge_adapters(model: nn.Module) -> int:
     """Fold every adapter into its base layer and take it off; return how many there were."""
+    count = 0
+    for _, module in _unwrap(model):
+        module.merge(safe_merge=True)
+        count += 1
+    return count
+
+
+def take_adapters(model: nn.Module) -> dict[str, Tensor]:
+    """Take every adapter off, the base layers left as they are; return the adapters' weights by name."""
+    return {
+        f"{path}.{name}": weight
+        for path, module in _unwrap(model)
+        for name, weight in module.state_dict().items()
+        if not name.startswith("base_layer.")
+    }
+
+
+def _unwrap(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
+    """Yield every layer that wears an adapter, and put its base layer in its place afterwards."""
     wrapped = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     for name, module in wrapped:
-        module.merge(safe_merge=True)
+        yield name, module
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module.get_base_layer())
-    return len(wrapped)

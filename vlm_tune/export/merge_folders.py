@@ -6,16 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
-from peft.utils import get_peft_model_state_dict
 from rich.console import Console
-from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig
 
-from vlm_tune.errors import CheckpointError, ConfigError
+from vlm_tune.errors import ConfigError
 from vlm_tune.export.export import empty_folder, settle
 from vlm_tune.export.parity import FLOAT32_BOUND
+from vlm_tune.export.plain import load_adapter, read
 
 WEIGHTS = (".safetensors", ".bin", ".index.json", ".gguf")
 NUM_TOKENS = 64  # of the random text on which both are compared
@@ -75,39 +73,8 @@ def find(path: str, key: str, file: str) -> Path:
     return folder
 
 
-def read(folder: Path, config: Any) -> PreTrainedModel:
-    """Load a causal LM or a vision-language model in float32, whichever the folder says it is."""
-    has_pictures = hasattr(config, "vision_config")
-    kind = AutoModelForImageTextToText if has_pictures else AutoModelForCausalLM
-    model: PreTrainedModel = kind.from_pretrained(folder, dtype=torch.float32)
-    return model.eval()
-
-
 def logits(model: Any, ids: Tensor) -> Tensor:
     """Run a text of random tokens: (L, V)."""
     with torch.no_grad():
         found: Tensor = model(input_ids=ids, use_cache=False).logits[0]
     return found
-
-
-def load_adapter(model: PreTrainedModel, folder: Path) -> Any:
-    """Put an adapter beside its layers; raise CheckpointError for weights that match nothing, or that are missing."""
-    try:
-        wrapped = PeftModel.from_pretrained(model, folder, config=PeftConfig.from_pretrained(folder))
-    except (ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).splitlines()[0][:300]
-        raise CheckpointError(
-            f"adapter={folder}: it does not fit this base ({reason}). Name the base it was made for"
-        ) from error
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        raise CheckpointError(f"adapter={folder}: there is no adapter_model.safetensors in it. Save it as safetensors")
-    stored, wanted = set(load_file(file)), set(get_peft_model_state_dict(wrapped))
-    problems = [f"{name}: matches nothing in the base" for name in sorted(stored - wanted)]
-    problems += [f"{name}: missing in the adapter" for name in sorted(wanted - stored)]
-    if problems:
-        listed = "\n  ".join(problems[:10]) + (f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else "")
-        raise CheckpointError(
-            f"adapter={folder}: it does not fit this base\n  {listed}\n  Name the base it was made for"
-        )
-    return wrapped

@@ -5,10 +5,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlm_tune.model.build import Model
-from vlm_tune.model.generate import Prompt, answer, answering, embed_prompts
+from vlm_tune.model.generate import Prompt, answer_ids, answering, embed_prompts
 
 FLOAT32_BOUND = 1e-4  # largest difference of a logit, float32 export
 MEAN_BOUND = 0.05  # mean difference, 16-bit export
@@ -17,16 +17,16 @@ NEW_TOKENS = 64
 
 
 @contextmanager
-def precisely(model: Model) -> Iterator[None]:
+def precisely(network: nn.Module) -> Iterator[None]:
     """Compute in float64 where all weights are float32, and give the same bits back."""
-    is_plain = {weight.dtype for weight in model.vlm.parameters()} == {torch.float32}
+    is_plain = {weight.dtype for weight in network.parameters()} == {torch.float32}
     if is_plain:
-        model.vlm.double()
+        network.double()
     try:
         yield
     finally:
         if is_plain:
-            model.vlm.float()
+            network.float()
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Parity:
     """What one model says to the sample prompts."""
 
     logits: list[Tensor]  # (L, V) of each prompt
-    texts: list[str]
+    answers: list[list[int]]  # token ids
 
     @classmethod
     def measure(cls, model: Model, prompts: list[Prompt]) -> "Parity":
@@ -43,14 +43,14 @@ class Parity:
         Logits of a float32 model are computed in float64: its own rounding would be most of what is seen.
         """
         logits = []
-        with precisely(model):
+        with precisely(model.vlm):
             for prompt in prompts:
                 with answering(model):
                     embeddings, mask = embed_prompts(model, [prompt])
                     output = model.vlm.llm(inputs_embeds=embeddings, attention_mask=mask, use_cache=False)
                 logits.append(output.logits[0].float().cpu())  # (L, V)
-        texts = [answer(model, [prompt], NEW_TOKENS)[0] for prompt in prompts]
-        return cls(logits, texts)
+        answers = [answer_ids(model, [prompt], NEW_TOKENS)[0].tolist() for prompt in prompts]
+        return cls(logits, answers)
 
 
 @dataclass(frozen=True)
@@ -70,16 +70,16 @@ class ParityReport:
             return "not compared: there is no test file with questions (data.test=FILE)"
         return (
             f"logits differ by {self.max_difference:.1e} at most, {self.mean_difference:.1e} on average; "
-            f"{self.greedy_agreement:.0%} of the greedy answers agree on {self.num_prompts} questions"
+            f"{self.greedy_agreement:.0%} of the greedy tokens agree on {self.num_prompts} questions"
         )
 
 
 def compare(trained: Parity, exported: Parity, dtype: str) -> ParityReport:
-    """Compare logits position by position and answers word by word, and judge by the dtype's bound."""
+    """Compare logits position by position and answers token by token, and judge by the dtype's bound."""
     differences = [(a - b).abs() for a, b in zip(trained.logits, exported.logits, strict=True)]
     largest = max((float(difference.max()) for difference in differences), default=0.0)
     mean = float(torch.stack([difference.mean() for difference in differences]).mean()) if differences else 0.0
-    pairs = list(zip(trained.texts, exported.texts, strict=True))
+    pairs = list(zip(trained.answers, exported.answers, strict=True))
     agreement = sum(map(_agreement, *zip(*pairs, strict=True))) / len(pairs) if pairs else 1.0
     # 8 bits are asked for, and move logits by more than 16 do: their answers must stay
     is_close = largest <= FLOAT32_BOUND if dtype == "fp32" else mean <= MEAN_BOUND or dtype == "q8_0"
@@ -87,8 +87,8 @@ def compare(trained: Parity, exported: Parity, dtype: str) -> ParityReport:
     return ParityReport(len(differences), largest, mean, agreement, passed)
 
 
-def _agreement(first: str, second: str) -> float:
-    """Share of equal words before the first that differs."""
-    one, two = first.split(), second.split()
-    equal = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
-    return 1.0 if first == second else equal / max(len(one), len(two), 1)
+def _agreement(first: list[int], second: list[int]) -> float:
+    """Share of equal tokens before the first that differs."""
+    unequal = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    equal = next(unequal, min(len(first), len(second)))
+    return equal / max(len(first), len(second), 1) if first or second else 1.0

@@ -41,18 +41,26 @@ def answering(model: Model) -> Iterator[None]:
 
 def answer(model: Model, prompts: list[Prompt], max_new_tokens: int = 64) -> list[str]:
     """Answer a batch of prompts greedily; prompts are padded on the left, which their positions skip."""
-    vlm, tokenizer = model.vlm, model.tokenizer
-    ends = list(model.encoder.stop_ids)
+    ids = answer_ids(model, prompts, max_new_tokens)
+    return [model.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
+
+
+def answer_ids(model: Model, prompts: list[Prompt], max_new_tokens: int) -> Tensor:
+    """Return the tokens of the greedy answers, ends and padding included: (B, N)."""
     with answering(model):
         embeddings, mask = embed_prompts(model, prompts)
-        ids = vlm.llm.generate(
-            inputs_embeds=embeddings,
-            attention_mask=mask,
-            generation_config=GenerationConfig(
-                max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=ends[0], use_cache=True
-            ),
+        ids: Tensor = model.vlm.llm.generate(
+            inputs_embeds=embeddings, attention_mask=mask, generation_config=greedy(model, max_new_tokens)
         )
-    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
+    return ids
+
+
+def greedy(model: Model, max_new_tokens: int) -> GenerationConfig:
+    """Describe greedy answers that end where the model's conversations do."""
+    ends = list(model.encoder.stop_ids)
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=ends[0], use_cache=True
+    )
 
 
 def embed_prompts(model: Model, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:

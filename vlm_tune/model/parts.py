@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -63,18 +64,23 @@ def add_lora(part: nn.Module, lora: LoraConfig, targets: list[str], key: str) ->
     if unmatched or not targets:
         known = sorted({name.split(".")[-1] for name in names})
         raise ConfigError(f"{key}={unmatched or targets} matches no linear layer. There are: {', '.join(known)}")
-    adapter = PeftLoraConfig(
+    adapter = peft_config(lora, target_modules=list(targets))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # an adapter's first weights belong to the stage: equal on every rank and after a resume
+        inject_adapter_in_model(adapter, part)
+    spare_casts(part)
+
+
+def peft_config(lora: LoraConfig, **more: Any) -> PeftLoraConfig:
+    """Say a stage's LoRA settings in peft's words."""
+    return PeftLoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
-        target_modules=list(targets),
+        **more,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # an adapter's first weights belong to the stage: equal on every rank and after a resume
-        inject_adapter_in_model(adapter, part)
-    spare_casts(part)
 
 
 def set_aids(model: VisionLanguageModel, stage: StageConfig) -> None:

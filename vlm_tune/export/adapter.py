@@ -1,0 +1,243 @@
+"""What a stage trained as a folder of peft: the adapters and the projector, for plain transformers models."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from rich.console import Console
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+
+from vlm_tune.config.schema import Config, Train
+from vlm_tune.errors import ConfigError
+from vlm_tune.export.merge import take_adapters
+from vlm_tune.export.parity import Parity
+from vlm_tune.export.plain import load_adapter, measure, read
+from vlm_tune.model.build import Model
+from vlm_tune.model.checkpoint import find_checkpoint, run_config, start_of
+from vlm_tune.model.folders import find_folder, model_kind
+from vlm_tune.model.generate import Prompt
+from vlm_tune.model.layouts import internvl_hf, llava_hf
+from vlm_tune.model.layouts.llava_processor import save_llava_processor
+from vlm_tune.model.layouts.parts import PROJECTOR
+from vlm_tune.model.layouts.processor import save_processor
+from vlm_tune.model.lora import ADAPTER
+from vlm_tune.model.parts import PARTS, peft_config
+from vlm_tune.model.vision import whole_weights
+from vlm_tune.model.vlm import VisionLanguageModel
+
+BASE = "base"  # the folder beside the adapter, where no other holds its base
+NATIVE = {"hf": ("internvl",), "llava_hf": ("llava", "llava_next")}  # types of folders that the plain classes load
+PLAIN_PROJECTOR = "model.multi_modal_projector."
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is written where."""
+
+    kind: str  # the layout of the plain model: hf, llava_hf, or parts: the language model alone
+    partial: Path  # the folder while it is written
+    folder: Path  # its name in the end
+    dtype: torch.dtype
+    shard: str
+
+    @property
+    def is_native(self) -> bool:
+        """Whether transformers has a class of the whole model."""
+        return self.kind in NATIVE
+
+
+@dataclass(frozen=True)
+class Base:
+    """The weights that an adapter stands beside."""
+
+    name: str  # as adapter_config.json says it: a folder, or a hub id
+    folder: Path
+
+
+def require_adapters(ckpt: str, overrides: list[str]) -> None:
+    """Raise ConfigError for a stage whose training is not in adapters and projector alone."""
+    stage = run_config(find_checkpoint(ckpt), overrides).stage
+    how = {part: getattr(stage.train, part) for part in PARTS}
+    told = ", ".join(f"{part}={each.value}" for part, each in how.items())
+    full = [part for part, each in how.items() if each is Train.full and part != "projector"]
+    if full:
+        raise ConfigError(
+            f"layout=adapter: stage {stage.name} trains every weight of {' and '.join(full)} ({told}), which is no "
+            "adapter. Use layout=auto, which writes the whole model"
+        )
+    if Train.lora not in how.values():
+        raise ConfigError(
+            f"layout=adapter: stage {stage.name} trains no adapter ({told}). Use layout=auto, which writes the whole "
+            "model"
+        )
+
+
+def require_language_model(ckpt: str, overrides: list[str]) -> None:
+    """Raise ConfigError for a trained encoder of a model without a class: a peft folder has no place for it."""
+    checkpoint: Path | None = find_checkpoint(ckpt)
+    while checkpoint is not None:
+        stage = run_config(checkpoint, overrides).stage
+        if stage.train.vision is not Train.frozen:
+            raise ConfigError(
+                f"layout=adapter: transformers has no class of this model's parts together, so the folder is the "
+                f"language model's alone, but stage {stage.name} trains vision={stage.train.vision.value}. Use "
+                "layout=parts"
+            )
+        checkpoint, overrides = start_of(checkpoint), []
+
+
+def write_adapter(model: Model, config: Config, goal: Goal, prompts: list[Prompt]) -> tuple[Parity, str]:
+    """Write the folder, load it back by plain transformers and peft, and ask it the prompts.
+
+    Returns what it says, and the name of its base. The model has no adapters left afterwards.
+    """
+    vlm, stage = model.vlm, config.stage
+    adapters = {plain_name(vlm, goal, name): weight for name, weight in take_adapters(vlm).items()}
+    base = find_base(config, goal)
+    differing = None if base is None else differences(read_base(base), plain_weights(vlm, goal))
+    carries = goal.is_native and (stage.train.projector is Train.full or bool(differing))
+    if differing is not None:
+        differing = {name for name in differing if not (goal.is_native and name.startswith(PLAIN_PROJECTOR))}
+    for parameter in vlm.parameters():  # buffers (the rotary frequencies) stay in float32
+        parameter.data = parameter.data.to(goal.dtype)
+    if base is None or differing:
+        base = write_base(model, config, goal)
+    if not goal.is_native:
+        projector = {name: weight.contiguous() for name, weight in vlm.projector.state_dict().items()}
+        save_file(projector, goal.partial / PROJECTOR)
+    save_adapter(read_base(base), config, adapters | projector_weights(vlm, carries), (goal, base))
+    save_side_files(model, config, goal, goal.partial)
+    vlm.float()
+    tell(goal, base)
+    return measure(load_adapter(read_base(base), goal.partial), model, prompts), base.name
+
+
+def read_base(base: Base) -> PreTrainedModel:
+    """Load the plain model of a base."""
+    return read(base.folder, AutoConfig.from_pretrained(base.folder))
+
+
+def find_base(config: Config, goal: Goal) -> Base | None:
+    """Find the folder that training started from, where plain transformers loads it; None where it does not."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    model = config.model
+    path, key = (model.path, "model.path") if goal.is_native else (model.llm.path, "model.llm.path")
+    if not goal.is_native and model.path is not None and model_kind(find_folder(model.path, "model.path")) == "parts":
+        path = str(find_folder(model.path, "model.path") / "llm")
+    if path is None:
+        return None
+    folder = find_folder(path, key)
+    known: Any = NATIVE[goal.kind] if goal.is_native else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if model_kind(folder) not in known:
+        return None
+    is_here = path.startswith("recipe:") or Path(path).expanduser().is_dir()
+    return Base(str(folder.resolve()) if is_here else path, folder)
+
+
+def plain_weights(vlm: VisionLanguageModel, goal: Goal) -> dict[str, Tensor]:
+    """Name the weights as the plain model in memory does."""
+    if not goal.is_native:
+        return dict(vlm.llm.state_dict())
+    weights = {f"model.vision_tower.{name}": weight for name, weight in whole_weights(vlm.vision).items()}
+    for name, weight in vlm.projector.state_dict().items():
+        weights["model.image_newline" if name == "newline" else PLAIN_PROJECTOR + name] = weight
+    weights |= {f"model.language_model.{name}": weight for name, weight in vlm.llm.get_decoder().state_dict().items()}
+    head = vlm.llm.get_output_embeddings().state_dict()
+    return weights | {f"lm_head.{name}": weight for name, weight in head.items()}
+
+
+def plain_name(vlm: VisionLanguageModel, goal: Goal, name: str) -> str:
+    """Name a weight of the encoder or the language model as the plain model does."""
+    if not goal.is_native:
+        return name.removeprefix("llm.")
+    decoder = next(path for path, module in vlm.llm.named_modules() if module is vlm.llm.get_decoder())
+    for ours, plain in (("vision.tower.", "model.vision_tower."), (f"llm.{decoder}.", "model.language_model.")):
+        if name.startswith(ours):
+            return plain + name.removeprefix(ours)
+    return name.removeprefix("llm.")
+
+
+def differences(plain: PreTrainedModel, weights: dict[str, Tensor]) -> set[str]:
+    """Name the weights that a base lacks, or holds otherwise."""
+    stored = plain.state_dict()
+    equal = {name for name in stored.keys() & weights.keys() if torch.equal(stored[name], weights[name].cpu())}
+    return (stored.keys() | weights.keys()) - equal
+
+
+def projector_weights(vlm: VisionLanguageModel, carries: bool) -> dict[str, Tensor]:
+    """Name the projector's weights as those of peft's module to save; a newline is in no module, so the base has it."""
+    names = {name: weight for name, weight in vlm.projector.state_dict().items() if name != "newline"}
+    saved = f"{PLAIN_PROJECTOR}modules_to_save.{ADAPTER}."
+    return {saved + name: weight for name, weight in names.items()} if carries else {}
+
+
+def write_base(model: Model, config: Config, goal: Goal) -> Base:
+    """Write the base, adapters left out, beside the adapter: no folder holds it."""
+    folder = goal.partial / BASE
+    if goal.kind == "hf":
+        internvl_hf.save(model.vlm, folder, goal.shard)
+    elif goal.kind == "llava_hf":
+        llava_hf.save(model.vlm, config.model.tiles, folder, goal.shard)
+    else:
+        model.vlm.llm.save_pretrained(folder, max_shard_size=goal.shard)
+    save_side_files(model, config, goal, folder)
+    return Base(str((goal.folder / BASE).resolve()), folder)
+
+
+def save_side_files(model: Model, config: Config, goal: Goal, folder: Path) -> None:
+    """Write the tokenizer, and the processor where there is one."""
+    if goal.kind == "hf":
+        save_processor(model.tokenizer, model.encoder, config.model, folder)
+    elif goal.kind == "llava_hf":
+        description, has_own = folder / "config.json", (folder / "config.json").exists()
+        if not has_own:  # the processor is made by it; a folder of peft has none
+            description.write_text(json.dumps(llava_hf.native_config(model.vlm, config.model.tiles).to_dict()))
+        save_llava_processor(model.tokenizer, model.encoder, config.model, folder)
+        if not has_own:
+            description.unlink()
+    else:
+        model.tokenizer.save_pretrained(folder)
+
+
+def save_adapter(plain: Any, config: Config, weights: dict[str, Tensor], place: tuple[Goal, Base]) -> None:
+    """Let peft itself make the adapter of the plain model and write it, with the trained weights in their places."""
+    goal, base = place
+    layers = sorted({name.partition(".lora_")[0] for name in weights if not name.startswith(PLAIN_PROJECTOR)})
+    carries = any(name.startswith(PLAIN_PROJECTOR) for name in weights)
+    settings = peft_config(
+        config.stage.lora,
+        target_modules=layers,
+        modules_to_save=["multi_modal_projector"] if carries else None,
+        task_type=None if goal.is_native else "CAUSAL_LM",
+    )
+    wrapped = get_peft_model(plain, settings)
+    found = wrapped.get_base_model().load_state_dict(weights, strict=False)
+    assert not found.unexpected_keys, f"the plain model has no {found.unexpected_keys[:3]}"
+    for weight in wrapped.parameters():
+        weight.data = weight.data.to(goal.dtype)
+    wrapped.peft_config[ADAPTER].base_model_name_or_path = base.name
+    wrapped.save_pretrained(goal.partial, save_embedding_layers=False)
+    (goal.partial / "README.md").unlink(missing_ok=True)  # peft's form of a model card, with nothing filled in
+
+
+def tell(goal: Goal, base: Base) -> None:
+    """Say which base the adapter needs, and what the folder cannot do."""
+    say = Console().print
+    if base.folder == goal.partial / BASE:
+        say(
+            f"no folder holds the base of this adapter as plain transformers loads it (parts that were joined, tokens "
+            f"or weights that earlier stages added): it is written to {goal.folder / BASE}",
+            highlight=False,
+        )
+    if not goal.is_native:
+        say(
+            f"transformers has no class of these parts together: the adapter is the language model's alone, and the "
+            f"trained projector is in {PROJECTOR}",
+            highlight=False,
+        )
