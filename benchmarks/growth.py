@@ -41,7 +41,7 @@ from vlm_tune.training.module import VlmModule  # noqa: E402
 from vlm_tune.training.trainer import make_trainer  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-STEPS, WARM = 8, 2
+STEPS, WARM = 6, 2
 TEXT = ["stage=sft", "data.val=none", "data.test=none", "stage.init_from=none", "data.workers=0"]
 PICTURES = ["stage=finetune", "data.val=none", "data.test=none", "stage.init_from=none", "data.workers=0"]
 KINDS = {
@@ -143,11 +143,11 @@ def points(folder: Path) -> dict[str, dict[str, list[str]]]:
         },
         "pack_tiles": {
             str(tiles): [*PICTURES, f"stage.pack_tiles={tiles}", "stage.pack_length=8192", "data.feature_cache=off"]
-            for tiles in (8, 16, 32, 64)
+            for tiles in (8, 16, 32)
         },
         "vocabulary": {},
     }
-    for vocabulary in (50_000, 100_000, 152_000, 256_000):
+    for vocabulary in (50_000, 152_000, 256_000):
         write_llm(folder / f"llm_{vocabulary}", vocabulary)
         path = f"model.llm.path={folder / f'llm_{vocabulary}'}"
         made["vocabulary"][str(vocabulary)] = [*TEXT, f"data.path={few}", path]
