@@ -15,6 +15,7 @@ IN_ONE_LINE = ("conf/", "data_recipes/", "tests/", "benchmarks/")  # their folde
 PURPOSES = {
     "benchmarks": "Speed, memory and accuracy, measured; the figures are in its README.",
     "benchmarks/README.md": "What was measured, how, and on which machine.",
+    "benchmarks/figures": "The plots of its README.",
     "benchmarks/results": "The figures as JSON.",
     "CHANGELOG.md": "What changed, by version.",
     "conf": "Hydra's groups; they ship inside the wheel.",
