@@ -111,7 +111,7 @@ def write_adapter(model: Model, config: Config, goal: Goal, prompts: list[Prompt
         projector = {name: weight.contiguous() for name, weight in vlm.projector.state_dict().items()}
         save_file(projector, goal.partial / PROJECTOR)
     save_adapter(read_base(base), config, adapters | projector_weights(vlm, carries), (goal, base))
-    save_side_files(model, config, goal, goal.partial)
+    save_side_files(model, config, goal)
     vlm.float()
     tell(goal, base)
     return measure(load_adapter(read_base(base), goal.partial), model, prompts), base.name
@@ -177,32 +177,38 @@ def projector_weights(vlm: VisionLanguageModel, carries: bool) -> dict[str, Tens
     return {saved + name: weight for name, weight in names.items()} if carries else {}
 
 
+def write_native(model: Model, config: Config, kind: str, folder: Path, shard: str) -> None:
+    """Write a whole model, weights and processor, as the class of transformers that NATIVE names."""
+    if kind == "hf":
+        internvl_hf.save(model.vlm, folder, shard)
+        save_processor(model.tokenizer, model.encoder, config.model, folder)
+    else:
+        llava_hf.save(model.vlm, config.model.tiles, folder, shard)
+        save_llava_processor(model.tokenizer, model.encoder, config.model, folder)
+
+
 def write_base(model: Model, config: Config, goal: Goal) -> Base:
     """Write the base, adapters left out, beside the adapter: no folder holds it."""
     folder = goal.partial / BASE
-    if goal.kind == "hf":
-        internvl_hf.save(model.vlm, folder, goal.shard)
-    elif goal.kind == "llava_hf":
-        llava_hf.save(model.vlm, config.model.tiles, folder, goal.shard)
+    if goal.is_native:
+        write_native(model, config, goal.kind, folder, goal.shard)
     else:
         model.vlm.llm.save_pretrained(folder, max_shard_size=goal.shard)
-    save_side_files(model, config, goal, folder)
+        model.tokenizer.save_pretrained(folder)
     return Base(str((goal.folder / BASE).resolve()), folder)
 
 
-def save_side_files(model: Model, config: Config, goal: Goal, folder: Path) -> None:
-    """Write the tokenizer, and the processor where there is one."""
+def save_side_files(model: Model, config: Config, goal: Goal) -> None:
+    """Write the tokenizer beside the adapter, and the processor where there is one."""
     if goal.kind == "hf":
-        save_processor(model.tokenizer, model.encoder, config.model, folder)
+        save_processor(model.tokenizer, model.encoder, config.model, goal.partial)
     elif goal.kind == "llava_hf":
-        description, has_own = folder / "config.json", (folder / "config.json").exists()
-        if not has_own:  # the processor is made by it; a folder of peft has none
-            description.write_text(json.dumps(llava_hf.native_config(model.vlm, config.model.tiles).to_dict()))
-        save_llava_processor(model.tokenizer, model.encoder, config.model, folder)
-        if not has_own:
-            description.unlink()
+        description = goal.partial / "config.json"  # the processor is made by it; a folder of peft has none
+        description.write_text(json.dumps(llava_hf.native_config(model.vlm, config.model.tiles).to_dict()))
+        save_llava_processor(model.tokenizer, model.encoder, config.model, goal.partial)
+        description.unlink()
     else:
-        model.tokenizer.save_pretrained(folder)
+        model.tokenizer.save_pretrained(goal.partial)
 
 
 def save_adapter(plain: Any, config: Config, weights: dict[str, Tensor], place: tuple[Goal, Base]) -> None:

@@ -13,7 +13,14 @@ from rich.console import Console
 from vlm_tune.config.schema import Config, Precision, Quantize
 from vlm_tune.errors import ConfigError
 from vlm_tune.evaluation.evaluate import open_test, prompt_of, read_questions
-from vlm_tune.export.adapter import NATIVE, Goal, require_adapters, require_language_model, write_adapter
+from vlm_tune.export.adapter import (
+    NATIVE,
+    Goal,
+    require_adapters,
+    require_language_model,
+    write_adapter,
+    write_native,
+)
 from vlm_tune.export.merge import merge_adapters
 from vlm_tune.export.parity import Parity, compare
 from vlm_tune.model.build import Model, build_model
@@ -21,8 +28,6 @@ from vlm_tune.model.checkpoint import find_checkpoint, run_config
 from vlm_tune.model.generate import Prompt
 from vlm_tune.model.layouts import internvl_hf, internvl_official, llava_hf, parts
 from vlm_tune.model.layouts.internvl_hf import OTHER_PARTS
-from vlm_tune.model.layouts.llava_processor import save_llava_processor
-from vlm_tune.model.layouts.processor import save_processor
 from vlm_tune.model.trained import open_trained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -119,21 +124,19 @@ def open_for_merging(ckpt: str, overrides: list[str], wanted: Wanted) -> tuple[M
     if quantize is Quantize.none:
         return open_trained(ckpt, overrides, Precision.fp32)
     if wanted.layout == "adapter":
-        Console().print(
+        notice = (
             f"the adapter was trained on a {quantize.value} base and is compared on the original one. For the model as "
-            f"trained load the base quantized: BitsAndBytesConfig(..., llm_int8_skip_modules={OTHER_PARTS})",
-            highlight=False,
-            markup=False,
+            f"trained load the base quantized: BitsAndBytesConfig(..., llm_int8_skip_modules={OTHER_PARTS})"
         )
-        return open_trained(ckpt, [*overrides, "stage.quantize=none"], Precision.fp32)
-    if wanted.base == "original":
-        Console().print(
+    elif wanted.base == "original":
+        notice = (
             f"base=original: the adapters were trained on a {quantize.value} base. On the original weights they make "
-            "another model",
-            highlight=False,
+            "another model"
         )
-        return open_trained(ckpt, [*overrides, "stage.quantize=none"], Precision.fp32)
-    return open_trained(ckpt, overrides, dequantized=True)
+    else:
+        return open_trained(ckpt, overrides, dequantized=True)
+    Console().print(notice, highlight=False, markup=False)
+    return open_trained(ckpt, [*overrides, "stage.quantize=none"], Precision.fp32)
 
 
 def settle(partial: Path, folder: Path, passed: bool, summary: str) -> Path:
@@ -183,16 +186,13 @@ def write(layout: str, model: Model, config: Config, folder: Path, wanted: Wante
         return replace(model, vlm=gguf_files.load_back(folder, model.vlm))
     for parameter in model.vlm.parameters():  # buffers (the rotary frequencies) stay in float32
         parameter.data = parameter.data.to(DTYPES[wanted.dtype])
-    if layout == "hf":
-        internvl_hf.save(model.vlm, folder, wanted.shard)
-        save_processor(model.tokenizer, model.encoder, config.model, folder)
-        Console().print(BACKEND, highlight=False)
+    if layout in NATIVE:
+        write_native(model, config, layout, folder, wanted.shard)
+        if layout == "hf":
+            Console().print(BACKEND, highlight=False)
     elif layout == "official":
         internvl_official.save(model.vlm, model.encoder.template, config.model, folder, shard=wanted.shard)
         model.tokenizer.save_pretrained(folder)
-    elif layout == "llava_hf":
-        llava_hf.save(model.vlm, config.model.tiles, folder, wanted.shard)
-        save_llava_processor(model.tokenizer, model.encoder, config.model, folder)
     else:
         parts.save(model.vlm, model.tokenizer, folder, wanted.shard)
     return reload(folder, config)

@@ -1,18 +1,16 @@
 """The encoder of conversations that belongs to a model; without reading its weights, where only rows are counted."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
-from vlm_tune.config.schema import Config, ModelConfig, ProjectorConfig, TileRule, TooLong
+from vlm_tune.config.schema import Config, ModelConfig, TileRule, TooLong
 from vlm_tune.data.chat_template import choose_template
 from vlm_tune.data.encode import Encoder, EncoderSettings
 from vlm_tune.errors import ConfigError
-from vlm_tune.model.folders import PARTS_SETTINGS, find_folder, model_kind
+from vlm_tune.model.folders import find_folder, model_kind, read_json, read_parts
 from vlm_tune.model.llava import LLAVA_KINDS, image_tokens, read_llava
 from vlm_tune.model.llm import load_tokenizer
 from vlm_tune.model.projector import tokens_per_tile
@@ -77,8 +75,7 @@ def count_features(vision_folder: Path, model: ModelConfig) -> int:
     num_patches = count_patches(vision_folder, model.tiles.size)
     if kind != "parts":
         return num_patches
-    settings = json.loads((vision_folder.parent / PARTS_SETTINGS).read_text(encoding="utf-8"))
-    return num_patches + bool(settings.get("keeps_class"))
+    return num_patches + read_parts(vision_folder.parent, model)
 
 
 def find_parts(model: ModelConfig) -> tuple[Path, Path]:
@@ -89,11 +86,9 @@ def find_parts(model: ModelConfig) -> tuple[Path, Path]:
         return vision, find_folder(str(model.llm.path), "model.llm.path")
     folder = find_folder(model.path, "model.path")
     if model_kind(folder) != "parts":
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        model.projector.shuffle = round(1 / config.get("downsample_ratio", 1))
+        model.projector.shuffle = round(1 / read_json(folder).get("downsample_ratio", 1))
         return folder, folder
-    settings = json.loads((folder / PARTS_SETTINGS).read_text(encoding="utf-8"))
-    model.projector = ProjectorConfig(**settings["projector"])
+    read_parts(folder, model)
     return folder / "vision", folder / "llm"
 
 
@@ -108,7 +103,7 @@ def require_weights(model: ModelConfig) -> None:
 
 def count_patches(folder: Path, tile_size: int) -> int:
     """Count the patches of a tile from the encoder's config.json; a network of timm is run dry, on shapes alone."""
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder)
     if "architecture" in config:
         import timm
 

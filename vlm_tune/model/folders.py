@@ -3,9 +3,11 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+from vlm_tune.config.schema import ModelConfig, ProjectorConfig
 from vlm_tune.data.recipe import run_recipe
 from vlm_tune.errors import ConfigError
 
@@ -32,6 +34,21 @@ def find_folder(path: str, key: str) -> Path:
     return _download(path, key)
 
 
+def read_json(folder: Path) -> dict[str, Any]:
+    """Read a folder's config.json as it is: transformers' own classes of it are not asked."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config
+
+
+def read_parts(folder: Path, model: ModelConfig) -> bool:
+    """Set a model by what joins the parts of a folder; tell whether its encoder keeps the class token."""
+    settings = json.loads((folder / PARTS_SETTINGS).read_text(encoding="utf-8"))
+    model.projector = ProjectorConfig(**settings["projector"])
+    model.vision.select_layer = settings["select_layer"]
+    model.vision.normalize = settings["normalize"]
+    return bool(settings.get("keeps_class", False))
+
+
 def model_kind(folder: Path) -> str:
     """Read which layout a folder has: the model_type of its config.json, or "parts".
 
@@ -39,7 +56,7 @@ def model_kind(folder: Path) -> str:
     """
     if (folder / PARTS_SETTINGS).is_file():
         return "parts"
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder)
     if "mm_vision_tower" in config or "mm_projector_type" in config:
         return LLAVA_ORIGINAL  # its model_type may be the same as that of transformers' own LLaVA
     return str(config.get("model_type"))

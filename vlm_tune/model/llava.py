@@ -1,6 +1,5 @@
 """What the config.json of a LLaVA folder says, of either layout; its weights are not read."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,7 +7,7 @@ from transformers import AutoConfig
 
 from vlm_tune.config.schema import ModelConfig, ProjectorConfig, TileRule
 from vlm_tune.errors import ConfigError
-from vlm_tune.model.folders import LLAVA_ORIGINAL, find_folder, model_kind
+from vlm_tune.model.folders import LLAVA_ORIGINAL, find_folder, model_kind, read_json
 from vlm_tune.model.vlm import ImageTokens
 
 LLAVA_KINDS = ("llava", "llava_next", LLAVA_ORIGINAL)  # transformers' own classes, and haotian-liu/LLaVA's
@@ -124,9 +123,3 @@ def require_anyres(model: ModelConfig, folder: Path) -> None:
             f"{folder} is a LLaVA-NeXT, whose pictures are cut by model.tiles.rule=anyres, but it is "
             f"{model.tiles.rule.value}: take model=llava_next_7b, or set model.tiles.rule=anyres"
         )
-
-
-def read_json(folder: Path) -> dict[str, Any]:
-    """Read a folder's config.json."""
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config

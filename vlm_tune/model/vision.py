@@ -1,6 +1,5 @@
 """The vision encoder: any ViT of transformers, or any network of timm, as pixels -> patch features."""
 
-import json
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from torch.nn.functional import interpolate
 
 from vlm_tune.errors import CheckpointError, ConfigError
 from vlm_tune.model import attention
-from vlm_tune.model.folders import check_part
+from vlm_tune.model.folders import check_part, read_json
 
 # Where a tower keeps its layers. Its final norm and pooling head, of these names, come after them.
 LAYER_LISTS = ("encoder.layer", "encoder.layers", "model.layer", "layers", "blocks")
@@ -198,7 +197,7 @@ def _resized(table: Tensor, side: int) -> Tensor:
 
 def load_tower(folder: Path, dtype: torch.dtype) -> Any:
     """Load an encoder from a folder of transformers' or timm's layout; no code comes out of the folder."""
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder)
     if "architecture" in config:
         import timm
         from safetensors.torch import load_file

@@ -1,7 +1,5 @@
 """A language model's folder alone: transformers' own kinds, and InternLM2, which becomes a Llama of the same logits."""
 
-import json
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,10 +7,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from vlm_tune.config.schema import Quantize
 from vlm_tune.model import attention
-from vlm_tune.model.folders import model_kind
+from vlm_tune.model.folders import model_kind, read_json
 from vlm_tune.model.layouts.fill import fill, restore_buffers, tie_head
 from vlm_tune.model.layouts.official_config import text_config
-from vlm_tune.model.layouts.official_keys import Heads, entries
+from vlm_tune.model.layouts.official_keys import Heads, part_entries
 from vlm_tune.model.layouts.weights import Shards
 from vlm_tune.model.llm import guard_4bit, load_llm, quantization
 from vlm_tune.model.quantize import use_quantized_layers
@@ -27,20 +25,12 @@ def load_language_model(folder: Path, dtype: torch.dtype, quantize: Quantize = Q
     """
     if model_kind(folder) != "internlm2":
         return load_llm(folder, dtype, quantize)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    text = text_config({"llm_config": config}, folder)
+    text = text_config({"llm_config": read_json(folder)}, folder)
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(text, attn_implementation=attention.NAME)
     llm.config.use_cache = False
-    named = {f"llm.{name}": tuple(weight.shape) for name, weight in llm.named_parameters()}
-    table = [
-        replace(
-            entry,
-            original=entry.original.removeprefix("language_model."),
-            ours=tuple(name.removeprefix("llm.") for name in entry.ours),
-        )
-        for entry in entries(named, Heads.of(text))
-    ]
+    shapes = {name: tuple(weight.shape) for name, weight in llm.named_parameters()}
+    table = part_entries(shapes, "llm.", "language_model.", Heads.of(text))
     shards = Shards.find(folder)
     shards.compare({entry.original: entry.shape for entry in table}, [HEAD] if text.tie_word_embeddings else [])
     if quantize is not Quantize.none:

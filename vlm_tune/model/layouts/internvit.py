@@ -1,21 +1,20 @@
 """An encoder's folder alone: transformers' and timm's own kinds, and InternViT's, whose code is not run."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoModel
 
-from vlm_tune.model.folders import model_kind
+from vlm_tune.model import attention
+from vlm_tune.model.folders import model_kind, read_json
+from vlm_tune.model.layouts.fill import fill
 from vlm_tune.model.layouts.official_config import vision_config
-from vlm_tune.model.layouts.official_keys import entries
+from vlm_tune.model.layouts.official_keys import part_entries
 from vlm_tune.model.layouts.weights import Shards
 from vlm_tune.model.vision import load_tower
 
 KIND = "intern_vit_6b"  # of InternViT-300M too
-OURS, THEIRS = "vision.tower.", "vision_model."  # inside a whole model
 
 
 def load_encoder(folder: Path, dtype: torch.dtype) -> Any:
@@ -25,16 +24,12 @@ def load_encoder(folder: Path, dtype: torch.dtype) -> Any:
     """
     if model_kind(folder) != KIND:
         return load_tower(folder, dtype)
-    config = vision_config({"vision_config": json.loads((folder / "config.json").read_text(encoding="utf-8"))})
+    config = vision_config({"vision_config": read_json(folder)})
     with torch.device("meta"):
-        tower = AutoModel.from_config(config, attn_implementation="sdpa")
-    named = {OURS + name: tuple(weight.shape) for name, weight in tower.named_parameters()}
-    table = {entry.original.removeprefix(THEIRS): entry for entry in entries(named, None)}
+        tower = AutoModel.from_config(config, attn_implementation=attention.NAME)
+    shapes = {name: tuple(weight.shape) for name, weight in tower.named_parameters()}
+    table = part_entries(shapes, "vision.tower.", "vision_model.")
     shards = Shards.find(folder)
-    shards.compare({name: entry.shape for name, entry in table.items()})
-    weights: dict[str, Tensor] = {}
-    for key, tensor in shards.read(table):
-        for name, part in zip(table[key].ours, table[key].split(tensor), strict=True):
-            weights[name.removeprefix(OURS)] = part.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    tower.load_state_dict(weights, assign=True)
+    shards.compare({entry.original: entry.shape for entry in table})
+    fill(tower, shards, table, dtype)
     return tower.eval()

@@ -16,11 +16,11 @@ from vlm_tune.config.schema import ModelConfig, Quantize
 from vlm_tune.data.tiles import anyres_grids
 from vlm_tune.errors import ConfigError
 from vlm_tune.model import attention
-from vlm_tune.model.folders import LLAVA_ORIGINAL, find_folder, model_kind
+from vlm_tune.model.folders import LLAVA_ORIGINAL, find_folder, model_kind, read_json
 from vlm_tune.model.isolation import check_language_model
 from vlm_tune.model.layouts.loaded import Loaded
 from vlm_tune.model.layouts.weights import Shards, write_shards
-from vlm_tune.model.llava import TOKENS, read_json, read_original, tower_config, vision_folder
+from vlm_tune.model.llava import TOKENS, read_original, tower_config, vision_folder
 from vlm_tune.model.llm import add_tokens, guard_4bit, load_tokenizer, quantization
 from vlm_tune.model.projector import Projector
 from vlm_tune.model.vision import VisionEncoder, load_tower, resample_positions, whole_tower, whole_weights

@@ -1,6 +1,5 @@
 """What lies beside the weights of a llava-hf folder: tokenizer, chat template and picture settings, as trained."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from vlm_tune.config.schema import ModelConfig, TileRule
 from vlm_tune.data.encode import Encoder
 from vlm_tune.data.tiles import anyres_grids, find_normalization
 from vlm_tune.errors import ConfigError
+from vlm_tune.model.folders import read_json
 from vlm_tune.model.layouts.processor import jinja_template, show_content
 
 
@@ -30,7 +30,7 @@ def save_llava_processor(
     not know.
     """
     pictures = picture_processor(model, encoder.settings.newline)
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder)
     template = jinja_template(encoder.template, model.system, show_content(encoder.settings.image_context))
     tokenizer.save_pretrained(folder)
     kind = LlavaNextProcessor if encoder.settings.newline else LlavaProcessor

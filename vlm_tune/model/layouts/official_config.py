@@ -4,7 +4,6 @@ The file was written by the repository's own classes: what is missing in it has 
 Sources: InternVL `configuration_internvl_chat.py`, `configuration_intern_vit.py`, `configuration_internlm2.py`.
 """
 
-import json
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from transformers import (
 from vlm_tune.config.schema import ModelConfig, ProjectorConfig, TileRule
 from vlm_tune.data.templates import Template, load_template
 from vlm_tune.errors import CheckpointError, ConfigError
+from vlm_tune.model.folders import read_json
 from vlm_tune.model.vlm import VisionLanguageModel
 
 KIND = "internvl_chat"
@@ -59,7 +59,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     Raises CheckpointError where it is not of this layout, or its adapters were never merged.
     """
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder)
     for key in ("vision_config", "llm_config"):
         if not isinstance(config.get(key), dict):
             raise CheckpointError(f"{folder}/config.json: {key} is missing: it is no whole InternVLChatModel folder")

@@ -5,7 +5,7 @@ Sources: InternVL `tools/internvl_custom2hf.py`, `modeling_internlm2.py` (wqkv),
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -103,6 +103,18 @@ def entries(shapes: Mapping[str, Shape], heads: Heads | None) -> list[Entry]:
         shape = (rows, *rest) if shapes[names[0]] else ()
         found.append(Entry(original, tuple(names), shape, heads if is_llm else None))
     return found
+
+
+def part_entries(shapes: Mapping[str, Shape], ours: str, original: str, heads: Heads | None = None) -> list[Entry]:
+    """List the tensors of one part in a folder of its own, whose names lack the prefixes of a whole model."""
+    return [
+        replace(
+            entry,
+            original=entry.original.removeprefix(original),
+            ours=tuple(name.removeprefix(ours) for name in entry.ours),
+        )
+        for entry in entries({ours + name: shape for name, shape in shapes.items()}, heads)
+    ]
 
 
 def original_name(name: str, is_internlm2: bool) -> str:

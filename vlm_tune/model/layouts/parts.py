@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vlm_tune.config.schema import ModelConfig, ProjectorConfig, Quantize
-from vlm_tune.model.folders import PARTS_SETTINGS
+from vlm_tune.config.schema import ModelConfig, Quantize
+from vlm_tune.model.folders import PARTS_SETTINGS, read_parts
 from vlm_tune.model.layouts.internlm2 import load_language_model
 from vlm_tune.model.layouts.internvit import load_encoder
 from vlm_tune.model.layouts.loaded import Loaded
@@ -61,11 +61,8 @@ def spoken(llm: PreTrainedModel) -> Tensor:
 
 def load(folder: Path, model: ModelConfig, dtype: torch.dtype, quantize: Quantize) -> Loaded:
     """Load a folder that `save` wrote."""
-    settings = json.loads((folder / PARTS_SETTINGS).read_text(encoding="utf-8"))
-    model.projector = ProjectorConfig(**settings["projector"])
-    model.vision.select_layer = settings["select_layer"]
-    model.vision.normalize = settings["normalize"]
-    loaded = join(folder / "vision", folder / "llm", model, dtype, quantize, settings.get("keeps_class", False))
+    keeps_class = read_parts(folder, model)
+    loaded = join(folder / "vision", folder / "llm", model, dtype, quantize, keeps_class)
     loaded.vlm.projector.load_state_dict(load_file(folder / PROJECTOR))
     return loaded
 
