@@ -13,32 +13,21 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-STARTED = time.time()
+import numpy as np
+import torch
+from plots import bars, lines
+from speed_steps import run_steps
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from vlm_tune.cli import quiet_libraries  # noqa: E402 (its environment must stand before torch is imported)
-
-quiet_libraries()
-
-import lightning as L  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from plots import bars, lines  # noqa: E402
-from torch.profiler import ProfilerActivity, profile  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
-
-from vlm_tune.config.parse import load_config  # noqa: E402
-from vlm_tune.data.batch import Batch  # noqa: E402
-from vlm_tune.data.datamodule import DataModule  # noqa: E402
-from vlm_tune.data.recipe import run_recipe  # noqa: E402
-from vlm_tune.model.build import build_model  # noqa: E402
-from vlm_tune.model.fill_cache import use_feature_cache  # noqa: E402
-from vlm_tune.model.parts import apply_stage  # noqa: E402
-from vlm_tune.training.module import VlmModule  # noqa: E402
-from vlm_tune.training.trainer import make_trainer  # noqa: E402
+from vlm_tune.config.parse import load_config
+from vlm_tune.data.datamodule import DataModule
+from vlm_tune.data.encode import Encoder
+from vlm_tune.data.recipe import run_recipe
 
 HERE = Path(__file__).resolve().parent
 STEPS, WARM = 6, 2
@@ -52,50 +41,27 @@ KINDS = {
 }
 
 
-class Clock(L.Callback):
-    """Write down processor seconds and tokens of each step."""
-
-    def __init__(self) -> None:
-        self.steps: list[tuple[float, int]] = []
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start."""
-        self.startup, self.last = time.time() - STARTED, time.process_time()
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
-        """Count."""
-        now = time.process_time()
-        self.steps.append((now - self.last, batch.num_tokens))
-        self.last = now
-
-
 def measure(overrides: list[str], is_profiled: bool = False) -> dict[str, Any]:
     """Train a few steps; return processor microseconds a token, peak memory, start-up, and the profile by kind."""
     quiet = ["trainer={global_batch: 1, chat_every: 0, val_every: 1000, save_every: 1000}", f"stage.max_steps={STEPS}"]
     config = load_config([*overrides, *quiet])
-    model = build_model(config)
-    apply_stage(model.vlm, config)
-    data = DataModule(config, model.encoder)
-    data.setup()
-    clock = Clock()
-    with tempfile.TemporaryDirectory() as run:
-        (Path(run) / "checkpoints").mkdir()
-        trainer = make_trainer(config, STEPS, Path(run), [clock])
-        use_feature_cache(model.vlm, data, config, trainer.strategy.root_device)
-        watched = profile(activities=[ProfilerActivity.CPU]) if is_profiled else None
-        if watched:
-            watched.start()
-        trainer.fit(VlmModule(model, config, STEPS), datamodule=data)
-        if watched:
-            watched.stop()
+    made: dict[str, Any] = {"steps": []}
+
+    def open_rows(encoder: Encoder) -> DataModule:
+        data = DataModule(config, encoder)
+        data.setup()
+        return data
+
+    watched = profile(activities=[ProfilerActivity.CPU]) if is_profiled else nullcontext()
+    run_steps(config, STEPS, open_rows, made, watched)
     result: dict[str, Any] = {
-        "microseconds_per_token": statistics.median(seconds / tokens * 1e6 for seconds, tokens in clock.steps[WARM:]),
+        "microseconds_per_token": statistics.median(
+            step["cpu"] / step["nonpad"] * 1e6 for step in made["steps"][WARM:]
+        ),
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "startup_s": clock.startup,
+        "startup_s": made["startup_s"],
     }
-    return result | ({"profile": by_kind(watched)} if watched else {})
+    return result | ({"profile": by_kind(watched)} if is_profiled else {})
 
 
 def by_kind(watched: Any) -> dict[str, float]:
@@ -179,7 +145,9 @@ def main() -> None:
 def ask(overrides: list[str], *options: str) -> dict[str, Any]:
     """Measure one point in a process of its own."""
     command = [sys.executable, __file__, "--one", json.dumps(overrides), *options]
-    made = subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ))
+    made = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=os.environ | {"GOMP_SPINCOUNT": "10000"}
+    )
     answer: dict[str, Any] = json.loads(made.stdout.splitlines()[-1])
     return answer
 

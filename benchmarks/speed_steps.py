@@ -15,6 +15,8 @@ import os
 import resource
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,10 @@ import torch  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
 from vlm_tune.config.parse import load_config  # noqa: E402
+from vlm_tune.config.schema import Config  # noqa: E402
 from vlm_tune.data.batch import Batch  # noqa: E402
 from vlm_tune.data.datamodule import DataModule, MicroBatches, Part  # noqa: E402
+from vlm_tune.data.encode import Encoder  # noqa: E402
 from vlm_tune.data.stream import MicroBatch  # noqa: E402
 from vlm_tune.model.build import build_model  # noqa: E402
 from vlm_tune.model.fill_cache import use_feature_cache  # noqa: E402
@@ -131,15 +135,13 @@ def main() -> None:
     assets = Path(os.environ["BENCH_WORK"]) / "assets"
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     result: dict[str, Any] = {"steps": []}
-    with tempfile.TemporaryDirectory() as run:
-        (Path(run) / "checkpoints").mkdir()
-        train(arguments, assets, result, Path(run))
+    train(arguments, assets, result)
     result["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     Path(os.environ["BENCH_OUT"]).write_text(json.dumps(result), encoding="utf-8")
 
 
-def train(arguments: argparse.Namespace, assets: Path, result: dict[str, Any], run: Path) -> None:
-    """Run the trainer in a folder."""
+def train(arguments: argparse.Namespace, assets: Path, result: dict[str, Any]) -> None:
+    """Train on the rows of the other trainers."""
     config = load_config(
         [
             *STAGES[arguments.workload],
@@ -162,16 +164,38 @@ def train(arguments: argparse.Namespace, assets: Path, result: dict[str, Any], r
             f"trainer.precision={arguments.dtype}",
         ]
     )
+    max_length = arguments.max_length if arguments.packing else None
+
+    def open_rows(encoder: Encoder) -> DataModule:
+        data = InFileOrder(config, encoder)
+        data.setup()
+        data.plan(arguments.bs, arguments.steps, max_length)
+        return data
+
+    run_steps(config, arguments.steps, open_rows, result)
+
+
+def run_steps(
+    config: Config,
+    num_steps: int,
+    open_rows: Callable[[Encoder], DataModule],
+    result: dict[str, Any],
+    watch: AbstractContextManager[Any] = nullcontext(),  # noqa: B008 (it holds nothing)
+) -> None:
+    """Train some steps as a run does, in a folder of its own; each step's time and counts go into the result.
+
+    `watch` is entered for the steps alone.
+    """
     L.seed_everything(config.seed, workers=True, verbose=False)
     model = build_model(config)
     apply_stage(model.vlm, config)
-    data = InFileOrder(config, model.encoder)
-    data.setup()
-    data.plan(arguments.bs, arguments.steps, arguments.max_length if arguments.packing else None)
-    module = VlmModule(model, config, arguments.steps)
-    trainer = make_trainer(config, arguments.steps, run, [Clock(result)])
-    use_feature_cache(model.vlm, data, config, trainer.strategy.root_device)
-    trainer.fit(module, datamodule=data)
+    data = open_rows(model.encoder)
+    with tempfile.TemporaryDirectory() as run:
+        (Path(run) / "checkpoints").mkdir()
+        trainer = make_trainer(config, num_steps, Path(run), [Clock(result)])
+        use_feature_cache(model.vlm, data, config, trainer.strategy.root_device)
+        with watch:
+            trainer.fit(VlmModule(model, config, num_steps), datamodule=data)
 
 
 if __name__ == "__main__":
