@@ -90,12 +90,8 @@ class Examiner:
         assert self.test is not None
         answers = []
         for question, before, after in zip(self.shown, chats.before, chats.now, strict=True):
-            pictures = question.sample.pictures
-            path = (
-                str(self.test.root / pictures[0].path)
-                if pictures and pictures[0].path and pictures[0].frame is None
-                else None
-            )
+            first = question.sample.pictures[0] if question.sample.pictures else None
+            path = str(self.test.root / first.path) if first and first.path and first.frame is None else None
             entry = {"picture": path, "question": question.text, "expected": question.expected}
             answers.append(entry | {"before": before, "after": after})
         return answers
