@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from vlm_tune.model import attention
 from vlm_tune.model.attention import Segments
-from vlm_tune.model.attention_cpu import SHORT, Groups, attend_all
+from vlm_tune.model.attention_cpu import SHORT, attend_all, lay_out
 
 PACKS = {
     "short": [5, 7, 9, 40, 41],
@@ -113,12 +113,13 @@ def test_without_the_plan_the_samples_would_see_one_another(packed):
 
 
 @pytest.mark.parametrize("lengths", PACKS.values(), ids=PACKS)
-def test_each_token_has_one_place_in_the_groups(lengths):
-    groups = Groups(lengths)
-    places = groups.order.tolist()
-    assert len(set(places)) == len(places) == sum(lengths)
-    assert groups.gather[groups.order].tolist() == list(range(sum(lengths)))
-    assert len(groups.gather) == sum(count * width for _, count, width in groups.shapes)
+def test_each_token_has_one_place_per_head_in_the_layout(lengths):
+    layout = lay_out(tuple(lengths), 6, 2)
+    for places, rows, heads in ((layout.to_queries, layout.queries, 6), (layout.to_keys, layout.keys, 2)):
+        assert len(set(places.tolist())) == len(places) == sum(lengths) * heads
+        assert rows[places].tolist() == list(range(sum(lengths) * heads))
+    real = torch.ones(len(layout.queries), dtype=torch.bool).index_fill(0, layout.padding, False)
+    assert real.nonzero().flatten().tolist() == sorted(layout.to_queries.tolist())
 
 
 def test_vision_attention_by_products_equals_sdpa():

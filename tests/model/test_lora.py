@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from vlm_tune.model.lora import spare_casts
+from vlm_tune.model.lora import _draw_mask, spare_casts
 
 
 def make_layer(**options):
@@ -28,6 +28,13 @@ def outcome(part, dtype):
     return [output, *torch.autograd.grad(output.float().square().sum(), [inputs, *adapter])]
 
 
+class OurMask(nn.Module):
+    """Drop what our function would drop."""
+
+    def forward(self, inputs):
+        return inputs * _draw_mask(inputs, 0.3) / 0.7
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"use_rslora": True}, {"lora_dropout": 0.3}], ids=["plain", "rslora", "dropout"]
 )
@@ -35,6 +42,9 @@ def outcome(part, dtype):
 def test_outputs_and_gradients_equal_those_of_peft(options, dtype):
     wanted, ours = make_layer(**options), make_layer(**options)
     spare_casts(ours)
+    if "lora_dropout" in options:
+        for layer in wanted:
+            layer.lora_dropout["default"] = OurMask()
     if dtype != torch.float32:  # as in a run: the frozen base in 16 bit, the adapter in float32
         for part in (wanted, ours):
             for name, weight in part.named_parameters():
@@ -60,3 +70,60 @@ def test_a_merged_layer_adds_nothing_twice():
     for layer in part:
         layer.merge()
     torch.testing.assert_close(part(inputs), beside)
+
+
+class Attention(nn.Module):
+    """Three layers that read the same input, as in a decoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(12, 16), nn.Linear(12, 8), nn.Linear(12, 8, bias=False)
+
+    def forward(self, inputs):
+        return torch.cat([self.v_proj(inputs), self.q_proj(inputs), self.k_proj(inputs)], dim=-1)
+
+
+def make_attention(targets):
+    torch.manual_seed(0)
+    part = nn.Sequential(Attention()).requires_grad_(False)
+    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=6, target_modules=targets), part)
+    for name, weight in part.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight)
+    return part
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "k_proj", "v_proj"], ["q_proj", "v_proj"]], ids=["all", "some"])
+def test_layers_of_one_input_equal_those_of_peft(targets):
+    wanted, ours = make_attention(targets), make_attention(targets)
+    spare_casts(ours)
+    for one, other in zip(outcome(ours, torch.float32), outcome(wanted, torch.float32), strict=True):
+        torch.testing.assert_close(one / other.abs().max(), other / other.abs().max())
+
+
+def test_layers_of_one_input_read_a_new_input_anew_and_hold_none():
+    part = make_attention(["q_proj", "k_proj", "v_proj"])
+    spare_casts(part)
+    readers = part[0].q_proj.forward.args[1].func.__self__
+    first, second = torch.randn(3, 12), torch.randn(3, 12)
+    alone = part[0].k_proj(second)
+    assert torch.equal(part[0].k_proj(second), alone)  # asked twice
+    part(first)
+    assert readers.input is None
+    assert torch.equal(part(second)[:, 24:], alone)
+
+
+def test_a_mask_drops_the_share_that_was_asked_for():
+    torch.manual_seed(0)
+    mask = _draw_mask(torch.empty(400, 501), 0.05)
+    assert set(mask.unique().tolist()) == {0.0, 1.0}
+    assert abs(float((mask == 0).float().mean()) - 0.05) < 0.002
+    assert not torch.equal(mask, _draw_mask(mask, 0.05))
+
+
+def test_no_adapter_is_dropped_in_eval_mode():
+    part = make_layer(lora_dropout=0.5)
+    spare_casts(part)
+    part.eval()
+    inputs = torch.randn(3, 12)
+    assert torch.equal(part(inputs), part(inputs))

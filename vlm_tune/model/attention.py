@@ -6,7 +6,6 @@ language model's forward pass. Without it (generation, padded batches) plain SDP
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -17,21 +16,16 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vlm_tune.model.attention_cpu import Groups, PackedProducts, attend_all
+from vlm_tune.model.attention_cpu import PackedProducts, attend_all, lay_out
 
 NAME = "packed"
 
 
 @dataclass(frozen=True)
 class Segments:
-    """The samples of a packed row. Made once a batch, used by every layer."""
+    """The lengths of the samples of a packed row."""
 
     lengths: list[int]
-
-    @cached_property
-    def groups(self) -> Groups:
-        """The samples side by side, for attention by products."""
-        return Groups(self.lengths)
 
 
 def uses_products(tensor: Tensor) -> bool:
@@ -58,7 +52,8 @@ def packed_attention(
     if uses_products(query) and (window is None or max(segments.lengths) <= window):
         # q has all heads, k and v have kv_heads
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (L, _, d)
-        made: Tensor = PackedProducts.apply(q, k, v, segments.groups, scale)
+        layout = lay_out(tuple(segments.lengths), q.shape[1], k.shape[1])
+        made: Tensor = PackedProducts.apply(q, k, v, layout, scale)
         return made.unsqueeze(0), None
     parts = [tensor.split(segments.lengths, dim=2) for tensor in (query, key, value)]
     outputs = [_attend(q, k, v, scale, window) for q, k, v in zip(*parts, strict=True)]

@@ -1,12 +1,13 @@
-"""Attention in 16 bit on a CPU, by matrix products over blocks: about twice as fast as SDPA's kernel there.
+"""Attention in 16 bit on a CPU, by matrix products over samples and blocks: faster than SDPA's kernel there.
 
 SDPA reaches a quarter of the rate of a bf16 matrix product on a CPU. Here samples of like length are multiplied
-together, the scores of one block of queries stay in the processor's cache, later keys are skipped, and nothing but
-query, key and value is kept for the backward pass. Scores are rounded to 16 bit before the softmax, as in transformers'
+together, long ones in blocks of queries whose scores stay in the processor's cache, and later keys are skipped. Very
+long samples keep no scores for the backward pass. Scores are rounded to 16 bit before the softmax, as in transformers'
 eager attention. Figures: benchmarks/README.md.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
@@ -15,32 +16,81 @@ import torch
 from torch import Tensor
 
 BLOCK = 128  # queries of a long sample whose scores exist at one time
-SHORT = 192  # tokens of a sample that is one block
-WASTE = 1.2  # samples that are multiplied together are padded to at most this multiple of the shortest one,
+SHORT = 256  # tokens of a sample that is one block
+KEPT = 1024  # tokens of a sample whose shares are kept for the backward pass; those of longer ones are computed again
+WASTE = 1.5  # samples that are multiplied together are padded to at most this multiple of the shortest one,
 TOGETHER = 2048  # and have about so many tokens in all
 
 
-class Groups:
-    """Where the samples of a pack stand when those of like length are side by side.
+@dataclass(frozen=True)
+class Block:
+    """The same queries of samples of like length, and the keys that they may see.
 
-    gather  (J,) the token at each place; a padded place repeats its sample's first token
-    order   (L,) the place of each token
-    shapes  (first place, samples, places of a sample) of each group
+    queries  rows of the gathered queries: (batch, heads/kv_heads, num_queries), batch = samples * kv_heads
+    keys     rows of the gathered keys: (batch, places of a sample), of which the first `stop` are seen
     """
 
-    def __init__(self, lengths: Sequence[int]) -> None:
+    queries: slice
+    keys: slice
+    batch: int
+    num_queries: int
+    stop: int
+    is_kept: bool
+
+
+class Layout:
+    """Where the tokens of a pack stand when samples of like length are side by side, head by head.
+
+    queries  (R,) the row of (L*heads) at each place; a padded place repeats its sample's first token
+    keys     (S,) the row of (L*kv_heads) at each place
+    to_queries, to_keys  (L*heads,), (L*kv_heads,) the place of each row
+    padding  (_,) the padded places of queries
+    """
+
+    def __init__(self, lengths: Sequence[int], heads: int, kv_heads: int) -> None:
         starts = list(accumulate(lengths, initial=0))[:-1]
-        self.shapes: list[tuple[int, int, int]] = []
-        gather, self.order, first = [], torch.empty(sum(lengths), dtype=torch.long), 0
+        self.blocks: list[Block] = []
+        queries, keys, is_query, is_key = [], [], [], []
+        num_queries = num_keys = 0
+        by_group = torch.arange(heads).view(kv_heads, -1, 1)
+        by_head = torch.arange(kv_heads).view(-1, 1)
         for group in _alike(sorted(zip(lengths, starts, strict=True))):
             width = group[-1][0]
-            self.shapes.append((first, len(group), width))
-            for length, start in group:
-                places = torch.arange(width)
-                gather.append(start + places.where(places < length, 0))
-                self.order[start : start + length] = first + places[:length]
-                first += width
-        self.gather = torch.cat(gather)
+            places = torch.arange(width)
+            is_real = places < torch.tensor([length for length, _ in group]).unsqueeze(1)  # (n, W)
+            tokens = torch.tensor([start for _, start in group]).unsqueeze(1) + places * is_real  # (n, W)
+            batch = len(group) * kv_heads
+            rows = tokens[:, None] * kv_heads + by_head  # (n, kv_heads, W)
+            keys.append(rows.flatten())
+            is_key.append(is_real[:, None].expand_as(rows).flatten())
+            own = slice(num_keys, num_keys + rows.numel())
+            num_keys = own.stop
+            for block in _blocks(width):
+                rows = tokens[:, None, None, block] * heads + by_group  # (n, kv_heads, heads/kv_heads, b)
+                queries.append(rows.flatten())
+                is_query.append(is_real[:, None, None, block].expand_as(rows).flatten())
+                asked = slice(num_queries, num_queries + rows.numel())
+                num_queries = asked.stop
+                self.blocks.append(Block(asked, own, batch, rows.shape[-1], block.stop, width <= KEPT))
+        self.queries, self.keys = torch.cat(queries), torch.cat(keys)
+        is_q, is_k = torch.cat(is_query), torch.cat(is_key)
+        self.padding = (~is_q).nonzero().flatten()
+        self.to_queries = _inverse(self.queries, is_q)
+        self.to_keys = _inverse(self.keys, is_k)
+
+
+@lru_cache(maxsize=4)
+def lay_out(lengths: tuple[int, ...], heads: int, kv_heads: int) -> Layout:
+    """Make the layout of a pack once for all layers."""
+    return Layout(lengths, heads, kv_heads)
+
+
+def _inverse(rows: Tensor, is_real: Tensor) -> Tensor:
+    """Find the place of each row: real places hold every row once."""
+    places = is_real.nonzero().flatten()
+    inverse = torch.empty_like(places)
+    inverse[rows[places]] = places
+    return inverse
 
 
 def _alike(samples: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
@@ -54,6 +104,12 @@ def _alike(samples: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
     return groups
 
 
+def _blocks(width: int) -> list[slice]:
+    if width <= SHORT:
+        return [slice(0, width)]
+    return [slice(start, min(start + BLOCK, width)) for start in range(0, width, BLOCK)]
+
+
 class PackedProducts(torch.autograd.Function):
     """Attend causally within each sample of a pack: query (L, heads, d), key and value (L, kv_heads, d) -> as query.
 
@@ -62,85 +118,71 @@ class PackedProducts(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: D102
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, groups: Groups, scale: float
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float
     ) -> Tensor:
-        ctx.save_for_backward(query, key, value)
-        ctx.groups, ctx.scale = groups, scale
-        joined = [tensor.index_select(0, groups.gather) for tensor in (query, key, value)]
-        output = torch.empty_like(joined[0])
-        for first, count, width in groups.shapes:
-            rows = slice(first, first + count * width)
-            q, k, v = (_by_head(tensor[rows], count, key.shape[1]) for tensor in joined)
-            q *= scale
-            made = torch.empty_like(q)
-            for block in _blocks(width):
-                made[:, :, block] = (_shares(q, k, block) @ v[:, 0, : block.stop]).view_as(made[:, :, block])
-            output[rows] = _by_token(made, count)
-        return output.index_select(0, groups.order)
+        size = query.shape[-1]
+        queries = query.reshape(-1, size).index_select(0, layout.queries).mul_(scale)  # (R, d)
+        keys, values = (tensor.reshape(-1, size).index_select(0, layout.keys) for tensor in (key, value))  # (S, d)
+        made = torch.empty_like(queries)
+        kept = []
+        for block in layout.blocks:
+            q, k, v = _of(block, queries, keys, values)
+            shares = _shares(q, k, block)
+            torch.bmm(shares, v, out=made[block.queries].view_as(q))
+            kept += [shares] if block.is_kept else []
+        ctx.save_for_backward(queries, keys, values, *kept)
+        ctx.layout, ctx.scale = layout, scale
+        return made.index_select(0, layout.to_queries).view_as(query)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor, Tensor, None, None]:  # noqa: D102
-        groups, kv_heads = ctx.groups, ctx.saved_tensors[1].shape[1]
-        joined = [tensor.index_select(0, groups.gather) for tensor in ctx.saved_tensors]
-        joined.append(torch.zeros_like(joined[0]).index_copy_(0, groups.order, gradients[0]))
-        made = [torch.empty_like(tensor) for tensor in joined[:3]]
-        for first, count, width in groups.shapes:
-            rows = slice(first, first + count * width)
-            q, k, v, d_output = (_by_head(tensor[rows], count, kv_heads) for tensor in joined)
-            q *= ctx.scale
-            d_q, d_k, d_v = _backward(q, k, v, d_output)
-            for whole, part in zip(made, (d_q.mul_(ctx.scale), d_k, d_v), strict=True):
-                whole[rows] = _by_token(part, count)
-        d_query, d_key, d_value = (tensor.index_select(0, groups.order) for tensor in made)
-        return d_query, d_key, d_value, None, None
+        queries, keys, values, *kept = ctx.saved_tensors
+        layout: Layout = ctx.layout
+        size = queries.shape[-1]
+        d_made = gradients[0].reshape(-1, size).index_select(0, layout.queries)
+        d_made.index_fill_(0, layout.padding, 0)
+        d_queries = torch.empty_like(queries)
+        d_keys, d_values = (
+            torch.zeros_like(tensor, dtype=torch.float32) for tensor in (keys, values)
+        )  # sums of blocks
+        for block in layout.blocks:
+            q, k, v = _of(block, queries, keys, values)
+            shares = kept.pop(0) if block.is_kept else _shares(q, k, block)  # (_, _, stop)
+            d_out = d_made[block.queries].view_as(q)
+            d_k, d_v = (
+                tensor[block.keys].view(block.batch, -1, size)[:, : block.stop] for tensor in (d_keys, d_values)
+            )
+            d_v += shares.transpose(1, 2) @ d_out
+            d_shares = d_out @ v.transpose(1, 2)
+            d_scores = torch.ops.aten._softmax_backward_data(d_shares, shares, -1, shares.dtype)
+            torch.bmm(d_scores, k, out=d_queries[block.queries].view_as(q))
+            d_k += d_scores.transpose(1, 2) @ q
+        d_query = d_queries.index_select(0, layout.to_queries).mul_(ctx.scale).view_as(gradients[0])
+        d_key, d_value = (tensor.to(keys.dtype).index_select(0, layout.to_keys) for tensor in (d_keys, d_values))
+        shape = (len(d_query), -1, size)
+        return d_query, d_key.view(shape), d_value.view(shape), None, None
 
 
-def _backward(q: Tensor, k: Tensor, v: Tensor, d_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Go back through one group; sums over blocks are in float32. The softmax is computed again, not kept."""
-    d_q = torch.empty_like(q)
-    d_k, d_v = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
-    for block in _blocks(q.shape[2]):
-        stop = block.stop
-        shares = _shares(q, k, block)  # (_, _, stop)
-        d_out = d_output[:, :, block].flatten(1, 2)
-        d_v[:, 0, :stop] += shares.transpose(1, 2) @ d_out
-        d_shares = d_out @ v[:, 0, :stop].transpose(1, 2)
-        d_scores = torch.ops.aten._softmax_backward_data(d_shares, shares, -1, shares.dtype)
-        d_q[:, :, block] = (d_scores @ k[:, 0, :stop]).view_as(d_q[:, :, block])
-        d_k[:, 0, :stop] += d_scores.transpose(1, 2) @ q[:, :, block].flatten(1, 2)
-    return d_q, d_k, d_v
+def _of(block: Block, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Take a block's queries (batch, heads/kv_heads * b, d) and the keys and values that it sees (batch, stop, d)."""
+    size = queries.shape[-1]
+    k, v = (tensor[block.keys].view(block.batch, -1, size)[:, : block.stop] for tensor in (keys, values))
+    return queries[block.queries].view(block.batch, -1, size), k, v
 
 
-def _by_head(tokens: Tensor, count: int, kv_heads: int) -> Tensor:
-    """(n*W, heads, d) -> (n*kv_heads, heads/kv_heads, W, d), for n samples of W tokens; a copy."""
-    grouped = tokens.view(count, -1, kv_heads, tokens.shape[1] // kv_heads, tokens.shape[2])
-    return grouped.permute(0, 2, 3, 1, 4).contiguous().flatten(0, 1)
-
-
-def _by_token(heads: Tensor, count: int) -> Tensor:
-    """(n*kv_heads, heads/kv_heads, W, d) -> (n*W, heads, d)."""
-    return heads.unflatten(0, (count, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
-
-
-def _blocks(width: int) -> list[slice]:
-    if width <= SHORT:
-        return [slice(0, width)]
-    return [slice(start, min(start + BLOCK, width)) for start in range(0, width, BLOCK)]
-
-
-def _shares(q: Tensor, k: Tensor, block: slice) -> Tensor:
-    """Softmax of the scores of one block of queries on all keys up to it: (n*kv_heads, groups*b, stop)."""
-    queries = q[:, :, block].flatten(1, 2)  # (_, _, d)
-    scores = queries @ k[:, 0, : block.stop].transpose(1, 2)
-    width = block.stop - block.start
-    scores.view(*q.shape[:2], width, block.stop)[..., block].masked_fill_(_future(width), float("-inf"))
+def _shares(q: Tensor, k: Tensor, block: Block) -> Tensor:
+    """Softmax of the scores of a block: (batch, heads/kv_heads * b, stop)."""
+    scores = q @ k.transpose(1, 2)
+    width = block.num_queries
+    last = scores.view(block.batch, -1, width, block.stop)[..., block.stop - width :]
+    last.add_(_future(width, scores.dtype))  # several times as fast as filling by a mask
     return scores.softmax(-1)
 
 
 @lru_cache(maxsize=256)
-def _future(width: int) -> Tensor:
-    """Mark the keys that come after each query: (W, W)."""
-    return torch.ones(width, width, dtype=torch.bool).triu(1)
+def _future(width: int, dtype: torch.dtype) -> Tensor:
+    """Minus infinity at the keys that come after each query: (W, W)."""
+    return torch.full((width, width), float("-inf"), dtype=dtype).triu(1)
 
 
 def attend_all(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -1,7 +1,8 @@
 """LoRA's arithmetic: peft's layers and weights, without the casts and passes of their forward function.
 
 peft computes `base(x) + lora_B(lora_A(dropout(x))) * scaling`, with x cast to float32 and, under autocast, back again;
-at the widths of small models these passes cost as much as the products. Here the products alone remain.
+at the widths of small models these passes cost as much as the products. Here the products alone remain, and layers that
+read the same input are computed together.
 """
 
 from functools import partial
@@ -10,28 +11,144 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 ADAPTER = "default"  # the name that peft gives an adapter by itself
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # as every decoder of transformers names them
 
 
 def spare_casts(part: nn.Module) -> None:
-    """Let every plain LoRA layer of a part compute by `AddLowRank`; variants (DoRA) keep peft's own function."""
-    layers: list[Any] = [module for module in part.modules() if isinstance(module, LoraLayer)]
-    for layer in layers:
-        if ADAPTER not in layer.lora_variant:
-            layer.forward = partial(_forward, layer)
+    """Let plain LoRA layers compute by the functions below; variants (DoRA) keep peft's own."""
+    for parent in part.modules():
+        layers: dict[str, Any] = {
+            name: child
+            for name, child in parent.named_children()
+            if isinstance(child, LoraLayer) and ADAPTER not in child.lora_variant
+        }
+        joined = [group for group in SAME_INPUT if all(_is_plain(layers.get(name)) for name in group)]
+        alone = [(name,) for name in layers if not any(name in group for group in joined)]
+        for group in (*joined, *alone):
+            readers = Readers([layers[name] for name in group])
+            for number, layer in enumerate(readers.layers):
+                answer = partial(readers.answer, number) if _is_plain(layer) else partial(_add, layer)
+                layer.forward = partial(_forward, layer, answer)
 
 
-def _forward(layer: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
-    if layer.disable_adapters or layer.merged:
-        output: Tensor = type(layer).forward(layer, x, *args, **options)
+def _is_plain(layer: Any) -> bool:
+    """Tell a LoRA layer beside a frozen linear layer from one beside packed weights."""
+    return layer is not None and type(layer.base_layer) is nn.Linear and not layer.base_layer.weight.requires_grad
+
+
+def _forward(layer: Any, answer: Any, x: Tensor) -> Tensor:
+    output: Tensor = type(layer).forward(layer, x) if layer.disable_adapters or layer.merged else answer(x)
+    return output
+
+
+class Readers:
+    """Layers that read the same input. The first that is asked computes for all; the others hand over their output."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        self.layers = layers
+        self.input: Tensor | None = None
+        self.outputs: list[Tensor | None] = []
+
+    def answer(self, number: int, x: Tensor) -> Tensor:
+        """Return the output of one layer."""
+        if x is not self.input or self.outputs[number] is None:
+            self.input, self.outputs = x, list(self._compute(x))
+        output, self.outputs[number] = self.outputs[number], None
+        assert output is not None
+        if all(rest is None for rest in self.outputs):
+            self.input = None  # nothing is held between two steps
         return output
-    base = layer.base_layer(x, *args, **options)
-    if type(layer.base_layer) is not nn.Linear:  # what another kind of layer returns may not be changed in place
-        base = base.clone()
-    low = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-    output = AddLowRank.apply(  # type: ignore[no-untyped-call]
-        base, layer.lora_dropout[ADAPTER](x), *low, layer.scaling[ADAPTER]
+
+    def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
+        frozen = [(layer.base_layer.weight, layer.base_layer.bias) for layer in self.layers]
+        adapters = [weight for layer in self.layers for weight in _adapter(layer)]
+        first = self.layers[0]
+        dropout = getattr(first.lora_dropout[ADAPTER], "p", 0.0) if first.training else 0.0
+        outputs: tuple[Tensor, ...] = LowRankLinear.apply(  # type: ignore[no-untyped-call]
+            x, frozen, dropout, first.scaling[ADAPTER], *adapters
+        )
+        return outputs
+
+
+def _adapter(layer: Any) -> tuple[Tensor, Tensor]:
+    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+
+
+class LowRankLinear(torch.autograd.Function):
+    """Linear layers of one input, each y = x W^T + b + scaling * (dropout(x) A^T) B^T: x (..., I) -> (..., O) each.
+
+    W (O, I) and b (O,) are frozen; A (r, I) and B (O, r) are kept in float32, and the products are in the type of W or
+    of autocast. The layers share one dropout mask. Source: LoRA, arXiv 2106.09685.
+    """
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any, x: Tensor, frozen: Any, dropout: float, scaling: float, *adapters: Tensor
+    ) -> tuple[Tensor, ...]:
+        device, dtype = x.device.type, frozen[0][0].dtype
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+        rows = x.flatten(0, -2).to(dtype)  # (L, I)
+        mask = _draw_mask(rows, dropout) if dropout else None
+        read = rows if mask is None else rows * mask  # (L, I)
+        kept = 1 / (1 - dropout)  # what remains is scaled up
+        down = (torch.cat(adapters[::2]) * kept).to(dtype)  # (n*r, I)
+        ups = [(up * scaling).to(dtype) for up in adapters[1::2]]
+        lows = (read @ down.T).split([len(each) for each in adapters[::2]], dim=1)  # n of (L, r)
+        outputs = [
+            linear(rows, weight, bias).addmm_(low, up.T)
+            for (weight, bias), low, up in zip(frozen, lows, ups, strict=True)
+        ]
+        ctx.save_for_backward(read, mask, down, *lows, *ups)
+        ctx.weights, ctx.scales, ctx.shape, ctx.dtype = (
+            [weight for weight, _ in frozen],
+            (kept, scaling),
+            x.shape,
+            x.dtype,
+        )
+        return tuple(output.view(*x.shape[:-1], -1) for output in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:  # noqa: D102
+        read, mask, down, *saved = ctx.saved_tensors
+        lows, ups = saved[: len(gradients)], saved[len(gradients) :]
+        d_outputs = [gradient.flatten(0, -2) for gradient in gradients]  # n of (L, O)
+        d_low = torch.cat([d_output @ up for d_output, up in zip(d_outputs, ups, strict=True)], dim=1)  # (L, n*r)
+        kept, scaling = ctx.scales
+        d_downs = ((d_low.T @ read).float() * kept).split([low.shape[1] for low in lows])
+        d_ups = [((low.T @ d_output).T.float() * scaling) for low, d_output in zip(lows, d_outputs, strict=True)]
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            d_x = d_outputs[0] @ ctx.weights[0].to(read.dtype)  # (L, I)
+            for d_output, weight in zip(d_outputs[1:], ctx.weights[1:], strict=True):
+                d_x.addmm_(d_output, weight.to(read.dtype))
+            d_x = d_x.addmm_(d_low, down) if mask is None else d_x.add_((d_low @ down).mul_(mask))
+            d_x = d_x.view(ctx.shape).to(ctx.dtype)
+        pairs = [gradient for pair in zip(d_downs, d_ups, strict=True) for gradient in pair]
+        return d_x, None, None, None, *pairs
+
+
+def _draw_mask(like: Tensor, dropout: float) -> Tensor:
+    """Draw 1 with the chance 1-p, else 0, for each element.
+
+    On a CPU torch asks its generator once for each element, in one thread, which takes longer than a layer's products;
+    16 bits an element are enough.
+    """
+    mask = torch.empty_like(like)
+    if like.device.type != "cpu":
+        return mask.bernoulli_(1 - dropout)
+    words = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-(2**63), None)  # type: ignore[arg-type]
+    bits = words.view(torch.int16)[: like.numel()].view_as(like)
+    return torch.ge(bits, round(dropout * 2**16) - 2**15, out=mask)
+
+
+def _add(layer: Any, x: Tensor) -> Tensor:
+    base = layer.base_layer(x).clone()  # what another kind of layer returns may not be changed in place
+    adapter = _adapter(layer)
+    output: Tensor = AddLowRank.apply(  # type: ignore[no-untyped-call]
+        base, layer.lora_dropout[ADAPTER](x), *adapter, layer.scaling[ADAPTER]
     )
     return output
 
@@ -39,7 +156,7 @@ def _forward(layer: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
 class AddLowRank(torch.autograd.Function):
     """Add scaling * (x A^T) B^T to y, in place: y (..., O), x (..., I), A (r, I), B (O, r) -> (..., O).
 
-    A and B are kept in float32; the products are in the type of y. Source: LoRA, arXiv 2106.09685.
+    For layers beside packed weights (4 and 8 bit), whose own product is another library's.
     """
 
     @staticmethod

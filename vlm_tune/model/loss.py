@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 128  # supervised rows whose logits exist at one time
+CACHE = 2**18  # logits that are worked on at one time on a CPU: in float32 they fit into a core's cache
 
 
 def supervised_loss(hidden: Tensor, head: nn.Module, targets: Tensor, weights: Tensor) -> Tensor:
@@ -38,31 +39,40 @@ def _chunk(hidden: Tensor, head: nn.Module, targets: Tensor, weights: Tensor) ->
 
 
 class FrozenHeadLoss(torch.autograd.Function):
-    """Sum of weighted cross entropies, and its gradient by the hidden states in the same pass.
-
-    With shares p = softmax(z), the gradient of one row's loss by its logits z is p, less 1 at the target.
-    """
+    """Sum of weighted cross entropies, and its gradient by the hidden states in the same pass."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> Tensor:  # noqa: D102
         rows = hidden.to(head.dtype)  # (N, D)
         gradient = torch.empty_like(rows)
-        total = hidden.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(targets), CHUNK):
-            chunk = slice(start, start + CHUNK)
-            target = targets[chunk].unsqueeze(1)  # (_, 1)
-            logits = linear(rows[chunk], head)  # (_, V)
-            shares = logits.softmax(-1, dtype=torch.float32)  # (_, V)
-            largest, place = logits.max(-1, keepdim=True)  # log(sum(exp(z))) = max(z) - log(max(p))
-            losses = largest.float() - shares.gather(1, place).log() - logits.gather(1, target).float()  # (_, 1)
-            total += (losses.squeeze(1) * weights[chunk]).sum()  # no product: autocast would round it
-            shares.scatter_add_(1, target, shares.new_full((1, 1), -1.0).expand_as(target))
-            gradient[chunk] = shares.to(head.dtype) @ head  # weighed later: 16 bit has no room for small weights
+        losses = hidden.new_empty(len(rows), dtype=torch.float32)
+        logits = rows.new_empty(min(CHUNK, len(rows)), len(head))  # (_, V)
+        block = CHUNK if rows.is_cuda else max(2, CACHE // len(head))
+        for start in range(0, len(rows), CHUNK):
+            stop = min(start + CHUNK, len(rows))
+            z = torch.mm(rows[start:stop], head.T, out=logits[: stop - start])
+            for first in range(start, stop, block):
+                some = slice(first, min(first + block, stop))
+                losses[some] = _differentiate(z[first - start : some.stop - start], targets[some])
+            torch.mm(z, head, out=gradient[start:stop])  # weighed later: 16 bit has no room for small weights
         ctx.save_for_backward(gradient, weights)
         ctx.dtype = hidden.dtype
-        return total
+        return (losses * weights).sum()  # no product: autocast would round it
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None]:  # noqa: D102
         gradient, weights = ctx.saved_tensors
         return (gradient * (weights * gradients[0]).unsqueeze(1)).to(ctx.dtype), None, None, None
+
+
+def _differentiate(logits: Tensor, targets: Tensor) -> Tensor:
+    """Replace logits (N, V) by the gradients of the cross entropies, and return these: (N,), float32.
+
+    The gradient of one row's loss by its logits z is softmax(z), less 1 at the target.
+    """
+    target = targets.unsqueeze(1)  # (N, 1)
+    shares = logits.log_softmax(-1, dtype=torch.float32)  # (N, V)
+    right = shares.gather(1, target)  # (N, 1)
+    shares.exp_().scatter_(1, target, right.expm1())
+    logits.copy_(shares)
+    return -right.squeeze(1)

@@ -13,6 +13,7 @@ from vlm_tune.config.schema import Config, LoraConfig, StageConfig, Train
 from vlm_tune.errors import ConfigError
 from vlm_tune.model.layers import drop_paths, recompute
 from vlm_tune.model.lora import spare_casts
+from vlm_tune.model.norm import join_norms
 from vlm_tune.model.vision import layer_list
 from vlm_tune.model.vlm import VisionLanguageModel
 
@@ -47,6 +48,7 @@ def apply_stage(model: VisionLanguageModel, config: Config) -> list[PartSummary]
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    join_norms(model)
     set_aids(model, stage)
     set_modes(model, stage)
     summary = [_summarize(name, getattr(model, name), stage) for name in PARTS]
