@@ -57,10 +57,10 @@ class Layout:
         for group in _alike(sorted(zip(lengths, starts, strict=True))):
             width = group[-1][0]
             places = torch.arange(width)
-            is_real = places < torch.tensor([length for length, _ in group]).unsqueeze(1)  # (n, W)
-            tokens = torch.tensor([start for _, start in group]).unsqueeze(1) + places * is_real  # (n, W)
+            is_real = places < torch.tensor([length for length, _ in group]).unsqueeze(1)  # (n, width)
+            tokens = torch.tensor([start for _, start in group]).unsqueeze(1) + places * is_real  # (n, width)
             batch = len(group) * kv_heads
-            rows = tokens[:, None] * kv_heads + by_head  # (n, kv_heads, W)
+            rows = tokens[:, None] * kv_heads + by_head  # (n, kv_heads, width)
             keys.append(rows.flatten())
             is_key.append(is_real[:, None].expand_as(rows).flatten())
             own = slice(num_keys, num_keys + rows.numel())
@@ -121,8 +121,8 @@ class PackedProducts(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float
     ) -> Tensor:
         size = query.shape[-1]
-        queries = query.reshape(-1, size).index_select(0, layout.queries).mul_(scale)  # (R, d)
-        keys, values = (tensor.reshape(-1, size).index_select(0, layout.keys) for tensor in (key, value))  # (S, d)
+        queries = query.reshape(-1, size).index_select(0, layout.queries).mul_(scale)  # (_, d)
+        keys, values = (tensor.reshape(-1, size).index_select(0, layout.keys) for tensor in (key, value))  # (_, d)
         made = torch.empty_like(queries)
         kept = []
         for block in layout.blocks:

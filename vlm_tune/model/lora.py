@@ -90,11 +90,11 @@ class LowRankLinear(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         device, dtype = x.device.type, frozen[0][0].dtype
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
-        rows = x.flatten(0, -2).to(dtype)  # (L, I)
+        rows = x.flatten(0, -2).to(dtype)  # (L, _)
         mask = _draw_mask(rows, dropout) if dropout else None
-        read = rows if mask is None else rows * mask  # (L, I)
+        read = rows if mask is None else rows * mask  # (L, _)
         kept = 1 / (1 - dropout)  # what remains is scaled up
-        down = (torch.cat(adapters[::2]) * kept).to(dtype)  # (n*r, I)
+        down = (torch.cat(adapters[::2]) * kept).to(dtype)  # (n*r, _)
         ups = [(up * scaling).to(dtype) for up in adapters[1::2]]
         lows = (read @ down.T).split([len(each) for each in adapters[::2]], dim=1)  # n of (L, r)
         outputs = [
@@ -121,7 +121,7 @@ class LowRankLinear(torch.autograd.Function):
         d_ups = [((low.T @ d_output).T.float() * scaling) for low, d_output in zip(lows, d_outputs, strict=True)]
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = d_outputs[0] @ ctx.weights[0].to(read.dtype)  # (L, I)
+            d_x = d_outputs[0] @ ctx.weights[0].to(read.dtype)  # (L, _)
             for d_output, weight in zip(d_outputs[1:], ctx.weights[1:], strict=True):
                 d_x.addmm_(d_output, weight.to(read.dtype))
             d_x = d_x.addmm_(d_low, down) if mask is None else d_x.add_((d_low @ down).mul_(mask))
