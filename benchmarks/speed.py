@@ -1,11 +1,12 @@
 """Speed beside the other trainers on the same work, in one run; write results/speed.json and the table of README.md.
 
-COMMAND: python benchmarks/speed.py --peers FOLDER --work WORK [--reps 3] [--models R,V]
+COMMAND: python benchmarks/speed.py --peers FOLDER --work WORK [--reps 3] [--models R,V,packed]
 FOLDER holds bench.py and setup.sh of the peers; `setup.sh WORK` has built WORK (environments, model, data). The run is
 in turns: every trainer once, then every trainer again. Each has the same environment, threads and rows a step.
 
 Our rows: `ours` is a first epoch, with every picture encoded; `ours_later` a later one, whose features are kept. A
-ratio compares processor seconds a step with those of the best peer on that work.
+ratio compares processor seconds a step with those of the best peer on that work. `packed` is w3 in packs of 1,024
+tokens beside XTuner, the one peer that packs on a CPU, and only in float32; packs differ, so tokens are compared.
 """
 
 import argparse
@@ -22,18 +23,17 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "speed.json"
 STEPS = f"{sys.executable} {HERE / 'speed_steps.py'}"
 OURS = {"ours": STEPS, "ours_later": f"{STEPS} --cache 1"}
-WORKS = {"R": ("w1", "w2", "w3"), "V": ("w2",)}
 NAMES = {("R", "w1"): "w1", ("R", "w2"): "w2", ("R", "w3"): "w3", ("V", "w2"): "v"}
-LEANEST = ("hf", "trl", "llamafactory", "swift")
+PEERS = ("hf", "trl", "llamafactory", "swift")
 
 
-def run(arguments: argparse.Namespace, model: str, work: str) -> None:
+def run(arguments: argparse.Namespace, model: str, work: str, trainers: str, dtypes: str, ours: dict[str, str]) -> None:
     """Run every trainer `reps` times, in turns."""
-    added = [part for name, command in OURS.items() for part in ("--add", f"{name}={command}")]
+    added = [part for name, command in ours.items() for part in ("--add", f"{name}={command}")]
     subprocess.run(
         [
             *(sys.executable, f"{arguments.peers}/bench.py", "--work", arguments.work, "run", "--model", model),
-            *("--workloads", work, "--dtypes", "bf16", "--reps", str(arguments.reps), "--peers", arguments.trainers),
+            *("--workloads", work, "--dtypes", dtypes, "--reps", str(arguments.reps), "--peers", trainers),
             *added,
         ],
         check=True,
@@ -41,10 +41,10 @@ def run(arguments: argparse.Namespace, model: str, work: str) -> None:
     )
 
 
-def read(work_folder: Path, model: str, work: str) -> dict[str, dict[str, float]]:
+def read(work_folder: Path, model: str, work: str, dtype: str = "bf16") -> dict[str, dict[str, float]]:
     """Read the runs of one work: each trainer's medians."""
     runs: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted((work_folder / "res").glob(f"{model}.{work}.bf16.*.json")):
+    for path in sorted((work_folder / "res").glob(f"{model}.{work}.{dtype}.*.json")):
         made = json.loads(path.read_text(encoding="utf-8"))
         if len(made["steps"]) > 2:
             runs.setdefault(path.name.split(".")[3], []).append(made)
@@ -67,7 +67,7 @@ def medians(runs: list[dict[str, Any]]) -> dict[str, float]:
 
 def compare(rows: dict[str, dict[str, float]], floor: float) -> dict[str, Any]:
     """Ratios of one work: to the best peer, and to the floor in seconds of both threads."""
-    peers = {name: row for name, row in rows.items() if name in LEANEST}
+    peers = {name: row for name, row in rows.items() if name in PEERS}
     best = min(row["cpu"] for row in peers.values())
     first, later = rows["ours"], rows["ours_later"]
     return {
@@ -78,6 +78,38 @@ def compare(rows: dict[str, dict[str, float]], floor: float) -> dict[str, Any]:
         "memory_ratio": first["peak_rss_mb"] / min(row["peak_rss_mb"] for row in peers.values()),
         "trainers": rows,
     }
+
+
+def compare_packed(arguments: argparse.Namespace, work_folder: Path) -> dict[str, Any]:
+    """Tokens a processor second in packs: ours in both precisions, as multiples of XTuner's."""
+    run(arguments, "R", "w3p", "xtuner", "fp32,bf16", {"ours": STEPS})
+    rows = {
+        f"{name}, {dtype}": row | {"tokens_per_cpu_s": row["nonpad"] / row["cpu"]}
+        for dtype in ("fp32", "bf16")
+        for name, row in read(work_folder, "R", "w3p", dtype).items()
+    }
+    theirs = rows["xtuner, fp32"]
+    return {
+        "ratio_bf16": rows["ours, bf16"]["tokens_per_cpu_s"] / theirs["tokens_per_cpu_s"],
+        "ratio_fp32": rows["ours, fp32"]["tokens_per_cpu_s"] / theirs["tokens_per_cpu_s"],
+        "memory_ratio": rows["ours, fp32"]["peak_rss_mb"] / theirs["peak_rss_mb"],
+        "trainers": rows,
+    }
+
+
+def packed_table(result: dict[str, Any]) -> str:
+    """Write the comparison of packs as a table."""
+    lines = [
+        "| trainer | non-pad tokens per CPU s | CPU s a step | tokens a step | peak MB | loss 1 | times XTuner |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    best = result["trainers"]["xtuner, fp32"]["tokens_per_cpu_s"]
+    lines += [
+        f"| {name} | {row['tokens_per_cpu_s']:,.0f} | {row['cpu']:.2f} | {row['nonpad']:,.0f} | "
+        f"{row['peak_rss_mb']:,.0f} | {row['loss']:.5f} | {row['tokens_per_cpu_s'] / best:.2f} |"
+        for name, row in result["trainers"].items()
+    ]
+    return "\n".join(lines)
 
 
 def floor_seconds(peers: str, work_folder: Path, model: str, work: str, step: dict[str, float]) -> float:
@@ -103,7 +135,7 @@ def table(results: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for work, result in results.items():
-        best = min(row["cpu"] for name, row in result["trainers"].items() if name in LEANEST)
+        best = min(row["cpu"] for name, row in result["trainers"].items() if name in PEERS)
         floor = result["trainers"]["ours"]["cpu"] / 2 / result["floor_first_epoch"]
         for name, row in sorted(result["trainers"].items(), key=lambda item: -item[1]["cpu"]):
             rates = (
@@ -122,24 +154,35 @@ def main() -> None:
     parser.add_argument("--peers", required=True)
     parser.add_argument("--work", required=True)
     parser.add_argument("--reps", type=int, default=3)
-    parser.add_argument("--models", default="R,V")
+    parser.add_argument("--models", default="R,V,packed")
     parser.add_argument("--trainers", default="hf,trl,llamafactory,swift")
     arguments = parser.parse_args()
     work_folder = Path(arguments.work).resolve()
     arguments.work, arguments.peers = str(work_folder), str(Path(arguments.peers).resolve())
     results: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    for model in arguments.models.split(","):
-        for work in WORKS[model]:
-            run(arguments, model, work)
-            rows = read(work_folder, model, work)
-            floor = floor_seconds(arguments.peers, work_folder, model, work, rows["ours"])
-            results[NAMES[model, work]] = compare(rows, floor)
+    models = arguments.models.split(",")
+    for model, work in [pair for pair in NAMES if pair[0] in models]:
+        run(arguments, model, work, arguments.trainers, "bf16", OURS)
+        rows = read(work_folder, model, work)
+        floor = floor_seconds(arguments.peers, work_folder, model, work, rows["ours"])
+        results[NAMES[model, work]] = compare(rows, floor)
+    if "packed" in models:
+        results["w3p"] = compare_packed(arguments, work_folder)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    packed = results.pop("w3p", None)
+    write_block("speed", table(results))
+    if packed is not None:
+        write_block("packed", packed_table(packed))
+
+
+def write_block(name: str, text: str) -> None:
+    """Put a table into README.md between its two marks, and on the screen."""
     readme = HERE / "README.md"
-    block = f"<!-- speed -->\n{table(results)}\n<!-- /speed -->"
-    text = readme.read_text(encoding="utf-8")
-    readme.write_text(re.sub(r"<!-- speed -->.*<!-- /speed -->", lambda _: block, text, flags=re.S), encoding="utf-8")
-    print(table(results))
+    block = f"<!-- {name} -->\n{text}\n<!-- /{name} -->"
+    whole = readme.read_text(encoding="utf-8")
+    whole = re.sub(rf"<!-- {name} -->.*<!-- /{name} -->", lambda _: block, whole, flags=re.S)
+    readme.write_text(whole, encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from vlm_tune.model import attention
+from vlm_tune.model import attention, attention_cpu
 from vlm_tune.model.attention import Segments
-from vlm_tune.model.attention_cpu import SHORT, attend_all, lay_out
+from vlm_tune.model.attention_cpu import SHORT, Layout, PackedProducts, attend_all, lay_out
 
 PACKS = {
     "short": [5, 7, 9, 40, 41],
@@ -120,6 +120,23 @@ def test_each_token_has_one_place_per_head_in_the_layout(lengths):
         assert rows[places].tolist() == list(range(sum(lengths) * heads))
     real = torch.ones(len(layout.queries), dtype=torch.bool).index_fill(0, layout.padding, False)
     assert real.nonzero().flatten().tolist() == sorted(layout.to_queries.tolist())
+
+
+def test_shares_that_are_computed_again_give_the_same_gradients(monkeypatch):
+    lengths = (SHORT + 70, SHORT + 300, 20)
+
+    def gradients_of(layout):
+        generator = torch.Generator().manual_seed(0)
+        inputs = [torch.randn(sum(lengths), heads, 16, generator=generator).requires_grad_() for heads in (4, 2, 2)]
+        output = PackedProducts.apply(*inputs, layout, 0.25)
+        return torch.autograd.grad(output.square().sum(), inputs)
+
+    kept = Layout(lengths, 4, 2)
+    monkeypatch.setattr(attention_cpu, "KEPT", SHORT)
+    again = Layout(lengths, 4, 2)
+    assert [sum(block.is_kept for block in each.blocks) for each in (kept, again)] == [len(kept.blocks), 1]
+    for one, other in zip(gradients_of(kept), gradients_of(again), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_vision_attention_by_products_equals_sdpa():

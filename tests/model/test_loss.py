@@ -76,11 +76,13 @@ def test_no_supervised_row_is_a_loss_of_zero(case):
     assert float(supervised_loss(hidden[:0], head, targets[:0], weights[:0])) == 0
 
 
+@pytest.mark.parametrize("cache", [3 * V, 2**18])
 @pytest.mark.parametrize("chunk", [5, N])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_beside_a_frozen_head_value_and_gradient_are_those_of_cross_entropy(case, monkeypatch, chunk, dtype):
+def test_beside_a_frozen_head_value_and_gradient_are_those_of_cross_entropy(case, monkeypatch, cache, chunk, dtype):
     hidden, head, targets, weights = case
     monkeypatch.setattr(loss, "CHUNK", chunk)
+    monkeypatch.setattr(loss, "CACHE", cache)
     head.to(dtype).requires_grad_(False)
     rows = hidden.detach().to(dtype).requires_grad_()
     frozen = supervised_loss(rows, head, targets, weights)

@@ -1,5 +1,7 @@
 """Lightning's view of the data: a training stream that goes on from a checkpoint, and a fixed validation pass."""
 
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,23 @@ class Part:
     data: Conversations | Mixture
     index: Index
     findings: Findings
+
+
+class TimedLoader(DataLoader[Batch]):
+    """Count the seconds for which the training loop waits for a batch, worker processes' start included."""
+
+    seconds_waited = 0.0
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        """Yield the batches."""
+        batches = super().__iter__()
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.seconds_waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
 
 
 class DataModule(L.LightningDataModule):
@@ -169,9 +188,9 @@ class DataModule(L.LightningDataModule):
         packs = validation_packs(self.val.index, settings)[rank::world]
         return [self._loader(MicroBatches(self.val.data, self.val.index, settings, False), packs)]
 
-    def _loader(self, dataset: MicroBatches, sampler: Any) -> DataLoader[Batch]:
+    def _loader(self, dataset: MicroBatches, sampler: Any) -> TimedLoader:
         workers = self.config.data.workers
-        return DataLoader(
+        return TimedLoader(
             dataset,
             batch_size=None,  # the sampler names whole batches
             sampler=sampler,

@@ -20,11 +20,10 @@ class ProgressLine(L.Callback):
         self.console = Console()
         self.log_every = log_every
         self.bar: Progress | None = None
-        self.waiting = 0.0
 
     def on_train_start(self, trainer: L.Trainer, module: VlmModule) -> None:  # type: ignore[override]
         """Begin to count."""
-        self.started = self.mark = time.perf_counter()
+        self.started = time.perf_counter()
         self.start = (module.num_samples, module.num_tokens)
         self.start_step = trainer.global_step
         self.last_line = 0.0
@@ -34,19 +33,15 @@ class ProgressLine(L.Callback):
             self.task = self.bar.add_task("training", total=trainer.max_steps, completed=trainer.global_step)
             self.bar.start()
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Batch, batch_idx: int) -> None:
-        """Count the time since the last step's end as waiting for data."""
-        self.waiting += time.perf_counter() - self.mark
-
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]
         """Update the line after each optimizer step, and log the speed."""
-        self.mark = time.perf_counter()
         if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.global_step % self.log_every:
             return
-        seconds = self.mark - self.started
+        seconds = time.perf_counter() - self.started
         samples = (module.num_samples - self.start[0]) * trainer.world_size / seconds
         tokens = (module.num_tokens - self.start[1]) * trainer.world_size / seconds
-        speed = {"speed/samples": samples, "speed/tokens": tokens, "speed/waiting": self.waiting / seconds}
+        waiting = trainer.train_dataloader.seconds_waited / seconds  # type: ignore[union-attr]
+        speed = {"speed/samples": samples, "speed/tokens": tokens, "speed/waiting": waiting}
         module.log_dict(speed, rank_zero_only=True)
         loss = float(trainer.callback_metrics.get("train/loss", float("nan")))
         rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
