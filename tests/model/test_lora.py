@@ -72,6 +72,18 @@ def test_a_merged_layer_adds_nothing_twice():
     torch.testing.assert_close(part(inputs), beside)
 
 
+def test_a_layer_whose_weights_are_gathered_when_it_is_called_is_called():
+    part = make_layer()
+    spare_casts(part)
+    inputs, calls = torch.randn(3, 12), []
+    beside = part(inputs)
+    for layer in part:
+        layer.base_layer.register_forward_hook(lambda *_: calls.append(1))
+        layer.base_layer.weight.ds_id = 0  # DeepSpeed's mark of a weight that ZeRO-3 has cut into parts
+    torch.testing.assert_close(part(inputs), beside)
+    assert len(calls) == 2
+
+
 class Attention(nn.Module):
     """Three layers that read the same input, as in a decoder."""
 

@@ -92,6 +92,18 @@ def test_beside_a_frozen_head_value_and_gradient_are_those_of_cross_entropy(case
     torch.testing.assert_close(found, wanted, **({} if dtype is torch.float32 else {"atol": 0.02, "rtol": 0.02}))
 
 
+def test_a_head_whose_weights_are_gathered_when_it_is_called_is_called(case):
+    hidden, head, targets, weights = case
+    head.requires_grad_(False)
+    calls = []
+    head.register_forward_hook(lambda *_: calls.append(1))
+    beside = supervised_loss(hidden, head, targets, weights)
+    assert not calls
+    head.weight.ds_id = 0  # DeepSpeed's mark of a weight that ZeRO-3 has cut into parts
+    torch.testing.assert_close(supervised_loss(hidden, head, targets, weights), beside)
+    assert calls
+
+
 def test_a_loss_beyond_the_range_of_exp_stays_exact():
     head = nn.Linear(2, 3, bias=False).requires_grad_(False)
     head.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))

@@ -41,42 +41,35 @@ class Block:
 class Layout:
     """Where the tokens of a pack stand when samples of like length are side by side, head by head.
 
-    queries  (R,) the row of (L*heads) at each place; a padded place repeats its sample's first token
-    keys     (S,) the row of (L*kv_heads) at each place
-    to_queries, to_keys  (L*heads,), (L*kv_heads,) the place of each row
-    padding  (_,) the padded places of queries
+    queries     the row of (L*heads) at each place of the gathered queries; any row at a padded place
+    keys        the row of (L*kv_heads) at each place of the gathered keys
+    to_queries  (L*heads,) the place of each row; to_keys (L*kv_heads,)
+    padding     the padded places of the gathered queries
     """
 
     def __init__(self, lengths: Sequence[int], heads: int, kv_heads: int) -> None:
         starts = list(accumulate(lengths, initial=0))[:-1]
         self.blocks: list[Block] = []
-        queries, keys, is_query, is_key = [], [], [], []
+        queries, keys = [], []  # rows, below 0 at padded places
         num_queries = num_keys = 0
         by_group = torch.arange(heads).view(kv_heads, -1, 1)
         by_head = torch.arange(kv_heads).view(-1, 1)
         for group in _alike(sorted(zip(lengths, starts, strict=True))):
             width = group[-1][0]
             places = torch.arange(width)
-            is_real = places < torch.tensor([length for length, _ in group]).unsqueeze(1)  # (n, width)
-            tokens = torch.tensor([start for _, start in group]).unsqueeze(1) + places * is_real  # (n, width)
-            batch = len(group) * kv_heads
-            rows = tokens[:, None] * kv_heads + by_head  # (n, kv_heads, width)
-            keys.append(rows.flatten())
-            is_key.append(is_real[:, None].expand_as(rows).flatten())
-            own = slice(num_keys, num_keys + rows.numel())
-            num_keys = own.stop
+            tokens = torch.stack([torch.where(places < length, start + places, -1) for length, start in group])
+            keys.append((tokens[:, None] * kv_heads + by_head).flatten())
+            seen = slice(num_keys, num_keys + len(keys[-1]))
+            num_keys = seen.stop
             for block in _blocks(width):
                 rows = tokens[:, None, None, block] * heads + by_group  # (n, kv_heads, heads/kv_heads, b)
                 queries.append(rows.flatten())
-                is_query.append(is_real[:, None, None, block].expand_as(rows).flatten())
                 asked = slice(num_queries, num_queries + rows.numel())
                 num_queries = asked.stop
-                self.blocks.append(Block(asked, own, batch, rows.shape[-1], block.stop, width <= KEPT))
-        self.queries, self.keys = torch.cat(queries), torch.cat(keys)
-        is_q, is_k = torch.cat(is_query), torch.cat(is_key)
-        self.padding = (~is_q).nonzero().flatten()
-        self.to_queries = _inverse(self.queries, is_q)
-        self.to_keys = _inverse(self.keys, is_k)
+                size = (len(group) * kv_heads, rows.shape[-1], block.stop)
+                self.blocks.append(Block(asked, seen, *size, is_kept=width <= KEPT))
+        self.queries, self.to_queries, self.padding = _both_ways(torch.cat(queries))
+        self.keys, self.to_keys, _ = _both_ways(torch.cat(keys))
 
 
 @lru_cache(maxsize=4)
@@ -85,12 +78,12 @@ def lay_out(lengths: tuple[int, ...], heads: int, kv_heads: int) -> Layout:
     return Layout(lengths, heads, kv_heads)
 
 
-def _inverse(rows: Tensor, is_real: Tensor) -> Tensor:
-    """Find the place of each row: real places hold every row once."""
-    places = is_real.nonzero().flatten()
+def _both_ways(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """From the row at each place, below 0 at padded ones: that row or the first, the place of each row, the padded."""
+    places = (rows >= 0).nonzero().flatten()
     inverse = torch.empty_like(places)
     inverse[rows[places]] = places
-    return inverse
+    return rows.clamp(min=0), inverse, (rows < 0).nonzero().flatten()
 
 
 def _alike(samples: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:

@@ -40,7 +40,9 @@ def _is_plain(layer: Any) -> bool:
 
 
 def _forward(layer: Any, answer: Any, x: Tensor) -> Tensor:
-    output: Tensor = type(layer).forward(layer, x) if layer.disable_adapters or layer.merged else answer(x)
+    # ZeRO-3 (ds_id) gathers a layer's weights when that layer is called, and then alone
+    keeps_own = layer.disable_adapters or layer.merged or hasattr(layer.base_layer.weight, "ds_id")
+    output: Tensor = type(layer).forward(layer, x) if keeps_own else answer(x)
     return output
 
 

@@ -18,6 +18,7 @@ def supervised_loss(hidden: Tensor, head: nn.Module, targets: Tensor, weights: T
     with the loss, while a chunk's logits are there; a head that is trained computes each chunk again.
     """
     is_plain = isinstance(head, nn.Linear) and head.bias is None and not head.weight.requires_grad
+    is_plain = is_plain and not hasattr(head.weight, "ds_id")  # ZeRO-3 gathers a layer's weights when it is called
     if is_plain and hidden.requires_grad:
         total: Tensor = FrozenHeadLoss.apply(hidden, head.weight, targets, weights)
         return total
