@@ -22,9 +22,7 @@ def join_norms(model: nn.Module) -> None:
 
 def _is_llamas(module: nn.Module) -> bool:
     ours, theirs = (getattr(kind.forward, "__code__", None) for kind in (type(module), LlamaRMSNorm))
-    return ours is theirs or all(
-        getattr(ours, part, None) == getattr(theirs, part) for part in ("co_code", "co_names", "co_consts")
-    )
+    return all(getattr(ours, part, None) == getattr(theirs, part) for part in ("co_code", "co_names", "co_consts"))
 
 
 def _forward(norm: Any, hidden: Tensor) -> Tensor:
