@@ -160,6 +160,19 @@ def test_sixteen_bit_products_stay_near_the_float32_result(toys):
     assert (found - right).norm() < 0.03 * right.norm()
 
 
+def test_float32_queries_are_rounded_to_autocasts_type(packed):
+    # float32 weights (all parameters trained) leave rotated queries and keys in float32, values in 16 bit
+    query, key, value = (torch.randn(1, 2, 12, 8) for _ in range(3))
+    module, segments = packed.model.layers[0].self_attn, Segments([5, 7])
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = attention.packed_attention(module, query, key, value.bfloat16(), None, segments=segments)
+    right, _ = attention.packed_attention(
+        module, query.bfloat16(), key.bfloat16(), value.bfloat16(), None, segments=segments
+    )
+    assert found.dtype is torch.bfloat16
+    assert torch.equal(found, right)
+
+
 def test_a_plan_that_does_not_fill_the_row_is_refused(packed):
     embeddings, _ = draw([5, 7])
     with pytest.raises(AssertionError, match="must fill the packed row"):

@@ -6,6 +6,7 @@ language model's forward pass. Without it (generation, padded batches) plain SDP
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -47,6 +48,7 @@ def packed_attention(
     assert query.shape[0] == 1, "a pack is one row"
     assert options.get("softcap") is None, "a language model with capped scores is refused when it is loaded"
     assert sum(segments.lengths) == query.shape[2], "segments must fill the packed row"
+    query, key, value = as_autocast(query, key, value)
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         return _varlen(query, key, value, segments.lengths, scale, window), None
     if uses_products(query) and (window is None or max(segments.lengths) <= window):
@@ -58,6 +60,13 @@ def packed_attention(
     parts = [tensor.split(segments.lengths, dim=2) for tensor in (query, key, value)]
     outputs = [_attend(q, k, v, scale, window) for q, k, v in zip(*parts, strict=True)]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def as_autocast(*tensors: Tensor) -> list[Tensor]:
+    """Round to autocast's type, as it does for SDPA; float32 weights leave rotated queries and keys in float32."""
+    device = tensors[0].device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return [tensor.to(dtype or tensor.dtype) for tensor in tensors]
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
@@ -76,7 +85,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale
     from torch.nn.attention.varlen import varlen_attn
 
     groups = query.shape[1] // key.shape[1]
-    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=query.device)
+    offsets = segment_offsets(tuple(lengths), query.device)
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if groups > 1:  # the kernel's own grouping is not in every torch 2 release
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
@@ -84,6 +93,15 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale
     back = -1 if window is None else window - 1
     out = varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=(back, 0))
     return out.unsqueeze(0)  # type: ignore[union-attr]
+
+
+@lru_cache(maxsize=4)
+def segment_offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Count the tokens before each segment, and all, for n segments: (n+1,) int32.
+
+    Made once for all layers of a pack: each copy to a GPU would make it wait for the CPU.
+    """
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 def packed_mask(

@@ -130,7 +130,7 @@ class VisionLanguageModel(nn.Module):
         lengths = torch.tensor(batch.segments or (batch.position_ids.amax(1) + 1).tolist())
         repeats = torch.tensor(batch.segments or [width] * rows)
         depth = self.llm.get_input_embeddings().weight.shape[-1]
-        bounds = self.neftune / (lengths * depth).sqrt().repeat_interleave(repeats)
+        bounds = (self.neftune / (lengths * depth).sqrt()).repeat_interleave(repeats, output_size=rows * width)
         is_text = batch.input_ids != self.context_id
         bounds = bounds.view(rows, width, 1).to(self.device) * is_text.unsqueeze(-1)  # (B, L, 1)
         return (torch.rand(rows, width, depth, device=self.device) * 2 - 1) * bounds  # (B, L, D)
