@@ -37,6 +37,14 @@ class SampleAnswers(L.Callback):
         self.before = answers[:count] if answers else self._ask(0)
         self.now = answers[-count:] if answers else self.before  # a finished run asks nothing more
 
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        """Drop the answers after the step that the run goes on from: they are asked for again."""
+        if not trainer.is_global_zero:
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line)["step"] <= trainer.global_step]
+        self.path.write_text("".join(kept), encoding="utf-8")
+
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Answer every so many steps."""
         step = trainer.global_step

@@ -7,9 +7,12 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from rich.console import Console
 
 from vlm_tune.data.batch import Batch
-from vlm_tune.model.checkpoint import CHECKPOINTS, checkpoints, write_atomically
+from vlm_tune.model.checkpoint import CHECKPOINTS, checkpoints, read_checkpoint, write_atomically
+
+BEST = "best.ckpt"
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -41,6 +44,8 @@ class SaveCheckpoints(L.Callback):
 
         Lightning would leave it out. Checkpoints are written before the validation, so that such a kill costs no steps.
         """
+        if trainer.is_global_zero:
+            put_newer_aside(self.run, trainer.global_step)
         num_batches = trainer.global_step * trainer.accumulate_grad_batches
         every = trainer.val_check_batch
         if num_batches and isinstance(every, int) and num_batches % every == 0:
@@ -66,11 +71,11 @@ class SaveCheckpoints(L.Callback):
         loss = float(trainer.callback_metrics["val/loss"])
         if loss < self.best:
             self.best, self.best_step = loss, trainer.global_step
-            trainer.save_checkpoint(self.folder / "best.ckpt")
+            trainer.save_checkpoint(self.folder / BEST)
 
     def _save(self, trainer: L.Trainer, step: int) -> None:
         self.saved_step = step
-        trainer.save_checkpoint(self.folder / f"step_{step:08d}.ckpt")
+        trainer.save_checkpoint(self.folder / checkpoint_name(step))
         if trainer.is_global_zero:
             for old in checkpoints(self.run)[: -self.keep]:
                 os.remove(old)
@@ -82,3 +87,26 @@ class SaveCheckpoints(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore it."""
         self.best, self.best_step = state_dict["best"], state_dict["best_step"]
+
+
+def put_newer_aside(run: Path, step: int) -> None:
+    """Rename the checkpoints after the step that a run goes back to: they would pass for its newest ones."""
+    newer = [path for path in checkpoints(run) if path.name > checkpoint_name(step)]
+    best = run / CHECKPOINTS / BEST
+    if newer and best.exists() and read_checkpoint(best)["global_step"] > step:
+        newer.append(best)
+    for path in newer:
+        aside = path.with_name(f"{path.name}.replaced")
+        while aside.exists():
+            aside = aside.with_name(f"{aside.name}.replaced")
+        path.rename(aside)
+    if newer:
+        Console().print(
+            f"back to step {step}: {len(newer)} newer checkpoints are put aside as {run / CHECKPOINTS}/*.replaced",
+            highlight=False,
+        )
+
+
+def checkpoint_name(step: int) -> str:
+    """Name the checkpoint of a step, so that names sort as steps do."""
+    return f"step_{step:08d}.ckpt"
