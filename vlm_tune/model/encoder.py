@@ -69,7 +69,7 @@ def build_encoder(config: Config) -> tuple[Encoder, PreTrainedTokenizerBase]:
 
 def count_features(vision_folder: Path, model: ModelConfig) -> int:
     """Count the features of a tile: its patches, and the class token where the model keeps it."""
-    kind = model_kind(find_folder(model.path, "model.path")) if model.path is not None else ""
+    kind = model_kind(find_folder(model.path, "model.path", with_weights=False)) if model.path is not None else ""
     if kind in LLAVA_KINDS:
         return read_llava(vision_folder, model).num_patches(model.tiles.size)
     num_patches = count_patches(vision_folder, model.tiles.size)
@@ -79,12 +79,12 @@ def count_features(vision_folder: Path, model: ModelConfig) -> int:
 
 
 def find_parts(model: ModelConfig) -> tuple[Path, Path]:
-    """Find the folders of both parts; a whole checkpoint brings its own pixel shuffle."""
+    """Find the folders of both parts, where no weights need to be; a whole checkpoint brings its own pixel shuffle."""
     require_weights(model)
     if model.path is None:
-        vision = find_folder(str(model.vision.path), "model.vision.path")
-        return vision, find_folder(str(model.llm.path), "model.llm.path")
-    folder = find_folder(model.path, "model.path")
+        vision = find_folder(str(model.vision.path), "model.vision.path", with_weights=False)
+        return vision, find_folder(str(model.llm.path), "model.llm.path", with_weights=False)
+    folder = find_folder(model.path, "model.path", with_weights=False)
     if model_kind(folder) != "parts":
         model.projector.shuffle = round(1 / read_json(folder).get("downsample_ratio", 1))
         return folder, folder

@@ -15,10 +15,11 @@ LLAVA_ORIGINAL = "llava_original"  # haotian-liu/LLaVA's layout
 PARTS_SETTINGS = "vlm_tune.json"  # stands in a folder of parts side by side: what joins them
 
 
-def find_folder(path: str, key: str) -> Path:
+def find_folder(path: str, key: str, with_weights: bool = True) -> Path:
     """Turn recipe:NAME, a folder, or a hub id into a local folder.
 
-    Raises ConfigError that names the key, the hub id, and what to download, when there is neither folder nor network.
+    Of a hub id all is downloaded, or by `with_weights=False` its small files alone. Raises ConfigError that names the
+    key, the hub id, and what to download, when there is neither folder nor network.
     """
     if path.startswith("recipe:"):  # a data recipe may also prepare the weights of a part
         return run_recipe(path.removeprefix("recipe:"))
@@ -31,7 +32,7 @@ def find_folder(path: str, key: str) -> Path:
         raise ConfigError(
             f"{key}={path}: no such folder. Name a folder with config.json and *.safetensors, or a hub id"
         )
-    return _download(path, key)
+    return _download(path, key, with_weights)
 
 
 def read_json(folder: Path) -> dict[str, Any]:
@@ -79,17 +80,24 @@ def check_part(folder: Path, key: str) -> None:
         Console().print(f"{folder}: weights from .bin files, read as tensors only; no code in them is run")
 
 
-def _download(hub_id: str, key: str) -> Path:
+def _download(hub_id: str, key: str, with_weights: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja", *(["*.safetensors"] if with_weights else [])]
     try:
         os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "10")
         folder = Path(snapshot_download(hub_id, allow_patterns=patterns))
-        if not any(folder.glob("*.safetensors")):  # older models have nothing else
+        if with_weights and not any(folder.glob("*.safetensors")):  # older models have nothing else
             snapshot_download(hub_id, allow_patterns=["pytorch_model*.bin"])
+            if not any(folder.glob("*.bin")):  # without a network, what an earlier call left in the cache is returned
+                raise FileNotFoundError("weights")
         return folder
+    except RepositoryNotFoundError as error:
+        raise ConfigError(
+            f"{key}={hub_id}: there is no such folder, and no such model on the hub that can be read without a login. "
+            "Look at the name; for a model that asks for one run `hf auth login` first"
+        ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         raise ConfigError(
             f"{key}={hub_id}: the hub cannot be reached and the model is not in the local cache. On a machine with a "

@@ -92,7 +92,7 @@ def read_original(folder: Path, model: ModelConfig) -> VisionFacts:
     require_anyres(model, folder)
     model.vision.select_layer = int(config.get("mm_vision_select_layer", -2))
     keeps_class = config.get("mm_vision_select_feature", "patch") == "cls_patch"
-    tower = tower_config(vision_folder(folder, config, model))
+    tower = tower_config(vision_folder(folder, config, model, with_weights=False))
     if tower.model_type != "clip_vision_model":
         raise ConfigError(f"{folder}: mm_vision_tower is a {tower.model_type}; LLaVA's own layout has CLIP")
     if model.vision.select_layer == -1:
@@ -100,14 +100,14 @@ def read_original(folder: Path, model: ModelConfig) -> VisionFacts:
     return VisionFacts(model.vision.select_layer, keeps_class, tower.patch_size)
 
 
-def vision_folder(folder: Path, config: dict[str, Any], model: ModelConfig) -> Path:
+def vision_folder(folder: Path, config: dict[str, Any], model: ModelConfig, with_weights: bool = True) -> Path:
     """Find the encoder that an original folder names: model.vision.path, a folder inside or beside it, a hub id."""
     if model.vision.path is not None:
-        return find_folder(model.vision.path, "model.vision.path")
+        return find_folder(model.vision.path, "model.vision.path", with_weights)
     name = str(config.get("mm_vision_tower"))
     if (folder / name / "config.json").is_file():
         return folder / name
-    return find_folder(name, f"{folder}/config.json: mm_vision_tower")
+    return find_folder(name, f"{folder}/config.json: mm_vision_tower", with_weights)
 
 
 def tower_config(folder: Path) -> Any:
