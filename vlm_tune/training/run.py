@@ -9,6 +9,7 @@ from rich.console import Console
 
 from vlm_tune.config.schema import Config, FeatureCaching
 from vlm_tune.data.datamodule import DataModule
+from vlm_tune.errors import CheckpointError
 from vlm_tune.model.build import build_model
 from vlm_tune.model.checkpoint import run_of, start_of
 from vlm_tune.model.fill_cache import use_feature_cache
@@ -66,9 +67,24 @@ def fill_ahead(config: Config) -> None:
     """Keep what the frozen encoder sees in a run's pictures, as the run itself would before its first step."""
     model = build_model(config)
     apply_stage(model.vlm, config)
+    start = earlier_stage(config)
+    if start is not None:
+        start_from(model.vlm, start)
+    source = start or "the encoder's base weights"
+    Console().print(f"pictures are encoded by {source}", highlight=False)
     data = DataModule(config, model.encoder)
     data.setup()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     use_feature_cache(
         model.vlm, data, replace(config, data=replace(config.data, feature_cache=FeatureCaching.on)), device
     )
+
+
+def earlier_stage(config: Config) -> Path | None:
+    """Find what the run would start from; None where that stage has not run yet: most leave the encoder as it is."""
+    try:
+        return initial_checkpoint(config)
+    except CheckpointError:
+        if config.stage.init_from != "auto":
+            raise
+        return None
