@@ -31,8 +31,13 @@ def outcome(part, dtype):
 class OurMask(nn.Module):
     """Drop what our function would drop."""
 
+    is_drawn_once = False
+    drawn = None
+
     def forward(self, inputs):
-        return inputs * _draw_mask(inputs, 0.3) / 0.7
+        if self.drawn is None or not self.is_drawn_once:
+            self.drawn = _draw_mask(inputs, 0.3)
+        return inputs * self.drawn / 0.7
 
 
 @pytest.mark.parametrize(
@@ -84,21 +89,25 @@ def test_a_layer_whose_weights_are_gathered_when_it_is_called_is_called():
     assert len(calls) == 2
 
 
+class Packed(nn.Linear):
+    """A layer that has a product of its own, as those of 4 and 8 bit have."""
+
+
 class Attention(nn.Module):
     """Three layers that read the same input, as in a decoder."""
 
-    def __init__(self):
+    def __init__(self, kind=nn.Linear):
         super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = nn.Linear(12, 16), nn.Linear(12, 8), nn.Linear(12, 8, bias=False)
+        self.q_proj, self.k_proj, self.v_proj = kind(12, 16), kind(12, 8), nn.Linear(12, 8, bias=False)
 
     def forward(self, inputs):
         return torch.cat([self.v_proj(inputs), self.q_proj(inputs), self.k_proj(inputs)], dim=-1)
 
 
-def make_attention(targets):
+def make_attention(targets, kind=nn.Linear, **options):
     torch.manual_seed(0)
-    part = nn.Sequential(Attention()).requires_grad_(False)
-    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=6, target_modules=targets), part)
+    part = nn.Sequential(Attention(kind)).requires_grad_(False)
+    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=6, target_modules=targets, **options), part)
     for name, weight in part.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(weight)
@@ -106,9 +115,16 @@ def make_attention(targets):
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "k_proj", "v_proj"], ["q_proj", "v_proj"]], ids=["all", "some"])
-def test_layers_of_one_input_equal_those_of_peft(targets):
-    wanted, ours = make_attention(targets), make_attention(targets)
+@pytest.mark.parametrize("kind", [nn.Linear, Packed], ids=["plain", "beside packed ones"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_layers_of_one_input_equal_those_of_peft(targets, kind, dropout):
+    wanted, ours = (make_attention(targets, kind, lora_dropout=dropout) for _ in range(2))
     spare_casts(ours)
+    if dropout:  # the layers that are computed together share one mask
+        mask = OurMask()
+        mask.is_drawn_once = len(targets) == 3
+        for name in targets:
+            getattr(wanted[0], name).lora_dropout["default"] = mask
     for one, other in zip(outcome(ours, torch.float32), outcome(wanted, torch.float32), strict=True):
         torch.testing.assert_close(one / other.abs().max(), other / other.abs().max())
 

@@ -25,18 +25,17 @@ def spare_casts(part: nn.Module) -> None:
             for name, child in parent.named_children()
             if isinstance(child, LoraLayer) and ADAPTER not in child.lora_variant
         }
-        joined = [group for group in SAME_INPUT if all(_is_plain(layers.get(name)) for name in group)]
+        joined = [group for group in SAME_INPUT if all(name in layers for name in group)]
         alone = [(name,) for name in layers if not any(name in group for group in joined)]
         for group in (*joined, *alone):
             readers = Readers([layers[name] for name in group])
             for number, layer in enumerate(readers.layers):
-                answer = partial(readers.answer, number) if _is_plain(layer) else partial(_add, layer)
-                layer.forward = partial(_forward, layer, answer)
+                layer.forward = partial(_forward, layer, partial(readers.answer, number))
 
 
 def _is_plain(layer: Any) -> bool:
-    """Tell a LoRA layer beside a frozen linear layer from one beside packed weights."""
-    return layer is not None and type(layer.base_layer) is nn.Linear and not layer.base_layer.weight.requires_grad
+    """Tell a LoRA layer beside a frozen linear layer from one beside packed weights, whose product is a library's."""
+    return type(layer.base_layer) is nn.Linear and not layer.base_layer.weight.requires_grad
 
 
 def _forward(layer: Any, answer: Any, x: Tensor) -> Tensor:
@@ -65,14 +64,19 @@ class Readers:
         return output
 
     def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
-        frozen = [(layer.base_layer.weight, layer.base_layer.bias) for layer in self.layers]
+        frozen = [
+            (layer.base_layer.weight, layer.base_layer.bias) if _is_plain(layer) else None for layer in self.layers
+        ]
         adapters = [weight for layer in self.layers for weight in _adapter(layer)]
         first = self.layers[0]
         dropout = getattr(first.lora_dropout[ADAPTER], "p", 0.0) if first.training else 0.0
         outputs: tuple[Tensor, ...] = LowRankLinear.apply(  # type: ignore[no-untyped-call]
             x, frozen, dropout, first.scaling[ADAPTER], *adapters
         )
-        return outputs
+        return tuple(
+            output if _is_plain(layer) else layer.base_layer(x) + output
+            for layer, output in zip(self.layers, outputs, strict=True)
+        )
 
 
 def _adapter(layer: Any) -> tuple[Tensor, Tensor]:
@@ -83,14 +87,15 @@ class LowRankLinear(torch.autograd.Function):
     """Linear layers of one input, each y = x W^T + b + scaling * (dropout(x) A^T) B^T: x (..., I) -> (..., O) each.
 
     W (O, I) and b (O,) are frozen; A (r, I) and B (O, r) are kept in float32, and the products are in the type of W or
-    of autocast. The layers share one dropout mask. Source: LoRA, arXiv 2106.09685.
+    of autocast. The layers share one dropout mask. A layer whose W is None has its low-rank part alone as its output.
+    Source: LoRA, arXiv 2106.09685.
     """
 
     @staticmethod
     def forward(  # noqa: D102
         ctx: Any, x: Tensor, frozen: Any, dropout: float, scaling: float, *adapters: Tensor
     ) -> tuple[Tensor, ...]:
-        device, dtype = x.device.type, frozen[0][0].dtype
+        device, dtype = x.device.type, x.dtype if frozen[0] is None else frozen[0][0].dtype
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
         rows = x.flatten(0, -2).to(dtype)  # (L, _)
         mask = _draw_mask(rows, dropout) if dropout else None
@@ -100,12 +105,12 @@ class LowRankLinear(torch.autograd.Function):
         ups = [(up * scaling).to(dtype) for up in adapters[1::2]]
         lows = (read @ down.T).split([len(each) for each in adapters[::2]], dim=1)  # n of (L, r)
         outputs = [
-            linear(rows, weight, bias).addmm_(low, up.T)
-            for (weight, bias), low, up in zip(frozen, lows, ups, strict=True)
+            low @ up.T if own is None else linear(rows, *own).addmm_(low, up.T)
+            for own, low, up in zip(frozen, lows, ups, strict=True)
         ]
         ctx.save_for_backward(read, mask, down, *lows, *ups)
         ctx.weights, ctx.scales, ctx.shape, ctx.dtype = (
-            [weight for weight, _ in frozen],
+            [None if own is None else own[0] for own in frozen],
             (kept, scaling),
             x.shape,
             x.dtype,
@@ -123,10 +128,16 @@ class LowRankLinear(torch.autograd.Function):
         d_ups = [((low.T @ d_output).T.float() * scaling) for low, d_output in zip(lows, d_outputs, strict=True)]
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = d_outputs[0] @ ctx.weights[0].to(read.dtype)  # (L, _)
-            for d_output, weight in zip(d_outputs[1:], ctx.weights[1:], strict=True):
-                d_x.addmm_(d_output, weight.to(read.dtype))
-            d_x = d_x.addmm_(d_low, down) if mask is None else d_x.add_((d_low @ down).mul_(mask))
+            own = [
+                (d_output, weight.to(read.dtype))
+                for d_output, weight in zip(d_outputs, ctx.weights, strict=True)
+                if weight is not None
+            ]
+            if mask is None:
+                d_x = _sum_products([*own, (d_low, down)])
+            else:
+                d_x = (d_low @ down).mul_(mask)  # (L, _)
+                d_x = d_x.add_(_sum_products(own)) if own else d_x
             d_x = d_x.view(ctx.shape).to(ctx.dtype)
         pairs = [gradient for pair in zip(d_downs, d_ups, strict=True) for gradient in pair]
         return d_x, None, None, None, *pairs
@@ -146,37 +157,10 @@ def _draw_mask(like: Tensor, dropout: float) -> Tensor:
     return torch.ge(bits, round(dropout * 2**16) - 2**15, out=mask)
 
 
-def _add(layer: Any, x: Tensor) -> Tensor:
-    base = layer.base_layer(x).clone()  # what another kind of layer returns may not be changed in place
-    adapter = _adapter(layer)
-    output: Tensor = AddLowRank.apply(  # type: ignore[no-untyped-call]
-        base, layer.lora_dropout[ADAPTER](x), *adapter, layer.scaling[ADAPTER]
-    )
-    return output
-
-
-class AddLowRank(torch.autograd.Function):
-    """Add scaling * (x A^T) B^T to y, in place: y (..., O), x (..., I), A (r, I), B (O, r) -> (..., O).
-
-    For layers beside packed weights (4 and 8 bit), whose own product is another library's.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:  # noqa: D102
-        rows = x.flatten(0, -2).to(y.dtype)
-        down, up = a.to(y.dtype), (b * scaling).to(y.dtype)
-        low = rows @ down.T
-        y.view(-1, y.shape[-1]).addmm_(low, up.T)
-        ctx.mark_dirty(y)
-        ctx.save_for_backward(rows, low, down, up)
-        ctx.scaling, ctx.shape, ctx.dtypes = scaling, x.shape, (x.dtype, a.dtype)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor, None]:  # noqa: D102
-        rows, low, down, up = ctx.saved_tensors
-        d_y = gradients[0].flatten(0, -2)
-        d_low = d_y @ up
-        d_x = (d_low @ down).view(ctx.shape).to(ctx.dtypes[0]) if ctx.needs_input_grad[1] else None
-        d_a, d_b = (d_low.T @ rows).to(ctx.dtypes[1]), (low.T @ d_y).T.to(ctx.dtypes[1]).mul_(ctx.scaling)
-        return gradients[0], d_x, d_a, d_b, None
+def _sum_products(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Add up products of matrices, each into the sum of those before it."""
+    (left, right), *rest = pairs
+    total = left @ right
+    for left, right in rest:
+        total.addmm_(left, right)
+    return total
