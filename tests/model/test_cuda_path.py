@@ -7,6 +7,7 @@ would have to wait for end such a step with an error. Autograd's own engine asks
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from vlm_tune.config.schema import Precision
 from vlm_tune.model.attention import segment_offsets
+from vlm_tune.model.build import resolve_precision
 
 TEXT = 6  # a training row without a picture; beside a projector that learns, one blank tile is then encoded too
 KERNEL = "torch_attn._varlen_attn.default"
@@ -23,8 +26,9 @@ COPIES = ("aten.copy_.default",)
 
 
 @pytest.fixture(autouse=True)
-def _no_fake_offsets():
-    """A fake tensor is of one test alone."""
+def _fake_gpu(monkeypatch):
+    """Say that the GPU is an A100; its fake tensors are of one test alone."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     yield
     segment_offsets.cache_clear()
 
@@ -92,6 +96,22 @@ def test_a_pack_in_16_bit_takes_one_kernel_a_layer_and_waits_for_nothing(toys, s
     loss, counts = step_on_gpu(staged, [TEXT, TEXT], torch.bfloat16)
     assert (loss.device.type, loss.dtype, loss.requires_grad) == ("cuda", torch.float32, True)
     assert counts[KERNEL] == len(staged.model.vlm.llm.get_decoder().layers)
+
+
+def test_an_older_gpu_attends_sample_by_sample(toys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    loss, counts = step_on_gpu(toys.staged("stage=finetune", "trainer.precision=fp32"), [TEXT, TEXT], torch.float16)
+    assert loss.device.type == "cuda"
+    assert counts[KERNEL] == 0
+
+
+@pytest.mark.parametrize(("generation", "precision"), [(7, Precision.fp16), (8, Precision.bf16)])
+def test_precision_follows_what_the_gpu_computes_itself(monkeypatch, generation, precision):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=generation))
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)  # by emulation
+    assert resolve_precision(Precision.auto) is precision
 
 
 def test_a_pack_in_float32_takes_no_16_bit_kernel(toys):

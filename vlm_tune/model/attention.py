@@ -34,6 +34,12 @@ def uses_products(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype is torch.bfloat16
 
 
+def has_kernel(tensor: Tensor) -> bool:
+    """Tell whether torch has a kernel for packs: in 16 bit, on NVIDIA GPUs of the Ampere generation or later."""
+    is_half = tensor.dtype in (torch.bfloat16, torch.float16)
+    return tensor.is_cuda and is_half and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
+
+
 def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
@@ -49,7 +55,7 @@ def packed_attention(
     assert options.get("softcap") is None, "a language model with capped scores is refused when it is loaded"
     assert sum(segments.lengths) == query.shape[2], "segments must fill the packed row"
     query, key, value = as_autocast(query, key, value)
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+    if has_kernel(query):
         return _varlen(query, key, value, segments.lengths, scale, window), None
     if uses_products(query) and (window is None or max(segments.lengths) <= window):
         # q has all heads, k and v have kv_heads
@@ -84,14 +90,12 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale
     """Run torch's variable-length flash attention: one kernel for all segments (CUDA, 16 bit)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    groups = query.shape[1] // key.shape[1]
     offsets = segment_offsets(tuple(lengths), query.device)
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    if groups > 1:  # the kernel's own grouping is not in every torch 2 release
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     longest = max(lengths)
     back = -1 if window is None else window - 1
-    out = varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=(back, 0))
+    options: dict[str, Any] = {"scale": scale, "window_size": (back, 0), "enable_gqa": q.shape[1] != k.shape[1]}
+    out = varlen_attn(q, k, v, offsets, offsets, longest, longest, **options)
     return out.unsqueeze(0)  # type: ignore[union-attr]
 
 

@@ -67,7 +67,8 @@ def resolve_precision(precision: Precision) -> Precision:
     if precision is not Precision.auto:
         return precision
     if torch.cuda.is_available():
-        return Precision.bf16 if torch.cuda.is_bf16_supported() else Precision.fp16
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # emulated, it is slower than float32
+        return Precision.bf16 if has_bf16 else Precision.fp16
     return Precision.bf16 if "avx512_bf16" in _cpu_flags() else Precision.fp32
 
 
