@@ -5,7 +5,7 @@ export DS_BUILD_OPS := 0            # deepspeed compiles what it needs when it n
 export GOMP_SPINCOUNT := 10000       # threads wait awake for the next product, but not for long: workers need the cores
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-cnn test test-slow test-engines check format docs bench bench-demo clean
+.PHONY: help install demo demo-cnn test test-slow test-engines check format docs bench bench-folders bench-demo clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -49,10 +49,12 @@ docs: .venv/installed ## write docs/configuration.md and the tree of README.md a
 	$(BIN)/python docs/write_configuration.py
 	$(BIN)/python docs/write_tree.py
 
-bench: .venv/installed ## measure beside other trainers: PEERS=FOLDER of their bench.py, WORK=FOLDER that its setup.sh built
-	@test -f '$(PEERS)/bench.py' && test -d '$(WORK)' || { echo 'make bench PEERS=FOLDER WORK=FOLDER: the first holds bench.py, the second what setup.sh built'; exit 2; }
+bench: bench-folders .venv/installed ## measure beside other trainers: PEERS=FOLDER of their bench.py, WORK=FOLDER that its setup.sh built
 	$(BIN)/python benchmarks/speed.py --peers '$(PEERS)' --work '$(WORK)'
 	$(BIN)/python benchmarks/growth.py
+
+bench-folders:
+	@test -f '$(PEERS)/bench.py' && test -d '$(WORK)' || { echo 'make bench PEERS=FOLDER WORK=FOLDER: the first holds bench.py, the second what setup.sh built'; exit 2; }
 
 bench-demo: .venv/installed ## measure three seeds of both demos, and tiles
 	$(BIN)/python benchmarks/demo.py

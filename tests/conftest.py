@@ -21,6 +21,7 @@ os.environ |= {
     "GOMP_SPINCOUNT": "10000",  # threads that spin for long make tiny models ten times slower on a busy machine
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
+    "NO_PROXY": "127.0.0.1,localhost",  # servers of tests are on this machine
 }
 
 

@@ -44,7 +44,14 @@ class Called(TorchDispatchMode):
         self.counts[str(function)] += 1
         given = [each for each in tree_leaves((arguments, options)) if isinstance(each, torch.Tensor) and each.dim()]
         assert str(function) in COPIES or len({each.device for each in given}) <= 1, f"{function} on two devices"
-        return function(*arguments, **(options or {}))
+        made = function(*arguments, **(options or {}))
+        devices = {each.device.type for each in given}
+        assert devices != {"cuda"} or made_on(made) != {"cpu"}, f"{function}: the CPU waits for the GPU"
+        return made
+
+
+def made_on(made):
+    return {each.device.type for each in tree_leaves(made) if isinstance(each, torch.Tensor)}
 
 
 @contextmanager

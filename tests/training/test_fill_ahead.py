@@ -45,7 +45,7 @@ def test_before_the_earlier_stage_it_takes_the_base_weights_and_says_so(toys, se
     monkeypatch.setenv("VLM_TUNE_CACHE", str(tmp_path / "cache"))
     assert main(["cache", *toys.arguments("stage=finetune", runs=tmp_path / "runs")]) == 0
     assert seen
-    assert "the encoder's base weights" in capsys.readouterr().out
+    assert "the encoder of the base weights" in capsys.readouterr().out
 
 
 def test_an_encoder_that_is_trained_is_refused_with_the_key(toys, capsys):

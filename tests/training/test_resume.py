@@ -308,27 +308,6 @@ def test_resume_last_passes_over_an_empty_run(toys, straight, tmp_path):
     assert train(load_config(arguments(toys, tmp_path, "resume=last"))) == run
 
 
-def test_a_run_that_goes_back_puts_its_newer_checkpoints_aside(toys, straight, tmp_path, capsys):
-    # else they would be its newest ones: `keep` would remove the steps made anew, and resume=last leave them out
-    shutil.copytree(straight("packed"), tmp_path / "run")
-    folder = tmp_path / "run" / CHECKPOINTS
-    older = folder / "step_00000003.ckpt"
-    newer = [path.read_bytes() for path in sorted(folder.glob("step_*.ckpt"))[3:]]
-    train(load_config(arguments(toys, tmp_path, f"resume='{older}'", "trainer.save_every=6", "trainer.keep=2",
-                                "resume_allow=[trainer.save_every]")))  # fmt: skip
-    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step_00000006.ckpt", "step_00000009.ckpt"]
-    assert [path.read_bytes() for path in sorted(folder.glob("step_*.replaced"))] == newer
-    assert (folder / "best.ckpt.replaced").exists()
-    assert "7 newer checkpoints" in capsys.readouterr().out
-
-
-def test_sample_answers_of_steps_that_are_made_anew_stand_once(toys, straight, tmp_path):
-    shutil.copytree(straight("packed"), tmp_path / "run")
-    train(load_config(arguments(toys, tmp_path, f"resume='{checkpoints(tmp_path / 'run')[2]}'")))
-    ours, theirs = (run / "sample_answers.jsonl" for run in (tmp_path / "run", straight("packed")))
-    assert ours.read_text(encoding="utf-8") == theirs.read_text(encoding="utf-8")
-
-
 @pytest.mark.parametrize("name", ["", f"{CHECKPOINTS}/step_00000007.ckpt"], ids=["run", "checkpoint"])
 def test_resume_takes_a_run_or_a_checkpoint(toys, straight, tmp_path, name):
     run = interrupt(straight("packed"), 8, tmp_path)

@@ -80,7 +80,7 @@ def start_of(checkpoint: Path) -> Path | None:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint without running any code that it might hold."""
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         reason = (str(error) or "the file ends too early").splitlines()[0]
         raise CheckpointError(f"{path}: not a readable checkpoint ({reason}). Take an older one of the run") from error

@@ -91,7 +91,7 @@ def _download(hub_id: str, key: str, with_weights: bool) -> Path:
         if with_weights and not any(folder.glob("*.safetensors")):  # older models have nothing else
             snapshot_download(hub_id, allow_patterns=["pytorch_model*.bin"])
             if not any(folder.glob("*.bin")):  # without a network, what an earlier call left in the cache is returned
-                raise FileNotFoundError("weights")
+                raise FileNotFoundError("no weights")
         return folder
     except RepositoryNotFoundError as error:
         raise ConfigError(
@@ -100,7 +100,8 @@ def _download(hub_id: str, key: str, with_weights: bool) -> Path:
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         raise ConfigError(
-            f"{key}={hub_id}: the hub cannot be reached and the model is not in the local cache. On a machine with a "
+            f"{key}={hub_id}: the hub cannot be reached and the model is not in the local cache, or it holds no "
+            "*.safetensors and no pytorch_model*.bin. On a machine with a "
             f"network run `hf download {hub_id}` (files {', '.join(patterns)}), copy the folder here, and set "
             f"{key}=FOLDER"
         ) from error

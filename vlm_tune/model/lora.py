@@ -95,7 +95,8 @@ class LowRankLinear(torch.autograd.Function):
     def forward(  # noqa: D102
         ctx: Any, x: Tensor, frozen: Any, dropout: float, scaling: float, *adapters: Tensor
     ) -> tuple[Tensor, ...]:
-        device, dtype = x.device.type, x.dtype if frozen[0] is None else frozen[0][0].dtype
+        device = x.device.type
+        dtype = next((own[0].dtype for own in frozen if own is not None), x.dtype)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
         rows = x.flatten(0, -2).to(dtype)  # (L, _)
         mask = _draw_mask(rows, dropout) if dropout else None

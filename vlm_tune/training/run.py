@@ -70,8 +70,8 @@ def fill_ahead(config: Config) -> None:
     start = earlier_stage(config)
     if start is not None:
         start_from(model.vlm, start)
-    source = start or "the encoder's base weights"
-    Console().print(f"pictures are encoded by {source}", highlight=False)
+    source = start or "the base weights"
+    Console().print(f"pictures are encoded by the encoder of {source}", highlight=False)
     data = DataModule(config, model.encoder)
     data.setup()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

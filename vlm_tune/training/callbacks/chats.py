@@ -12,6 +12,7 @@ from vlm_tune.data.batch import Batch
 from vlm_tune.data.dataset import Conversations
 from vlm_tune.evaluation.evaluate import Question, ask
 from vlm_tune.model.build import Model
+from vlm_tune.model.checkpoint import write_atomically
 
 
 class SampleAnswers(L.Callback):
@@ -43,7 +44,8 @@ class SampleAnswers(L.Callback):
             return
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if json.loads(line)["step"] <= trainer.global_step]
-        self.path.write_text("".join(kept), encoding="utf-8")
+        if len(kept) < len(lines):
+            write_atomically(self.path, lambda partial: partial.write_text("".join(kept), encoding="utf-8"))
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Answer every so many steps."""

@@ -10,6 +10,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from rich.console import Console
 
 from vlm_tune.data.batch import Batch
+from vlm_tune.errors import CheckpointError
 from vlm_tune.model.checkpoint import CHECKPOINTS, checkpoints, read_checkpoint, write_atomically
 
 BEST = "best.ckpt"
@@ -91,20 +92,33 @@ class SaveCheckpoints(L.Callback):
 
 def put_newer_aside(run: Path, step: int) -> None:
     """Rename the checkpoints after the step that a run goes back to: they would pass for its newest ones."""
-    newer = [path for path in checkpoints(run) if path.name > checkpoint_name(step)]
+    if not any(path.name > checkpoint_name(step) for path in checkpoints(run)):
+        return
     best = run / CHECKPOINTS / BEST
-    if newer and best.exists() and read_checkpoint(best)["global_step"] > step:
-        newer.append(best)
+    best_step = step_of(best)
+    if best_step == step and not any(path.name <= checkpoint_name(step) for path in checkpoints(run)):
+        os.link(best, best.with_name(checkpoint_name(step)))  # or nothing would be left for resume=last to find
+    newer = [best] if best_step > step else []
+    newer += [path for path in checkpoints(run) if path.name > checkpoint_name(step)]
     for path in newer:
         aside = path.with_name(f"{path.name}.replaced")
         while aside.exists():
             aside = aside.with_name(f"{aside.name}.replaced")
         path.rename(aside)
-    if newer:
-        Console().print(
-            f"back to step {step}: {len(newer)} newer checkpoints are put aside as {run / CHECKPOINTS}/*.replaced",
-            highlight=False,
-        )
+    Console().print(
+        f"back to step {step}: {len(newer)} newer checkpoints are put aside as {run / CHECKPOINTS}/*.replaced",
+        highlight=False,
+    )
+
+
+def step_of(best: Path) -> float:
+    """Read the step of a checkpoint: -1 where there is none, infinity where it cannot be read."""
+    if not best.exists():
+        return -1
+    try:
+        return int(read_checkpoint(best)["global_step"])
+    except CheckpointError:
+        return float("inf")
 
 
 def checkpoint_name(step: int) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 
 from vlm_tune.data.batch import Batch
+from vlm_tune.model.checkpoint import write_atomically
 
 COLUMNS = (
     "step",
@@ -35,10 +36,7 @@ class MetricsFile(L.Callback):
         step = trainer.global_step
         rows = read_metrics(self.path)
         kept = [row for row in rows if row["step"] < step or (row["step"] == step and "val/loss" not in row)]
-        with self.path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(kept)
+        write_atomically(self.path, lambda partial: write_metrics(partial, kept))
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Write the values of an optimizer step."""
@@ -58,6 +56,14 @@ class MetricsFile(L.Callback):
         values = {name: float(trainer.callback_metrics[name]) for name in names if name in trainer.callback_metrics}
         with self.path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, COLUMNS).writerow({"step": trainer.global_step, **values})
+
+
+def write_metrics(path: Path, rows: list[dict[str, float]]) -> None:
+    """Write the rows of a metrics file, below the names of its columns."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
