@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one verb; return the exit code: 0, or 2 for an error of the input."""
     given = sys.argv[1:] if arguments is None else arguments
     verb, rest = (given[0], given[1:]) if given and "=" not in given[0] else ("train", given)
-    if verb in ("help", "--help", "-h"):
+    if verb == "help" or {"--help", "-h"} & set(given):
         sys.stdout.write(USAGE)
         return 0
     quiet_libraries()
@@ -45,13 +45,16 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return 2
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or os.environ.get("VLM_TUNE_DEBUG"):
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not (is_full or error.filename) or os.environ.get("VLM_TUNE_DEBUG"):
             raise
         remedy = "Free some space; an interrupted run then goes on with resume=last"
+        remedy = remedy if is_full else "Look at this path; VLM_TUNE_DEBUG=1 shows what it was needed for"
         sys.stderr.write(f"VlmTuneError: {error.filename or 'a file'}: {error.strerror}. {remedy}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("\nstopped. Go on with resume=last\n")
+        way_on = " Go on with resume=last, once a checkpoint was saved" if verb == "train" else ""
+        sys.stderr.write(f"\nstopped.{way_on}\n")
         return 130
 
 

@@ -360,5 +360,5 @@ def test_a_run_that_is_asked_to_stop_says_how_to_go_on(toys, run_cli, tmp_path, 
     finally:
         signal.signal(signal.SIGINT, handler)
     assert done.code == 130
-    assert done.err.endswith("stopped. Go on with resume=last\n")
+    assert done.err.endswith("stopped. Go on with resume=last, once a checkpoint was saved\n")
     assert find_checkpoint(str(tmp_path / "latest")).name == "step_00000004.ckpt"

@@ -1,13 +1,28 @@
 """Faults between fields: each check names the keys, their values, and a way out."""
 
+from dataclasses import asdict
+from math import isfinite
+from typing import Any
+
 from vlm_tune.config.schema import Config, Precision, Quantize, Strategy, TileRule, Train
 
 PARTS = ("vision", "projector", "llm")
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
 
 
 def find_problems(config: Config) -> list[str]:
     """List all contradictions of a configuration; an empty list means it can run."""
-    return [*_stage(config), *_numbers(config), *_lengths(config), *_devices(config)]
+    return [*_finite(asdict(config)), *_stage(config), *_numbers(config), *_lengths(config), *_devices(config)]
+
+
+def _finite(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    problems = []
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            problems += _finite(value, f"{prefix}{name}.")
+        elif isinstance(value, float) and not isfinite(value):
+            problems.append(f"{prefix}{name}={value}: not a number to compute with; give a finite one")
+    return problems
 
 
 def _stage(config: Config) -> list[str]:
@@ -67,6 +82,8 @@ def _numbers(config: Config) -> list[str]:
         "trainer.val_every": trainer.val_every,
         "trainer.save_every": trainer.save_every,
         "trainer.keep": trainer.keep,
+        "trainer.max_val_rows": trainer.max_val_rows,
+        "data.image.max_pixels": config.data.image.max_pixels,
         "model.tiles.size": tiles.size,
         "model.tiles.min": tiles.min,
         "model.projector.shuffle": config.model.projector.shuffle,
@@ -86,8 +103,17 @@ def _numbers(config: Config) -> list[str]:
         problems.append(f"model.tiles.min={tiles.min} is above model.tiles.max={tiles.max}: lower it")
     if stage.epochs <= 0 and stage.max_steps < 1:
         problems.append(f"stage.epochs={stage.epochs} and stage.max_steps={stage.max_steps}: set one of them above 0")
-    if config.data.workers < 0:
-        problems.append(f"data.workers={config.data.workers}: set 0 or more")
+    if stage.max_steps < 1 and stage.max_steps != -1:
+        problems.append(f"stage.max_steps={stage.max_steps}: set 1 or more, or -1 to train stage.epochs")
+    if not 0 <= config.seed < 2**32:
+        problems.append(f"seed={config.seed}: set 0 to {2**32 - 1}")
+    not_negative = {
+        "data.workers": config.data.workers,
+        "trainer.chat_every": trainer.chat_every,
+        "trainer.num_chats": trainer.num_chats,
+        "trainer.max_test_rows": trainer.max_test_rows,
+    }
+    problems += [f"{key}={value}: set 0 or more" for key, value in not_negative.items() if value < 0]
     return problems
 
 
@@ -108,6 +134,8 @@ def _lengths(config: Config) -> list[str]:
 def _devices(config: Config) -> list[str]:
     trainer = config.trainer
     problems = []
+    if trainer.accelerator not in ACCELERATORS:
+        problems.append(f"trainer.accelerator={trainer.accelerator}: there are {', '.join(ACCELERATORS)}")
     slots = trainer.devices * trainer.nodes * trainer.micro_batch
     if slots > 0 and trainer.global_batch % slots:
         problems.append(

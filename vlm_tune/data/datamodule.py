@@ -113,7 +113,7 @@ class DataModule(L.LightningDataModule):
             raise DataError("no usable rows are left. Run `python -m vlm_tune check` on it", str(self.train.data.path))
         if config.val == "none":
             return
-        val = sibling(config.path, "val") if config.val == "auto" else find_file(config.val)
+        val = sibling(config.path, "val") if config.val == "auto" else find_file(config.val, "data.val")
         if val is not None:
             self.val = self._open(val)
             limit = min(len(self.val.index), self.config.trainer.max_val_rows)

@@ -131,7 +131,7 @@ class Tiling:
         return picture_tiles(self.sizes, self.is_frame, self.tiles, max_tiles)
 
 
-def find_file(path: str) -> Path:
+def find_file(path: str, key: str = "data.path") -> Path:
     """Turn a path, or recipe:NAME/FILE, into a local path; the recipe is run the first time it is named.
 
     A pattern of files (`train-*.tar`) stays as it is: `rows` finds its files.
@@ -147,8 +147,9 @@ def find_file(path: str) -> Path:
             if found.parent.is_dir()
             else []
         )
-        hint = f"Did you mean {found.with_name(near[0])}?" if near else "Give an existing file: data.path=FILE"
-        raise DataError(f"no such file. {hint}", path)
+        hint = f"Did you mean {found.with_name(near[0])}?" if near else f"Give an existing file: {key}=FILE"
+        place = "" if found.is_absolute() else f" in {Path.cwd()}"
+        raise DataError(f"no such file{place}. {hint}", path)
     return found
 
 

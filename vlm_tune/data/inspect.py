@@ -24,6 +24,8 @@ def inspect(
 
     Raise ConfigError for a row that is not there, DataError for one that is faulty.
     """
+    if out and not out.endswith(".html") and not Path(out).is_dir():
+        raise ConfigError(f"out={out}: a page is written, over an older one. Name it so: out=row.html")
     seen = look(config, *read_by, row)
     console = Console(highlight=False, markup=False)
     if as_text:

@@ -54,7 +54,7 @@ def open_test(config: Config, model: Model) -> Conversations | None:
     data = config.data
     if data.test == "none":
         return None
-    path = sibling(data.path, "test") if data.test == "auto" else find_file(data.test)
+    path = sibling(data.path, "test") if data.test == "auto" else find_file(data.test, "data.test")
     if path is None:
         return None
     pictures = PictureSettings(config.model.tiles, config.model.vision.normalize, AugmentConfig())

@@ -24,6 +24,7 @@ from vlm_tune.model.trained import open_trained
 
 def evaluate(ckpt: str, out: str, overrides: list[str]) -> list[Prediction]:
     """Answer a test file with a trained model, print its scores, and write every answer."""
+    path = new_file(out) if out else run_of(find_checkpoint(ckpt)) / "predictions.jsonl"
     model, config = open_trained(ckpt, overrides)
     test = open_test(config, model)
     if test is None:
@@ -41,7 +42,16 @@ def evaluate(ckpt: str, out: str, overrides: list[str]) -> list[Prediction]:
     for task, chosen in by_task(predictions):
         table.add_row(task, str(len(chosen)), f"{scores[task]:.1%}", f"{guesses[task]:.1%}")
     console.print(table)
-    path = Path(out) if out else run_of(find_checkpoint(ckpt)) / "predictions.jsonl"
     write_predictions(predictions, path)
     console.print(f"answers: {path}", highlight=False)
     return predictions
+
+
+def new_file(out: str) -> Path:
+    """Return the file to write; raise ConfigError, before anything is answered, where one is there already."""
+    path = Path(out).expanduser()
+    if path.is_dir() or not path.parent.is_dir():
+        raise ConfigError(f"out={out}: not a file in a folder that is there. Name one: out=answers.jsonl")
+    if path.is_file():
+        raise ConfigError(f"out={out}: the file is there already. Name a new one: nothing is overwritten")
+    return path

@@ -1,6 +1,7 @@
 """`python -m vlm_tune export ckpt=RUN out=DIR`: merge in float32, write, load back, compare."""
 
 import json
+import re
 import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -58,6 +59,8 @@ class Wanted:
         ):
             if value not in choices:
                 raise ConfigError(f"{key}={value}: no such {key}. There are: {', '.join(choices)}")
+        if not re.fullmatch(r"[1-9]\d*(\.\d+)?[KMGT]B", self.shard):
+            raise ConfigError(f"max_shard_size={self.shard}: write a number and KB, MB, GB or TB, as in 2GB")
 
 
 def export(ckpt: str, out: str, wanted: Wanted, overrides: list[str]) -> Path:
@@ -101,6 +104,8 @@ def export(ckpt: str, out: str, wanted: Wanted, overrides: list[str]) -> Path:
 def empty_folder(out: str) -> Path:
     """Return the folder to write; raise ConfigError when something is in it."""
     folder = Path(out).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"out={out}: a file of that name is there. Name a new folder: nothing is overwritten")
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"out={out}: the folder is not empty. Name a new one: nothing is overwritten")
     return folder

@@ -33,14 +33,25 @@ def find_runs(runs: Path) -> list[Path]:
 
 def find_run(runs: Path, stage: str, model: str) -> Path | None:
     """Find the newest run of a stage and a model that holds a checkpoint."""
-    for run in reversed(find_runs(runs)):
-        try:
-            config = read_config(run / CONFIG)
-        except ConfigError:
-            continue  # a run of an older version: no reason to stop this one
-        if (config.stage.name, config.model.name) == (stage, model):
-            return run
+    return next((run for run in reversed(find_runs(runs)) if is_of(run, stage, model)), None)
+
+
+def find_stopped(runs: Path, stage: str, model: str, after: Path) -> Path | None:
+    """Find a run of a stage and a model that began after a file was written, and was stopped without a checkpoint."""
+    for config in runs.glob(f"*/{CONFIG}"):
+        is_newer = config.stat().st_mtime_ns > after.stat().st_mtime_ns and not config.parent.is_symlink()
+        if is_newer and not checkpoints(config.parent) and is_of(config.parent, stage, model):
+            return config.parent
     return None
+
+
+def is_of(run: Path, stage: str, model: str) -> bool:
+    """Tell whether a run is of a stage and a model; one that an older version wrote is of none."""
+    try:
+        config = read_config(run / CONFIG)
+    except ConfigError:
+        return False
+    return (config.stage.name, config.model.name) == (stage, model)
 
 
 def find_checkpoint(path: str) -> Path:
@@ -72,9 +83,19 @@ def run_config(checkpoint: Path, overrides: list[str] | None = None) -> Config:
 
 def start_of(checkpoint: Path) -> Path | None:
     """Read which earlier checkpoint a run had started from: its own leave out parts that it keeps frozen."""
-    path = run_of(checkpoint) / START
-    start = path.read_text(encoding="utf-8").strip() if path.exists() else ""
-    return find_checkpoint(start) if start else None
+    run = run_of(checkpoint)
+    text = (run / START).read_text(encoding="utf-8").strip() if (run / START).exists() else ""
+    if not text:
+        return None
+    start = Path(text)
+    moved = run.parent / start.parent.parent.name / CHECKPOINTS / start.name  # when all runs were moved together
+    for path in (start, moved):
+        if path.is_file():
+            return path
+    raise CheckpointError(
+        f"{run}: this run was started from {start}, which is gone, and parts that it kept frozen are in that alone. "
+        f"Put the folder {start.parent.parent.name} back, or beside this one"
+    )
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from vlm_tune.config.schema import ImageConfig, TilesConfig
+from vlm_tune.config.schema import Config
 from vlm_tune.data.dataset import Tiling
 from vlm_tune.data.images import ImageReader
 from vlm_tune.data.sample import Message, Part, Picture, Sample
@@ -23,10 +23,11 @@ HELP = "/image PATH shows a picture, /reset starts anew, /exit ends"
 class Chat:
     """Hold one conversation."""
 
-    def __init__(self, model: Model, tiles: TilesConfig, normalization: str) -> None:
+    def __init__(self, model: Model, config: Config) -> None:
         self.model = model
-        self.tiles = tiles
-        self.normalization = normalization
+        self.tiles = config.model.tiles
+        self.normalization = config.model.vision.normalize
+        self.images = replace(config.data.image, root=None)  # the user names each file: its folder is the root
         self.messages: list[Message] = []
         self.pending: list[Picture] = []
 
@@ -63,13 +64,13 @@ class Chat:
         return Prompt(example, np.concatenate(made))
 
     def _reader(self, picture: Picture) -> ImageReader:
-        return ImageReader(ImageConfig(), Path(picture.path).parent)  # the user names the file: its folder is the root
+        return ImageReader(self.images, Path(picture.path).parent)
 
 
 def chat(ckpt: str, image: str, overrides: list[str]) -> None:
     """Read questions from the terminal (or a pipe) until /exit or the end of the input."""
     model, config = open_trained(ckpt, overrides)
-    talk = Chat(model, config.model.tiles, config.model.vision.normalize)
+    talk = Chat(model, config)
     console = Console()
     if image:
         talk.show(image)
@@ -99,5 +100,7 @@ def respond(talk: Chat, line: str, console: Console) -> None:
         console.print("(new conversation)", highlight=False)
     elif line.startswith("/"):
         raise DataError(f"{command}: no such command. {HELP}")
+    elif any("\ud800" <= letter <= "\udfff" for letter in line):
+        raise DataError("this line is not UTF-8: ask again", "standard input")
     elif line:
         console.print(talk.ask(line), markup=False, highlight=False)

@@ -31,9 +31,9 @@ from vlm_tune.training.report import RunReport, show_scores
 class Examiner:
     """Hold the test questions of a run: of the test file, or of the validation rows where there is none."""
 
-    def __init__(self, config: Config, model: Model, data: DataModule, run: Path) -> None:
+    def __init__(self, config: Config, model: Model, data: DataModule) -> None:
         self.model = model
-        self.run = run
+        self.chat_every = config.trainer.chat_every
         self.console = Console()
         self.scored: list[Question] = []
         self.shown: list[Question] = []
@@ -45,12 +45,13 @@ class Examiner:
         elif data.val is not None:
             self.test, rows = data.val.data.sets[0], data.val.index.rows  # of a mixture, its first set is asked about
             self.shown = read_questions(self.test, config.trainer.num_chats, rows[rows < len(self.test)])
+
+    def enter(self, run: Path) -> list[L.Callback]:
+        """Take up a run's folder; return what runs during training."""
+        self.run = run
         self.chats = None
         if self.test is not None and self.shown:
-            self.chats = SampleAnswers(model, self.test, self.shown, config.trainer.chat_every, run)
-
-    def callbacks(self) -> list[L.Callback]:
-        """What runs during training."""
+            self.chats = SampleAnswers(self.model, self.test, self.shown, self.chat_every, run)
         return [self.chats] if self.chats else []
 
     def before(self, device: torch.device) -> None:

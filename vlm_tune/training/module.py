@@ -70,11 +70,22 @@ class VlmModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Stop at a loss that is not a number, before it reaches the weights."""
-        if not torch.isfinite(self.step_loss):
+        if torch.isfinite(self.step_loss):
+            return
+        self._require_finite_weights()
+        raise TrainingError(
+            f"the loss is {float(self.step_loss)} at step {self.global_step}, rows {', '.join(self.step_ids)}: no "
+            "weight was changed by it. Look at these rows, lower stage.lr, or set trainer.precision=bf16; then go "
+            "on with resume=last"
+        )
+
+    def _require_finite_weights(self) -> None:
+        broken = [name for name, weight in trained_parameters(self.vlm) if not torch.isfinite(weight).all()]
+        if broken:
             raise TrainingError(
-                f"the loss is {float(self.step_loss)} at step {self.global_step}, rows {', '.join(self.step_ids)}: no "
-                "weight was changed by it. Look at these rows, lower stage.lr, or set trainer.precision=bf16; then go "
-                "on with resume=last"
+                f"{len(broken)} trained weights are no numbers any more after step {self.global_step} ({broken[0]}). "
+                "No checkpoint holds them. Lower stage.lr, and go on with resume=last 'resume_allow=[stage.lr.llm]' "
+                "(or of the part that you changed)"
             )
 
     def on_validation_epoch_start(self) -> None:
@@ -109,7 +120,8 @@ class VlmModule(L.LightningModule):
         return {f"vlm.{name}": parameter.data for name, parameter in trained_parameters(self.vlm)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the counts of the run."""
+        """Keep the counts of the run; raise TrainingError rather than save weights that are no numbers."""
+        self._require_finite_weights()
         now = time.perf_counter()
         self.train_seconds, self.clock = self.train_seconds + now - self.clock, now
         checkpoint["counts"] = {"samples": self.num_samples, "tokens": self.num_tokens, "seconds": self.train_seconds}

@@ -8,7 +8,15 @@ from typing import Any
 from vlm_tune.config.parse import flatten
 from vlm_tune.config.schema import Config
 from vlm_tune.errors import CheckpointError, ConfigError
-from vlm_tune.model.checkpoint import find_checkpoint, find_run, load_weights, run_config, run_of, trained_weights
+from vlm_tune.model.checkpoint import (
+    find_checkpoint,
+    find_run,
+    find_stopped,
+    load_weights,
+    run_config,
+    run_of,
+    trained_weights,
+)
 from vlm_tune.model.vlm import VisionLanguageModel
 
 # keys that do not touch what is computed: they may differ from the interrupted run's
@@ -34,6 +42,13 @@ def find_resume(config: Config) -> Path | None:
             raise CheckpointError(
                 f"resume=last: {config.runs} holds no run of stage={config.stage.name} model={config.model.name} with "
                 "a checkpoint. Start it without resume"
+            )
+        report = run / "report.json"
+        stopped = find_stopped(run.parent, config.stage.name, config.model.name, report) if report.exists() else None
+        if stopped is not None:
+            raise CheckpointError(
+                f"resume=last: {stopped} was stopped before its first checkpoint (trainer.save_every="
+                f"{config.trainer.save_every}), and the run before it, {run}, is finished. Start anew without resume"
             )
         checkpoint = find_checkpoint(str(run))
     else:

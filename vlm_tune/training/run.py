@@ -1,5 +1,6 @@
 """A run's table of contents: where it starts, model, stage, data, trainer, fit, report."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,17 +15,19 @@ from vlm_tune.model.build import build_model
 from vlm_tune.model.checkpoint import run_of, start_of
 from vlm_tune.model.fill_cache import use_feature_cache
 from vlm_tune.model.parts import apply_stage
+from vlm_tune.training.callbacks.checkpoints import checkpoint_name
 from vlm_tune.training.examiner import Examiner
 from vlm_tune.training.module import VlmModule
 from vlm_tune.training.report import RunReport, show_data, show_parts
 from vlm_tune.training.resume import find_resume, go_on_from, initial_checkpoint, start_from
-from vlm_tune.training.run_folder import make_run_folder
-from vlm_tune.training.trainer import make_trainer
+from vlm_tune.training.run_folder import make_run_folder, only_here
+from vlm_tune.training.trainer import check_trainer, make_trainer
 
 
 def train(config: Config) -> Path:
     """Run one stage from its configuration to its report; return the run's folder."""
     console = Console()
+    check_trainer(config)
     checkpoint = find_resume(config)
     start = start_of(checkpoint) if checkpoint else initial_checkpoint(config)
     L.seed_everything(config.seed, workers=True, verbose=False)
@@ -38,6 +41,7 @@ def train(config: Config) -> Path:
 
     data = DataModule(config, model.encoder)
     data.setup()
+    examiner = Examiner(config, model, data)
     run = run_of(checkpoint) if checkpoint else make_run_folder(config, start)
     data.write_quarantine(run / "quarantine.jsonl")
 
@@ -46,20 +50,22 @@ def train(config: Config) -> Path:
     show_parts(console, parts)
 
     module = VlmModule(model, config, data.max_steps())
-    examiner = Examiner(config, model, data, run)
-    trainer = make_trainer(config, module.max_steps, run, examiner.callbacks())
-    use_feature_cache(model.vlm, data, config, trainer.strategy.root_device)
-    if trainer.is_global_zero:
-        examiner.before(trainer.strategy.root_device)
-    try:
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    except SystemExit as stopped:  # what Lightning makes of Ctrl-C and of SIGTERM
-        raise KeyboardInterrupt from stopped
+    if checkpoint is not None and checkpoint.name == checkpoint_name(module.max_steps):
+        console.print("this run is finished: there is no step left, and its report is written anew")
+    trainer = make_trainer(config, module.max_steps, run, examiner.enter(run))
+    with only_here(run) if trainer.is_global_zero else nullcontext():
+        use_feature_cache(model.vlm, data, config, trainer.strategy.root_device)
+        if trainer.is_global_zero:
+            examiner.before(trainer.strategy.root_device)
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        except SystemExit as stopped:  # what Lightning makes of Ctrl-C and of SIGTERM
+            raise KeyboardInterrupt from stopped
 
-    if trainer.is_global_zero:
-        report = RunReport(config, run, parts, start)
-        examiner.after(trainer.strategy.root_device, report)
-        console.print(f"report: {report.write(module, data)}", highlight=False)
+        if trainer.is_global_zero:
+            report = RunReport(config, run, parts, start)
+            examiner.after(trainer.strategy.root_device, report)
+            console.print(f"report: {report.write(module, data)}", highlight=False)
     return run
 
 

@@ -5,13 +5,17 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from vlm_tune.config.parse import write_config
 from vlm_tune.config.schema import Config
-from vlm_tune.errors import ConfigError
+from vlm_tune.errors import ConfigError, TrainingError
 from vlm_tune.model.checkpoint import CHECKPOINTS, CONFIG, START
 
 FOLDER_VARIABLE = "VLM_TUNE_RUN_FOLDER"  # hands the first process's folder to those it starts
@@ -46,6 +50,23 @@ def make_run_folder(config: Config, start: Path | None) -> Path:
     folder = folder.resolve()
     os.environ[FOLDER_VARIABLE] = str(folder)
     return folder
+
+
+@contextmanager
+def only_here(run: Path) -> Iterator[None]:
+    """Keep other processes from training in a run folder; raise TrainingError where one does."""
+    lock = FileLock(run / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise TrainingError(
+            f"{run}: another process trains in this run folder. Wait for its end, or start a run of its own without "
+            "resume"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def link_latest(runs: Path, folder: Path) -> None:

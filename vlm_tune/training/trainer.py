@@ -1,6 +1,7 @@
 """Lightning's Trainer for a configuration: devices, precision, accumulation, callbacks, loggers."""
 
 import ctypes
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,9 @@ LOGGERS: dict[str, Any] = {
 
 def make_trainer(config: Config, max_steps: int, run: Path, callbacks: list[L.Callback]) -> L.Trainer:
     """Set up the loop. Its steps end the run; epochs are the data stream's affair."""
+    check_trainer(config)
     trainer = config.trainer
     has_gpu = torch.cuda.is_available() and trainer.accelerator != "cpu"
-    if trainer.accelerator in ("gpu", "cuda") and not has_gpu:
-        raise ConfigError(f"trainer.accelerator={trainer.accelerator}, but there is no GPU here: set it to auto or cpu")
-    precision = resolve_precision(trainer.precision)
-    if precision is Precision.fp16 and not has_gpu:
-        raise ConfigError("trainer.precision=fp16 needs a GPU: set trainer.precision=bf16 or fp32 on a CPU")
     if not has_gpu:
         keep_freed_memory()
     slots = trainer.devices * trainer.nodes * trainer.micro_batch
@@ -39,7 +36,7 @@ def make_trainer(config: Config, max_steps: int, run: Path, callbacks: list[L.Ca
         devices=trainer.devices,
         num_nodes=trainer.nodes,
         strategy=find_strategy(config, has_gpu),
-        precision=PRECISIONS[precision],  # type: ignore[arg-type]
+        precision=PRECISIONS[resolve_precision(trainer.precision)],  # type: ignore[arg-type]
         max_steps=max_steps,
         max_epochs=-1,
         accumulate_grad_batches=trainer.global_batch // slots,
@@ -64,6 +61,23 @@ def make_trainer(config: Config, max_steps: int, run: Path, callbacks: list[L.Ca
     )
 
 
+def check_trainer(config: Config) -> None:
+    """Raise ConfigError for what is not on this machine, before a run folder is made."""
+    trainer = config.trainer
+    has_gpu = torch.cuda.is_available() and trainer.accelerator != "cpu"
+    if trainer.accelerator in ("gpu", "cuda") and not has_gpu:
+        raise ConfigError(f"trainer.accelerator={trainer.accelerator}, but there is no GPU here: set it to auto or cpu")
+    if resolve_precision(trainer.precision) is Precision.fp16 and not has_gpu:
+        raise ConfigError("trainer.precision=fp16 needs a GPU: set trainer.precision=bf16 or fp32 on a CPU")
+    find_strategy(config, has_gpu)
+    unknown = [name for name in config.logger.names if name not in LOGGERS]
+    if unknown:
+        raise ConfigError(f"logger.names={unknown}: no such logger. There are: {', '.join(LOGGERS)}")
+    missing = [name for name in config.logger.names if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"logger.names={missing}: not installed. Run `pip install {' '.join(missing)}`")
+
+
 def keep_freed_memory() -> None:
     """Keep freed memory for the next step: glibc would hand it back, and each page be cleared anew when it is used.
 
@@ -77,9 +91,6 @@ def keep_freed_memory() -> None:
 
 def find_loggers(config: Config, run: Path) -> list[Logger] | bool:
     """Make the loggers by name; a visible dict, so that a configuration can call no other code."""
-    unknown = [name for name in config.logger.names if name not in LOGGERS]
-    if unknown:
-        raise ConfigError(f"logger.names={unknown}: no such logger. There are: {', '.join(LOGGERS)}")
     return [LOGGERS[name](run) for name in config.logger.names] or False
 
 
