@@ -205,7 +205,7 @@ def test_a_start_that_is_gone_is_an_error(tmp_path):
     run = make_run(tmp_path / "finetune", 4)
     (run / "starts_from.txt").write_text(str(find_checkpoint(str(start))), encoding="utf-8")
     shutil.rmtree(start)
-    with pytest.raises(CheckpointError, match=r"no such run folder or checkpoint"):
+    with pytest.raises(CheckpointError, match=r"which is gone, and parts that it kept frozen"):
         start_of(find_checkpoint(str(run)))
 
 
