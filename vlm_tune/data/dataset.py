@@ -136,6 +136,8 @@ def find_file(path: str, key: str = "data.path") -> Path:
 
     A pattern of files (`train-*.tar`) stays as it is: `rows` finds its files.
     """
+    if not path:
+        raise DataError(f"no file is named. Give an existing one: {key}=FILE")
     if path.startswith("recipe:"):
         name, _, file = path.removeprefix("recipe:").partition("/")
         found = run_recipe(name) / file

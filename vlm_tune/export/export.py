@@ -59,7 +59,7 @@ class Wanted:
         ):
             if value not in choices:
                 raise ConfigError(f"{key}={value}: no such {key}. There are: {', '.join(choices)}")
-        if not re.fullmatch(r"[1-9]\d*(\.\d+)?[KMGT]B", self.shard):
+        if not re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)?[KMGT]B", self.shard):
             raise ConfigError(f"max_shard_size={self.shard}: write a number and KB, MB, GB or TB, as in 2GB")
 
 

@@ -101,7 +101,6 @@ def _download(hub_id: str, key: str, with_weights: bool) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         raise ConfigError(
             f"{key}={hub_id}: the hub cannot be reached and the model is not in the local cache, or it holds no "
-            "*.safetensors and no pytorch_model*.bin. On a machine with a "
-            f"network run `hf download {hub_id}` (files {', '.join(patterns)}), copy the folder here, and set "
-            f"{key}=FOLDER"
+            "*.safetensors and no pytorch_model*.bin. On a machine with a network run "
+            f"`hf download {hub_id}` (files {', '.join(patterns)}), copy the folder here, and set {key}=FOLDER"
         ) from error

@@ -92,6 +92,8 @@ def chat(ckpt: str, image: str, overrides: list[str]) -> None:
 def respond(talk: Chat, line: str, console: Console) -> None:
     """Carry out a command, or answer a question."""
     command, _, rest = line.partition(" ")
+    if line == "/image":
+        raise DataError("name a picture: /image PATH")
     if command == "/image":
         talk.show(rest.strip())
         console.print("(picture shown)", highlight=False)
