@@ -167,7 +167,7 @@ def test_chat_turns_pictures_as_the_run_did(toys, tmp_path):
 
 
 def test_chat_goes_on_after_a_line_that_is_not_utf8(finished, run_cli, monkeypatch):
-    text = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n/image\nHello\n/exit\n"), encoding="utf-8", errors="surrogateescape")
+    text = io.TextIOWrapper(io.BytesIO(b"\xe9\n/image\nHello\n/exit\n"), encoding="utf-8", errors="surrogateescape")
     monkeypatch.setattr(sys, "stdin", text)
     done = run_cli("chat", f"ckpt={finished}/latest")
     assert done.code == 0
