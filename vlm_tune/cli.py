@@ -48,8 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         if not (is_full or error.filename) or os.environ.get("VLM_TUNE_DEBUG"):
             raise
-        remedy = "Free some space; an interrupted run then goes on with resume=last"
-        remedy = remedy if is_full else "Look at this path; VLM_TUNE_DEBUG=1 shows what it was needed for"
+        if is_full:
+            remedy = "Free some space; an interrupted run then goes on with resume=last"
+        else:
+            remedy = "Look at this path; VLM_TUNE_DEBUG=1 shows what it was needed for"
         sys.stderr.write(f"VlmTuneError: {error.filename or 'a file'}: {error.strerror}. {remedy}\n")
         return 2
     except KeyboardInterrupt:

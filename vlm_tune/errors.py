@@ -28,7 +28,7 @@ class DataError(VlmTuneError):
 
 
 class TrainingError(VlmTuneError):
-    """Report a run that cannot go on: its loss is no longer a number."""
+    """Report a run that cannot go on: its loss or weights are no numbers, or another process trains in its folder."""
 
 
 class CheckpointError(VlmTuneError):

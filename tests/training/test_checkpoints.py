@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from vlm_tune.config.parse import load_config
-from vlm_tune.model.checkpoint import CHECKPOINTS, checkpoints, find_checkpoint
-from vlm_tune.training.callbacks.checkpoints import checkpoint_name, put_newer_aside
+from vlm_tune.model.checkpoint import CHECKPOINTS, checkpoint_name, checkpoints, find_checkpoint
+from vlm_tune.training.callbacks.checkpoints import put_newer_aside
 from vlm_tune.training.run import train
 
 ALL = (

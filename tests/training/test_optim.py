@@ -15,7 +15,7 @@ from vlm_tune.errors import ConfigError, TrainingError
 from vlm_tune.model.parts import PARTS, trained_parameters
 from vlm_tune.training.module import VlmModule
 from vlm_tune.training.optim import make_optimizer, make_schedule
-from vlm_tune.training.trainer import make_trainer
+from vlm_tune.training.trainer import check_trainer, make_trainer
 
 FULL = ("stage=finetune", "stage.train={vision: full, projector: full, llm: full}")
 
@@ -187,10 +187,10 @@ def test_a_loss_that_is_not_a_number_stops_before_it_reaches_the_weights(toys, t
     assert all(torch.equal(weight, before[name]) for name, weight in trained_parameters(staged.model.vlm))
 
 
-def test_fp16_needs_a_gpu(toys, tmp_path, monkeypatch):
+def test_fp16_needs_a_gpu(toys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = load_config(toys.arguments("stage=finetune", "trainer.precision=fp16"))
     with pytest.raises(
         ConfigError, match=r"trainer\.precision=fp16 needs a GPU: set trainer\.precision=bf16 or fp32 on a"
     ):
-        make_trainer(config, 1, tmp_path, [])
+        check_trainer(config)

@@ -2,9 +2,8 @@
 
 from dataclasses import asdict
 from math import isfinite
-from typing import Any
 
-from vlm_tune.config.schema import Config, Precision, Quantize, Strategy, TileRule, Train
+from vlm_tune.config.schema import Config, Precision, Quantize, Strategy, TileRule, Train, flatten
 
 PARTS = ("vision", "projector", "llm")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
@@ -12,17 +11,15 @@ ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
 
 def find_problems(config: Config) -> list[str]:
     """List all contradictions of a configuration; an empty list means it can run."""
-    return [*_finite(asdict(config)), *_stage(config), *_numbers(config), *_lengths(config), *_devices(config)]
+    return [*_finite(config), *_stage(config), *_numbers(config), *_lengths(config), *_devices(config)]
 
 
-def _finite(tree: dict[str, Any], prefix: str = "") -> list[str]:
-    problems = []
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            problems += _finite(value, f"{prefix}{name}.")
-        elif isinstance(value, float) and not isfinite(value):
-            problems.append(f"{prefix}{name}={value}: not a number to compute with; give a finite one")
-    return problems
+def _finite(config: Config) -> list[str]:
+    return [
+        f"{key}={value}: not a number to compute with; give a finite one"
+        for key, value in flatten(asdict(config)).items()
+        if isinstance(value, float) and not isfinite(value)
+    ]
 
 
 def _stage(config: Config) -> list[str]:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vlm_tune.config.checks import find_problems
-from vlm_tune.config.schema import Config
+from vlm_tune.config.schema import Config, flatten
 from vlm_tune.errors import ConfigError
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -110,12 +110,3 @@ def nearest(key: str) -> str:
     known = list(flatten(OmegaConf.to_container(OmegaConf.structured(Config))))  # type: ignore[arg-type]
     close = get_close_matches(key, known, n=1, cutoff=0.5)
     return f" Did you mean {close[0]}?" if close else " docs/configuration.md lists all keys"
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Map dotted keys to values: {"a": {"b": 1}} -> {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        flat |= flatten(value, f"{key}.") if isinstance(value, dict) else {key: value}
-    return flat

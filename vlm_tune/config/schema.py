@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 
 class Train(Enum):
@@ -312,3 +313,12 @@ class Config:
     resume: str | None = None  # last, a run folder or a checkpoint
     resume_allow: list[str] = field(default_factory=list)  # keys that may differ from the interrupted run's
     runs: str = "runs"  # folder of the run folders
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Map dotted keys to values: {"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        flat |= flatten(value, f"{key}.") if isinstance(value, dict) else {key: value}
+    return flat

@@ -17,7 +17,13 @@ from vlm_tune.errors import CheckpointError, ConfigError
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
+BEST = "best.ckpt"  # in it, beside those of single steps
 START = "starts_from.txt"  # the earlier stage's checkpoint; empty = the base weights
+
+
+def checkpoint_name(step: int) -> str:
+    """Name the checkpoint of a step, so that names sort as steps do."""
+    return f"step_{step:08d}.ckpt"
 
 
 def checkpoints(run: Path) -> list[Path]:

@@ -74,8 +74,8 @@ class Readers:
             x, frozen, dropout, first.scaling[ADAPTER], *adapters
         )
         return tuple(
-            output if _is_plain(layer) else layer.base_layer(x) + output
-            for layer, output in zip(self.layers, outputs, strict=True)
+            layer.base_layer(x) + output if own is None else output
+            for layer, own, output in zip(self.layers, frozen, outputs, strict=True)
         )
 
 

@@ -94,7 +94,7 @@ def respond(talk: Chat, line: str, console: Console) -> None:
     command, _, rest = line.partition(" ")
     if line == "/image":
         raise DataError("name a picture: /image PATH")
-    if command == "/image":
+    elif command == "/image":
         talk.show(rest.strip())
         console.print("(picture shown)", highlight=False)
     elif command == "/reset":

@@ -5,8 +5,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from vlm_tune.config.parse import flatten
-from vlm_tune.config.schema import Config
+from vlm_tune.config.schema import Config, flatten
 from vlm_tune.errors import CheckpointError, ConfigError
 from vlm_tune.model.checkpoint import (
     find_checkpoint,

@@ -12,10 +12,9 @@ from vlm_tune.config.schema import Config, FeatureCaching
 from vlm_tune.data.datamodule import DataModule
 from vlm_tune.errors import CheckpointError
 from vlm_tune.model.build import build_model
-from vlm_tune.model.checkpoint import run_of, start_of
+from vlm_tune.model.checkpoint import checkpoint_name, run_of, start_of
 from vlm_tune.model.fill_cache import use_feature_cache
 from vlm_tune.model.parts import apply_stage
-from vlm_tune.training.callbacks.checkpoints import checkpoint_name
 from vlm_tune.training.examiner import Examiner
 from vlm_tune.training.module import VlmModule
 from vlm_tune.training.report import RunReport, show_data, show_parts

@@ -25,17 +25,15 @@ LOGGERS: dict[str, Any] = {
 
 def make_trainer(config: Config, max_steps: int, run: Path, callbacks: list[L.Callback]) -> L.Trainer:
     """Set up the loop. Its steps end the run; epochs are the data stream's affair."""
-    check_trainer(config)
     trainer = config.trainer
-    has_gpu = torch.cuda.is_available() and trainer.accelerator != "cpu"
-    if not has_gpu:
+    if not has_gpu(config):
         keep_freed_memory()
     slots = trainer.devices * trainer.nodes * trainer.micro_batch
     return L.Trainer(
         accelerator=trainer.accelerator,
         devices=trainer.devices,
         num_nodes=trainer.nodes,
-        strategy=find_strategy(config, has_gpu),
+        strategy=find_strategy(config),
         precision=PRECISIONS[resolve_precision(trainer.precision)],  # type: ignore[arg-type]
         max_steps=max_steps,
         max_epochs=-1,
@@ -63,19 +61,27 @@ def make_trainer(config: Config, max_steps: int, run: Path, callbacks: list[L.Ca
 
 def check_trainer(config: Config) -> None:
     """Raise ConfigError for what is not on this machine, before a run folder is made."""
-    trainer = config.trainer
-    has_gpu = torch.cuda.is_available() and trainer.accelerator != "cpu"
-    if trainer.accelerator in ("gpu", "cuda") and not has_gpu:
-        raise ConfigError(f"trainer.accelerator={trainer.accelerator}, but there is no GPU here: set it to auto or cpu")
-    if resolve_precision(trainer.precision) is Precision.fp16 and not has_gpu:
-        raise ConfigError("trainer.precision=fp16 needs a GPU: set trainer.precision=bf16 or fp32 on a CPU")
-    find_strategy(config, has_gpu)
+    trainer, strategy = config.trainer, config.strategy.name
+    if not has_gpu(config):
+        if trainer.accelerator in ("gpu", "cuda"):
+            raise ConfigError(
+                f"trainer.accelerator={trainer.accelerator}, but there is no GPU here: set it to auto or cpu"
+            )
+        if resolve_precision(trainer.precision) is Precision.fp16:
+            raise ConfigError("trainer.precision=fp16 needs a GPU: set trainer.precision=bf16 or fp32 on a CPU")
+        if strategy not in (Strategy.auto, Strategy.ddp):
+            raise ConfigError(f"strategy={strategy.value} needs GPUs: set strategy=ddp on CPUs")
     unknown = [name for name in config.logger.names if name not in LOGGERS]
     if unknown:
         raise ConfigError(f"logger.names={unknown}: no such logger. There are: {', '.join(LOGGERS)}")
     missing = [name for name in config.logger.names if find_spec(name) is None]
     if missing:
         raise ConfigError(f"logger.names={missing}: not installed. Run `pip install {' '.join(missing)}`")
+
+
+def has_gpu(config: Config) -> bool:
+    """Tell whether a run has a GPU."""
+    return torch.cuda.is_available() and config.trainer.accelerator != "cpu"
 
 
 def keep_freed_memory() -> None:
@@ -94,7 +100,7 @@ def find_loggers(config: Config, run: Path) -> list[Logger] | bool:
     return [LOGGERS[name](run) for name in config.logger.names] or False
 
 
-def find_strategy(config: Config, has_gpu: bool) -> Any:
+def find_strategy(config: Config) -> Any:
     """Choose how devices share the work."""
     name, many = config.strategy.name, config.trainer.devices * config.trainer.nodes > 1
     if name is Strategy.auto:
@@ -104,9 +110,7 @@ def find_strategy(config: Config, has_gpu: bool) -> Any:
     if name is Strategy.ddp:
         from lightning.pytorch.strategies import DDPStrategy
 
-        return DDPStrategy(process_group_backend="nccl" if has_gpu else "gloo", find_unused_parameters=False)
-    if not has_gpu:
-        raise ConfigError(f"strategy={name.value} needs GPUs: set strategy=ddp on CPUs")
+        return DDPStrategy(process_group_backend="nccl" if has_gpu(config) else "gloo", find_unused_parameters=False)
     if name is Strategy.fsdp:
         from lightning.pytorch.strategies import FSDPStrategy
 

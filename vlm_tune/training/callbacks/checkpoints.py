@@ -11,9 +11,14 @@ from rich.console import Console
 
 from vlm_tune.data.batch import Batch
 from vlm_tune.errors import CheckpointError
-from vlm_tune.model.checkpoint import CHECKPOINTS, checkpoints, read_checkpoint, write_atomically
-
-BEST = "best.ckpt"
+from vlm_tune.model.checkpoint import (
+    BEST,
+    CHECKPOINTS,
+    checkpoint_name,
+    checkpoints,
+    read_checkpoint,
+    write_atomically,
+)
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -92,14 +97,16 @@ class SaveCheckpoints(L.Callback):
 
 def put_newer_aside(run: Path, step: int) -> None:
     """Rename the checkpoints after the step that a run goes back to: they would pass for its newest ones."""
-    if not any(path.name > checkpoint_name(step) for path in checkpoints(run)):
+    kept = checkpoints(run)
+    newer = [path for path in kept if path.name > checkpoint_name(step)]
+    if not newer:
         return
     best = run / CHECKPOINTS / BEST
     best_step = step_of(best)
-    if best_step == step and not any(path.name <= checkpoint_name(step) for path in checkpoints(run)):
+    if best_step == step and newer == kept:
         os.link(best, best.with_name(checkpoint_name(step)))  # or nothing would be left for resume=last to find
-    newer = [best] if best_step > step else []
-    newer += [path for path in checkpoints(run) if path.name > checkpoint_name(step)]
+    if best_step > step:
+        newer.insert(0, best)
     for path in newer:
         aside = path.with_name(f"{path.name}.replaced")
         while aside.exists():
@@ -111,16 +118,11 @@ def put_newer_aside(run: Path, step: int) -> None:
     )
 
 
-def step_of(best: Path) -> float:
+def step_of(path: Path) -> float:
     """Read the step of a checkpoint: -1 where there is none, infinity where it cannot be read."""
-    if not best.exists():
+    if not path.exists():
         return -1
     try:
-        return int(read_checkpoint(best)["global_step"])
+        return int(read_checkpoint(path)["global_step"])
     except CheckpointError:
         return float("inf")
-
-
-def checkpoint_name(step: int) -> str:
-    """Name the checkpoint of a step, so that names sort as steps do."""
-    return f"step_{step:08d}.ckpt"
