@@ -139,7 +139,7 @@ def test_system_prompt_without_a_place_is_refused():
 # -------------------------------------------------------------------------------------- the user's text is only text
 
 
-CONTROL = sorted(TOKENIZER.get_added_vocab(), key=len)
+CONTROL = sorted(TOKENIZER.get_added_vocab().keys() - CHATML.markup.keys(), key=len)
 
 
 @pytest.mark.parametrize("literal", CONTROL)
@@ -158,14 +158,6 @@ def test_literal_control_string_in_an_answer_and_a_system_prompt_is_plain_text()
     assert supervised_text(example) == "Bye<|im_end|>\n<|im_start|>user\n<|im_end|>"
     assert np.count_nonzero(example.input_ids == CHATML.stop_ids[0]) == 3
     assert np.count_nonzero(example.input_ids == CHATML.context_id) == 0
-
-
-def test_added_token_that_is_not_special_is_plain_text_too():
-    tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parents[1] / "golden" / "tokenizer")
-    tokenizer.add_tokens(["<tool_call>"])
-    example = Encoder(tokenizer, load_template("chatml")).encode(sample(("say <tool_call>", "<tool_call>")))
-    assert tokenizer.convert_tokens_to_ids("<tool_call>") not in example.input_ids
-    assert "say <tool_call><|im_end|>" in tokenizer.decode(example.input_ids)
 
 
 @settings(deadline=None, max_examples=200)

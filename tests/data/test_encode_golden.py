@@ -57,7 +57,7 @@ def written(segments: list[Segment]):
     return joined(pair for pair in pairs if pair[0] != BOS)  # the tokenizer's first token is no part of a template
 
 
-@pytest.mark.parametrize("row", rows_of("label_masks.json"))
+@pytest.mark.parametrize("row", [*rows_of("label_masks.json"), *rows_of("label_masks_markup.json")])
 def test_golden_label_masks(row, tokenizer):
     settings = EncoderSettings(tokens_per_tile=1, add_bos=row["add_bos"])
     encoder = Encoder(tokenizer, load_template(row["template"]), settings)

@@ -13,7 +13,7 @@ from vlm_tune.config.parse import load_config
 from vlm_tune.config.schema import TileRule, TilesConfig
 from vlm_tune.data.encode import NO_LOSS
 from vlm_tune.data.inspect_row import CONTEXT, IMAGE, SUPERVISED, canvas_of, look, runs_of, texts_of
-from vlm_tune.data.inspect_text import draw_grid
+from vlm_tune.data.inspect_text import draw_grid, facts
 from vlm_tune.model.encoder import build_encoder
 
 TOKENIZER = Path(__file__).parents[1] / "golden" / "tokenizer"
@@ -147,3 +147,15 @@ def test_a_page_that_cannot_be_written_is_an_error(run_cli, file, parts, tmp_pat
     finished = run_cli("inspect", f"data.path={file}", "row=1", "data.val=none", f"out={tmp_path}", *parts)
     assert finished.code == 2
     assert f"out={tmp_path}: Is a directory. Name a file" in finished.err
+
+
+def test_markup_in_the_texts_is_named_with_its_counts(tmp_path, parts):
+    turns = [
+        {"from": "human", "value": "Where is <ref>it</ref>?"},
+        {"from": "gpt", "value": "<box>[[1, 2, 3, 4]]</box>"},
+    ]
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps({"conversations": turns}) + "\n")
+    config = load_config([f"data.path={path}", "data.val=none", *parts])
+    seen = look(config, *build_encoder(config), 0)
+    assert facts(seen)["markup"] == "<ref> 1, </ref> 1, <box> 1, </box> 1: one token each"

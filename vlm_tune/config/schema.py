@@ -134,6 +134,9 @@ class ModelConfig:
     path: str | None = None  # a whole checkpoint: folder or hub id; null = built from vision.path and llm.path
     template: str = "chatml"  # a name of data/templates.yaml
     system: str | None = None  # system prompt; null = the template's own
+    markup: list[str] | None = (
+        None  # added tokens that texts may write (<box>); null = all that control nothing
+    )
     tiles: TilesConfig = field(default_factory=TilesConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)

@@ -10,6 +10,7 @@ from tokenizers import Encoding
 
 from vlm_tune.config.schema import TooLong
 from vlm_tune.data.anyres import Spread, count_tokens
+from vlm_tune.data.markup import find_markup
 from vlm_tune.data.pieces import Item, drop_last_space, is_supervised_first, keys_of, lay_out
 from vlm_tune.data.sample import Picture, Sample
 from vlm_tune.data.templates import PLAIN_TEXT, Template, render
@@ -47,6 +48,7 @@ class EncoderSettings:
     on_too_long: TooLong = TooLong.error
     system: str | None = None  # system prompt where the row has none; None = the template's own
     add_bos: bool | None = None  # None = what the tokenizer itself does
+    markup: tuple[str, ...] | None = None  # added tokens that texts may write; None = all that control nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,11 @@ class Encoder:
     ) -> None:
         self.template = template
         self.settings = settings or EncoderSettings()
-        self._tokens = TextTokenizer(tokenizer, self.settings.add_bos)
+        markup = self.settings.markup
+        if markup is None:
+            edges = self.settings.image_start, self.settings.image_context, self.settings.image_end
+            markup = find_markup(tokenizer, template, edges)
+        self._tokens = TextTokenizer(tokenizer, self.settings.add_bos, markup)
         if self.settings.system and not template.system:
             raise ConfigError(f"model.system is set, but model.template={template.name} has no place for it: remove it")
         name = tokenizer.name_or_path
@@ -117,6 +123,12 @@ class Encoder:
         self.context_id = self._find_token(self.settings.image_context, name)  # None = takes no pictures
         self._start_ids = self._image_edge(self.settings.image_start, name)
         self._end_ids = self._image_edge(self.settings.image_end, name)
+        self._refuse_control()
+
+    @property
+    def markup(self) -> dict[str, int]:
+        """Name the added tokens that texts may write, with their ids."""
+        return self._tokens.markup
 
     def fingerprint(self) -> str:
         """Name all that decides how many tokens a sample has: tokenizer, template, limits."""
@@ -341,6 +353,15 @@ class Encoder:
                 "or set data.on_too_long=skip",
             )
         return cut
+
+    def _refuse_control(self) -> None:
+        """Keep texts from writing what ends a turn or stands for a picture, whatever model.markup says."""
+        control = {*self.stop_ids, self._tokens.bos_id, self.context_id, *self._start_ids, *self._end_ids}
+        if clash := next((content for content, token_id in self.markup.items() if token_id in control), ""):
+            raise ConfigError(
+                f"model.markup names {clash!r}, which ends answers or stands for a picture: a text that holds it "
+                "would break its own row. Remove it from the list"
+            )
 
     def _find_stop_ids(self, tokenizer_name: str) -> tuple[int, ...]:
         """Return the tokens that end generation: the template's, then the tokenizer's own."""

@@ -80,6 +80,7 @@ class Seen:
     sample: Sample
     example: Example
     tokens: list[Token]
+    markup: dict[str, int]  # tokens of the tokenizer that the texts write (<box>), how often each
     pictures: list[SeenPicture]
     pack: Pack | None  # None where the run sees the row neither in training nor in validation
     settings: dict[str, str]
@@ -102,6 +103,7 @@ def look(config: Config, encoder: Encoder, tokenizer: "PreTrainedTokenizerBase",
         sample=sample,
         example=example,
         tokens=list(read_tokens(example, data.encoder, tokenizer)),
+        markup=count_markup(example, data.encoder),
         pictures=list(cut_pictures(data, sample, example)),
         pack=find_pack(config, encoder, row),
         settings={
@@ -127,6 +129,12 @@ def read_tokens(example: Example, encoder: Encoder, tokenizer: "PreTrainedTokeni
             yield Token(token_id, text, SUPERVISED)
         else:
             yield Token(token_id, text, IMAGE if token_id in (start, end) else CONTEXT)
+
+
+def count_markup(example: Example, encoder: Encoder) -> dict[str, int]:
+    """Count the tokens that belong to content, those that occur."""
+    counts = {name: int(np.count_nonzero(example.input_ids == token)) for name, token in encoder.markup.items()}
+    return {name: count for name, count in counts.items() if count}
 
 
 def tokens_each(settings: EncoderSettings) -> str:

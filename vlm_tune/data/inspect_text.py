@@ -33,6 +33,8 @@ def facts(seen: Seen) -> dict[str, str]:
     told["supervised"] = f"{example.num_supervised:,}, {example.num_supervised / len(example.input_ids):.1%}"
     if num_tiles:
         told["tiles"] = f"{num_tiles:,} of {seen.settings['tokens_per_tile']} tokens each"
+    if seen.markup:
+        told["markup"] = ", ".join(f"{name} {count}" for name, count in seen.markup.items()) + ": one token each"
     if example.note:
         told["policy"] = example.note
     told["template"] = f"{seen.settings['template']} (model={seen.settings['model']})"

@@ -1,9 +1,14 @@
-"""Tokenize control text with its special tokens, and everything else without any, whatever a user writes."""
+"""Tokenize control text with its control tokens, and everything else without any, whatever a user writes.
+
+An added token of a tokenizer is one of two things. Control tokens say who speaks, where an answer ends and where a
+picture stands: only templates write them, and in a user's text their names are spelled in pieces. Markup belongs to
+what is said (`<box>`, `<think>`, `<tool_call>`): there it is one token, as in every engine.
+"""
 
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Encoding, Tokenizer
@@ -18,13 +23,16 @@ PlainKey = tuple[bool, str]  # (opens a string, text)
 
 
 class TextTokenizer:
-    """Split a tokenizer in two: special tokens, which only templates may write, and the bare model of plain text.
+    """Split a tokenizer in two: control tokens, which only templates may write, and the model of plain text.
 
-    The bare model is the tokenizer without its added tokens, so no text can become one: not even an added token that
-    is not marked as special (`<tool_call>`), for which `split_special_tokens` would do nothing.
+    That model passes over the control tokens, so no text can become one: not even an added token that is not marked
+    as special, for which `split_special_tokens` would do nothing. `markup` are the added tokens that it keeps, found
+    in a text as the tokenizer itself finds them.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", add_bos: bool | None = None) -> None:
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", add_bos: bool | None = None, markup: Sequence[str] = ()
+    ) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise ConfigError(
@@ -34,6 +42,11 @@ class TextTokenizer:
         spec = json.loads(backend.to_str())
         added = [each for each in spec["added_tokens"] if each["content"].strip()]
         self._added = {each["content"]: each["id"] for each in added}
+        if unknown := [content for content in markup if content not in self._added]:
+            raise ConfigError(
+                f"model.markup names {unknown[0]!r}, which is no added token of {tokenizer.name_or_path}: remove it"
+            )
+        self.markup = {content: self._added[content] for content in markup}  # token -> id
         self._pattern = re.compile(
             "|".join(re.escape(text) for text in sorted([*self._added, BOS, EOS], key=len)[::-1])
         )
@@ -47,13 +60,14 @@ class TextTokenizer:
         self.bos_id: int | None = bos if add_bos else None
         self.eos_id: int | None = tokenizer.eos_token_id
 
+        # `encode_special_tokens` passes over what is special; were the list cut, the others would be numbered anew.
         # White space (GPT-NeoX has added tokens for runs of it) controls nothing: it keeps its tokens.
-        spec["added_tokens"] = [each for each in spec["added_tokens"] if not each["content"].strip()]
+        for each in spec["added_tokens"]:
+            each["special"] = bool(each["content"].strip()) and each["content"] not in self.markup
         spec["truncation"] = spec["padding"] = spec["post_processor"] = None  # it would trim offsets
-        self._opening = Tokenizer.from_str(json.dumps(spec))
-        self._inner = self._opening
+        self._opening = self._inner = _plain_model(spec)
         if _prefix_only_where_text_opens(spec["pre_tokenizer"]):
-            self._inner = Tokenizer.from_str(json.dumps(spec))
+            self._inner = _plain_model(spec)
         self._check_neutral(tokenizer.unk_token_id)
         self._control: dict[str, tuple[int | str, ...]] = {}
 
@@ -69,7 +83,7 @@ class TextTokenizer:
         return self._control[text]
 
     def plain(self, keys: Iterable[PlainKey]) -> dict[PlainKey, Encoding]:
-        """Tokenize distinct texts in one batch, no special token among the results."""
+        """Tokenize distinct texts in one batch, no control token among the results."""
         opening: list[PlainKey] = []
         inner: list[PlainKey] = []
         for key in dict.fromkeys(keys):
@@ -82,7 +96,7 @@ class TextTokenizer:
         return encodings
 
     def token_id(self, content: str) -> int | None:
-        """Return the id of a special token, None where the tokenizer has none of that name."""
+        """Return the id of an added token, None where the tokenizer has none of that name."""
         return self._added.get(content)
 
     def _split(self, text: str) -> Iterator[int | str]:
@@ -103,11 +117,17 @@ class TextTokenizer:
         return [self._added[content]]
 
     def _check_neutral(self, unk_id: int | None) -> None:
-        control_ids = set(self._added.values()) - {unk_id}
-        keys = [(False, content) for content in self._added]
+        control_ids = set(self._added.values()) - set(self.markup.values()) - {unk_id}
+        keys = [(False, content) for content in self._added if content not in self.markup]
         for (_, content), encoding in self.plain(keys).items():
             if control_ids.intersection(encoding.ids):
                 raise ConfigError(f"this tokenizer reads {content!r} as a special token even in the text of a user")
+
+
+def _plain_model(spec: dict[str, Any]) -> Tokenizer:
+    model: Tokenizer = Tokenizer.from_str(json.dumps(spec))
+    model.encode_special_tokens = True
+    return model
 
 
 def _prefix_only_where_text_opens(pre_tokenizer: dict[str, Any] | None) -> bool:

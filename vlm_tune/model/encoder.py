@@ -49,6 +49,7 @@ def make_encoder(config: Config, tokenizer: PreTrainedTokenizerBase, tokens: Ima
         max_length=data.max_length,
         on_too_long=data.on_too_long,
         system=model.system,
+        markup=None if model.markup is None else tuple(model.markup),
     )
     return Encoder(tokenizer, choose_template(model.template, tokenizer), settings)
 
