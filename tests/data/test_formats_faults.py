@@ -100,7 +100,7 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
         llava(human("<video>"), GPT, video="v", image="a"),
         'both "image" and "video". Split them into two rows.',
     ),
-    ("sharegpt", llava(HUMAN, GPT, tools="[]"), '"tools" is not read. Write the tools into the system text'),
+    ("sharegpt", llava(HUMAN, GPT, tools="[1]"), '"tools" is not read in rows of sharegpt. Write the tools into the'),
     ("sharegpt", llava({"from": "system", "value": "S"}, HUMAN, GPT, system="T"), 'both "system" and a first turn of'),
     ("openai", {"messages": [USER, ASSISTANT | {"loss": 2}]}, "turn 2: the loss flag is 2. Write true or false."),
     (
@@ -108,7 +108,11 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
         {"messages": [USER, ASSISTANT | {"loss": False}]},
         'nothing to train on: every answer has "loss": false.',
     ),
-    ("openai", {"messages": [USER, ASSISTANT | {"tool_calls": [1]}]}, "turn 2: tool calls are not read."),
+    (
+        "openai",
+        {"messages": [USER, ASSISTANT | {"tool_calls": [1]}]},
+        '"tool_calls" is not read in turn 2. Write the call into the text',
+    ),
     ("openai", {"messages": [USER | {"content": []}, ASSISTANT]}, 'turn 1, "content" is empty.'),
     ("openai", {"messages": [USER | {"content": [{"type": "audio"}]}]}, "turn 1, part 1: unknown type 'audio'. Known:"),
     ("openai", {"messages": [USER | {"content": [3]}]}, "turn 1, part 1: unknown type None."),
@@ -136,7 +140,7 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
     (
         "alpaca",
         {"instruction": "Q", "output": "A", "image": "a"},
-        '"image" is given, but rows of alpaca are text only.',
+        '"image" is not read in rows of alpaca. Such rows are text only.',
     ),
     ("oasst1", {"text": "Hi### Human: Q### Assistant: A"}, 'the text does not begin with "### Human:".'),
     ("oasst1", {"text": "### Human: Q### Human: Q### Assistant: A"}, "turns 1 and 2 are both from the user."),

@@ -134,9 +134,7 @@ class ModelConfig:
     path: str | None = None  # a whole checkpoint: folder or hub id; null = built from vision.path and llm.path
     template: str = "chatml"  # a name of data/templates.yaml
     system: str | None = None  # system prompt; null = the template's own
-    markup: list[str] | None = (
-        None  # added tokens that texts may write (<box>); null = all that control nothing
-    )
+    markup: list[str] | None = None  # added tokens that texts may write (<box>); null = all that control nothing
     tiles: TilesConfig = field(default_factory=TilesConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
@@ -170,6 +168,8 @@ class DataConfig:
     val_share: float = 0.02  # of the rows, when data.val=auto finds no file
     test: str = "auto"  # file for `evaluate` and the sample answers; auto = test.jsonl beside data.path; none
     format: str = "auto"  # dialect of the rows; auto = recognised from the first row
+    ignore_fields: list[str] = field(default_factory=list)  # fields of rows that count as not there
+    reasoning_loss: bool = True  # train on an answer's reasoning_content too, not only show it
     on_bad_sample: BadSample = BadSample.error
     on_too_long: TooLong = TooLong.error
     max_length: int = 8192  # tokens of one sample, image tokens counted

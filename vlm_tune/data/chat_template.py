@@ -51,7 +51,7 @@ def read_chat_template(tokenizer: "PreTrainedTokenizerBase") -> Template:
     for trims in (False, True):
         template = replace(template, trims=trims)
         if all(_agrees(tokenizer, template, turns) for turns in _conversations(template)):
-            return template
+            return replace(template, reasoning=_cut_reasoning(tokenizer, template))
     raise _unusable(tokenizer, "its text for a conversation is not the sum of its turns")
 
 
@@ -104,6 +104,21 @@ def _split_system(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:
     except (ConfigError, ValueError):
         return "", ""
     return before, after
+
+
+def _cut_reasoning(tokenizer: "PreTrainedTokenizerBase", template: Template) -> str:
+    """Return how the reasoning of each answer is written before it; "" where it is left out of one."""
+    turns = [
+        {"role": "user", "content": QUESTION},
+        {"role": "assistant", "content": ANSWER, "reasoning_content": SYSTEM},
+    ]
+    try:
+        text = str(tokenizer.apply_chat_template([*turns, *turns], tokenize=False))
+    except (TemplateError, TypeError, ValueError):
+        return ""
+    found = [piece.partition(ANSWER)[0].removeprefix(template.assistant) for piece in text.split(template.assistant)]
+    written = {piece for piece in found if SYSTEM in piece and QUESTION not in piece}
+    return written.pop().replace(SYSTEM, "{reasoning}") if len(written) == 1 and text.count(SYSTEM) == 2 else ""
 
 
 def _rendered(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn], *, prompt: bool = False) -> str:

@@ -52,7 +52,8 @@ class Conversations:
         self.root = Path(config.image.root) if config.image.root else path if path.is_dir() else path.parent
         self.reader = ImageReader(config.image, self.root)
         self.cache: FeatureCache | None = None  # set where a frozen encoder's features are kept
-        self.format = config.format if config.format != "auto" else recognise_rows(self.rows)
+        self.ignored = frozenset(config.ignore_fields)
+        self.format = config.format if config.format != "auto" else recognise_rows(self.rows, self.ignored)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -68,7 +69,7 @@ class Conversations:
 
     def sample(self, row: int) -> Sample:
         """Parse one row."""
-        return parse_record(self.rows[row], self.format, self.rows.where(row), row, self.root)
+        return parse_record(self.rows[row], self.format, self.rows.where(row), row, self.root, self.ignored)
 
     def encode(self, row: int) -> Example:
         """Encode one row; its pictures' sizes come from their headers alone."""

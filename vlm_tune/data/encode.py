@@ -49,6 +49,7 @@ class EncoderSettings:
     system: str | None = None  # system prompt where the row has none; None = the template's own
     add_bos: bool | None = None  # None = what the tokenizer itself does
     markup: tuple[str, ...] | None = None  # added tokens that texts may write; None = all that control nothing
+    reasoning_loss: bool = True  # the reasoning before an answer is supervised too
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +213,8 @@ class Encoder:
 
     def _lay_out(self, sample: Sample, for_generation: bool = False) -> list[Item]:
         template, system = (PLAIN_TEXT, None) if sample.is_plain else (self.template, self.settings.system)
-        segments = render(template, sample, system, for_generation=for_generation)
+        thought = self.settings.reasoning_loss
+        segments = render(template, sample, system, for_generation=for_generation, reasoning_loss=thought)
         bos_id = None if template.has_bos else self._tokens.bos_id
         items = lay_out(segments, self._tokens, bos_id, splits_at_pictures=not self._start_ids)
         if for_generation and template.assistant.endswith(" "):

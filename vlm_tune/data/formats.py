@@ -7,12 +7,14 @@ share are in `formats_row`. Nothing is repaired: a row becomes a Sample that say
 import difflib
 import functools
 import importlib.util
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from vlm_tune.data.formats_chat import LLAVA_ROLES, read_llava, read_openai, read_sharegpt, read_xtuner
+from vlm_tune.data.fields import Fields, check_fields, without
+from vlm_tune.data.formats_chat import LLAVA_ROLES, read_llava, read_openai, read_sharegpt, read_swift, read_xtuner
 from vlm_tune.data.formats_row import IMAGE_MARK, VIDEO_MARK, Record, Row, check_answered, kind_of
 from vlm_tune.data.formats_table import CAPTION_FIELDS, IMAGE_FIELDS, read_caption, read_vqa
 from vlm_tune.data.formats_text import (
@@ -34,6 +36,7 @@ DIALECTS: dict[str, Reader] = {
     "sharegpt": read_sharegpt,
     "openai": read_openai,
     "xtuner": read_xtuner,
+    "swift": read_swift,
     "alpaca": read_alpaca,
     "alpaca_zh": read_alpaca_zh,
     "oasst1": read_oasst1,
@@ -43,15 +46,12 @@ DIALECTS: dict[str, Reader] = {
     "caption": read_caption,
     "vqa": read_vqa,
 }
-_TEXT_ONLY = ("alpaca", "alpaca_zh", "oasst1", "openorca", "msagent", "text")
 
-_CONVERSATIONS = ("llava", "sharegpt", "openai", "xtuner")
+_CONVERSATIONS = ("llava", "sharegpt", "openai", "xtuner", "swift")
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_SYSTEM_REMEDIES = {
-    "llava": "Use data.format=sharegpt, or write it as the first turn",
-    "openai": "Write it as the first message",
-}
+# <img>a.jpg</img>, as older rows of Qwen-VL and ms-swift name their files
+_NAMED_MEDIA = re.compile(r"<(img|image|audio|video)>(\w+://[^<]*|data:[^<]*|[^<\n]*\.\w{2,5})</\1>")
 
 # What a user's own function may raise: everything but a request to stop and what a class of its own says.
 _USER_FAULTS = (
@@ -67,50 +67,39 @@ _USER_FAULTS = (
 )
 
 
-def parse_record(record: object, fmt: str, where: str, index: int, image_root: Path = Path()) -> Sample:
+def parse_record(
+    record: object, fmt: str, where: str, index: int, image_root: Path = Path(), ignored: Fields = frozenset()
+) -> Sample:
     """Turn one raw record into a Sample.
 
     `fmt` is a name of DIALECTS, `auto` (recognised from this record), or `file.py:function`, a function of the user's
     own: it takes the record and returns a Sample, or a record of a known dialect. That code runs, so the name may only
     come from the command line, never from a data set, a meta file or a checkpoint.
 
-    `index` stands in for an id that the record does not have; `image_root` is where relative video folders are.
+    `index` stands in for an id that the record does not have; `image_root` is where relative video folders are. Fields
+    that are `ignored` (data.ignore_fields) count as not there.
 
     Raise DataError for every fault of the record, and ConfigError for an unknown dialect.
     """
     if not isinstance(record, dict):
         raise DataError(f"a row must be an object, not {kind_of(record)}. Write {{...}}.", where)
     if ":" in fmt:
-        return _parse_by_user(record, fmt, where, index, image_root)
+        return _parse_by_user(record, fmt, where, index, (image_root, ignored))
+    if ignored:
+        record = {key: without(value, ignored) for key, value in record.items() if key not in ignored}
     name = recognise(record, where) if fmt == "auto" else fmt
     reader = DIALECTS.get(name)
     if reader is None:
         raise unknown_dialect(name)
     row = Row(record, where, _sample_id(record, where), image_root)
-    _check_fields(row, name)
     messages = reader(row)
+    check_fields(row, name)  # behind the reader: a row of another dialect is better told by what it lacks
     if name in _CONVERSATIONS:
         _check_picture_fields(row, messages)
+    _check_named_media(row, messages)
     check_answered(row, messages)
     sample_id = row.sample_id if row.sample_id is not None else str(index)
     return Sample(sample_id, tuple(messages), where, is_plain=name == "text")
-
-
-def _check_fields(row: Row, name: str) -> None:
-    """Refuse fields that would change what the row says, and that this dialect does not read."""
-    given = [key for key in _MEDIA if row.record.get(key)]
-    if given and name in _TEXT_ONLY:
-        raise row.fault(f'"{given[0]}" is given, but rows of {name} are text only. Use data.format=sharegpt or llava.')
-    for key in given:
-        if key.startswith("audio"):
-            raise row.fault(f'"{key}" is not read. Remove the row, or the field and what asks about it.')
-        if key.startswith("video") and name not in ("llava", "sharegpt"):
-            raise row.fault(f'"{key}" is not read in rows of {name}. Use data.format=sharegpt or llava.')
-    if row.record.get("system") and name in _SYSTEM_REMEDIES:
-        raise row.fault(f'"system" is not read in rows of {name}. {_SYSTEM_REMEDIES[name]}.')
-    tools = next((key for key in ("tools", "functions") if row.record.get(key)), None)
-    if tools is not None and name in _CONVERSATIONS:
-        raise row.fault(f'"{tools}" is not read. Write the tools into the system text as your model expects them.')
 
 
 def _check_picture_fields(row: Row, messages: list[Message]) -> None:
@@ -121,6 +110,14 @@ def _check_picture_fields(row: Row, messages: list[Message]) -> None:
         value = row.record.get(key)
         if isinstance(value, str) and value.lower().endswith(_PICTURE_ENDINGS):
             raise row.fault(f'"{key}" is not read here. Name pictures in "image" or "images", with "<image>" marks.')
+
+
+def _check_named_media(row: Row, messages: list[Message]) -> None:
+    """Refuse files that are named in a question's text: they would be trained as letters, and not shown."""
+    for message in messages:
+        if message.role == "user" and (match := _NAMED_MEDIA.search(message.text)):
+            remedy = 'Name pictures in "images", and write "<image>" in their places.'
+            raise row.fault(f"the text names a file in {match[0]:.80}. {remedy}")
 
 
 def _sample_id(record: Record, where: str) -> str | None:
@@ -154,6 +151,8 @@ def recognise(record: Record, where: str = "") -> str:
         return "llava" if is_llava else "sharegpt"
     if "conversation" in keys or isinstance(record.get("input"), dict):
         return "xtuner"
+    if "query" in keys and "response" in keys:
+        return "swift"
     if "question" in keys and "answer" in keys:
         return "vqa"
     if has_picture and any(key in keys for key in CAPTION_FIELDS):
@@ -173,7 +172,7 @@ def recognise(record: Record, where: str = "") -> str:
     raise DataError(f"{reason}. Name one with data.format=NAME, or your own with data.format=file.py:function.", where)
 
 
-def recognise_rows(rows: Rows, num_tried: int = 100) -> str:
+def recognise_rows(rows: Rows, ignored: Fields = frozenset(), num_tried: int = 100) -> str:
     """Return the dialect of the first row that can be read and fits one, so that a faulty first row hides no other.
 
     Raise the first row's DataError where none of the first `num_tried` does.
@@ -181,7 +180,7 @@ def recognise_rows(rows: Rows, num_tried: int = 100) -> str:
     first: DataError | None = None
     for number in range(min(num_tried, len(rows))):
         try:
-            return recognise(rows[number], rows.where(number))
+            return recognise(without(rows[number], ignored), rows.where(number))
         except DataError as error:
             first = first or error
     assert first is not None, "open_rows refuses what holds no rows"
@@ -225,7 +224,7 @@ def user_function(name: str) -> Callable[[Record], object]:
     return cast(Callable[[Record], object], found)
 
 
-def _parse_by_user(record: Record, fmt: str, where: str, index: int, image_root: Path) -> Sample:
+def _parse_by_user(record: Record, fmt: str, where: str, index: int, settings: tuple[Path, Fields]) -> Sample:
     own_id = _sample_id(record, where)
     try:
         result = user_function(fmt)(record)
@@ -235,8 +234,8 @@ def _parse_by_user(record: Record, fmt: str, where: str, index: int, image_root:
         reason = f"{fmt} failed: {type(error).__name__}: {error}. Mend the function or the row."
         raise DataError(reason, where, own_id) from error
     if isinstance(result, Sample):
-        check_answered(Row(record, where, own_id, image_root), result.messages)
+        check_answered(Row(record, where, own_id, settings[0]), result.messages)
         return replace(result, id=result.id or str(index), where=where)
     if isinstance(result, dict):
-        return parse_record(result, "auto", where, index, image_root)
+        return parse_record(result, "auto", where, index, *settings)
     raise DataError(f"{fmt} returned {kind_of(result)}, not a Sample or a record. Mend the function.", where, own_id)

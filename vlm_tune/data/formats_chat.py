@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from vlm_tune.data.fields import check_fields, check_part, check_turn, turn_fields
 from vlm_tune.data.formats_row import (
     VIDEO_MARK,
     Row,
@@ -16,6 +17,7 @@ from vlm_tune.data.formats_row import (
     picture,
     place_pictures,
     row_pictures,
+    single_turns,
 )
 from vlm_tune.data.sample import Message, Part, Picture, Role
 from vlm_tune.data.videos import choose_frames, read_header
@@ -37,12 +39,13 @@ _OPENAI_ROLES: Mapping[str, Role] = {
     "tool": "user",
     "assistant": "assistant",
 }
+REASONING = ("reasoning_content", "reasoning", "thinking")
 _FRAME_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 def read_llava(row: Row) -> list[Message]:
     """Read LLaVA and InternVL rows: conversations of human, gpt and system; image, images or video."""
-    messages = _turns(row, "conversations", LLAVA_ROLES)
+    messages = _turns(row, "conversations", LLAVA_ROLES, "llava")
     return _with_media(row, messages)
 
 
@@ -53,7 +56,7 @@ def read_sharegpt(row: Row) -> list[Message]:
     for a first turn of the system.
     """
     key = "messages" if row.record.get("conversations") is None and "messages" in row.record else "conversations"
-    messages = _turns(row, key, _SHAREGPT_ROLES)
+    messages = _turns(row, key, _SHAREGPT_ROLES, "sharegpt")
     system = row.optional("system")
     if system.strip():
         if messages and messages[0].role == "system":
@@ -62,14 +65,16 @@ def read_sharegpt(row: Row) -> list[Message]:
     return _with_media(row, messages)
 
 
-def _turns(row: Row, key: str, roles: Mapping[str, Role]) -> list[Message]:
+def _turns(row: Row, key: str, roles: Mapping[str, Role], dialect: str) -> list[Message]:
     """Read a list of {"from", "value"} or {"role", "content"} in order, still without pictures."""
     messages: list[Message] = []
+    known = turn_fields(dialect)
     for number, turn in enumerate(_turn_list(row, key), 1):
-        name_key, text_key = ("from", "value") if "from" in turn else ("role", "content")
+        is_sharegpt = turn.get("from") is not None
+        name_key, text_key = ("from", "value") if is_sharegpt else ("role", "content")
         role = _role(row, turn.get(name_key), number, roles, name_key)
-        text = _spoken(row, turn.get(text_key), number, role, text_key)
-        messages.append(Message(role, (text,), supervised=role == "assistant" and _has_loss(row, turn, number)))
+        check_turn(row, turn, number, known - {"role", "content"} if is_sharegpt else known - {"from", "value"})
+        messages.append(_message(row, turn, number, role, (_spoken(row, turn.get(text_key), number, role, text_key),)))
     check_order(row, messages)
     return conversation(messages)
 
@@ -99,6 +104,25 @@ def _spoken(row: Row, value: object, number: int, role: Role, key: str) -> str:
     if role == "system":
         return row.text(value, name)  # may be empty: it is left out
     return row.answer(value, name) if role == "assistant" else row.question(value, name)
+
+
+def _message(row: Row, turn: Mapping[str, object], number: int, role: Role, parts: tuple[Part, ...]) -> Message:
+    """Make the message of a turn: an answer with its loss flag and its reasoning."""
+    is_answer = role == "assistant"
+    return Message(role, parts, is_answer and _has_loss(row, turn, number), _reasoning(row, turn, number, role))
+
+
+def _reasoning(row: Row, turn: Mapping[str, object], number: int, role: Role) -> str:
+    """Read what an answer is thought out with: "reasoning_content", also called "reasoning" or "thinking"."""
+    given = [key for key in REASONING if turn.get(key) not in (None, "")]
+    if not given:
+        return ""
+    name = f'turn {number}, "{given[0]}"'
+    if len(given) > 1:
+        raise row.fault(f'{name} and "{given[1]}". Keep one of them.')
+    if role != "assistant":
+        raise row.fault(f"{name} in a turn of the {role}. Only the assistant reasons: remove it.")
+    return row.answer(turn[given[0]], name)
 
 
 def _has_loss(row: Row, turn: Mapping[str, object], number: int) -> bool:
@@ -183,6 +207,12 @@ def _place_frames(row: Row, messages: list[Message], frames: tuple[Part, ...]) -
     return messages
 
 
+_SOURCES = ("image_url", "image", "path", "url", "base64")
+_TEXT_PART = frozenset(("type", "text"))
+_IMAGE_PART = frozenset(("type", *_SOURCES))
+_SOURCE = frozenset(("url", "path", "bytes"))
+
+
 def read_openai(row: Row) -> list[Message]:
     """Read OpenAI messages: content as text or as a list of text and image parts, and a loss flag for each answer.
 
@@ -190,18 +220,16 @@ def read_openai(row: Row) -> list[Message]:
     """
     waiting = row_pictures(row)
     messages: list[Message] = []
+    known = turn_fields("openai")
     for number, turn in enumerate(_turn_list(row, "messages"), 1):
         role = _role(row, turn.get("role"), number, _OPENAI_ROLES, "role")
-        if turn.get("tool_calls") or turn.get("function_call"):
-            raise row.fault(
-                f"turn {number}: tool calls are not read. Write the call into content, as the model says it."
-            )
+        check_turn(row, turn, number, known)
         content = turn.get("content")
         if isinstance(content, list):
             parts = _content_parts(row, content, number, role, waiting)
         else:
             parts = (_spoken(row, content, number, role, "content"),)
-        messages.append(Message(role, parts, supervised=role == "assistant" and _has_loss(row, turn, number)))
+        messages.append(_message(row, turn, number, role, parts))
     if waiting:
         reason = f'{len(waiting)} of "images" belong to no image part. Add {{"type": "image"}} parts'
         raise row.fault(f'{reason}, or use data.format=sharegpt, which reads "<image>" marks.')
@@ -217,11 +245,13 @@ def _content_parts(
         name = f"turn {number}, part {place}"
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(part, dict) and kind == "text":
+            check_part(row, part, name, _TEXT_PART)
             text = row.text(part.get("text"), f'{name}, "text"')
             parts += [text] if text else []
         elif isinstance(part, dict) and kind in ("image", "image_url"):
             if role != "user":
                 raise row.fault(f"{name}: an image in a turn of the {role}. Only the user shows images.")
+            check_part(row, part, name, _IMAGE_PART)
             parts.append(_image_part(row, part, name, waiting))
         else:
             raise row.fault(f"{name}: unknown type {kind!r}. Known: text, image, image_url.")
@@ -232,11 +262,13 @@ def _content_parts(
 
 def _image_part(row: Row, part: Mapping[str, object], name: str, waiting: list[Picture]) -> Picture:
     """Read {"type": "image_url", "image_url": {"url": ...}} and the spellings of transformers for "image"."""
-    sources = [part[key] for key in ("image_url", "image", "path", "url", "base64") if part.get(key) is not None]
+    sources = [part[key] for key in _SOURCES if part.get(key) is not None]
     if len(sources) > 1:
         raise row.fault(f"{name}: more than one source. Keep one.")
     if sources:
         source = sources[0]
+        if isinstance(source, dict):
+            check_part(row, {**source, "detail": None} if source.get("detail") == "auto" else source, name, _SOURCE)
         return picture(row, source["url"] if isinstance(source, dict) and "url" in source else source, name)
     if not waiting:
         raise row.fault(f'{name}: an image without a source. Give it a "url" or a "path", or list it in "images".')
@@ -249,7 +281,10 @@ def read_xtuner(row: Row) -> list[Message]:
     Each may bring a system text. An empty input is allowed: XTuner writes continued pretraining so.
     """
     messages: list[Message] = []
+    known = turn_fields("xtuner")
     for number, turn in enumerate(_xtuner_turns(row), 1):
+        if turn is not row.record:
+            check_turn(row, turn, number, known)
         system, question = (_optional(row, turn, number, key) for key in ("system", "input"))
         if turn.get("output") is None:
             raise row.fault(f'turn {number}: no answer: "output" is missing. Write one, or remove the turn.')
@@ -270,7 +305,15 @@ def _optional(row: Row, turn: Mapping[str, object], number: int, key: str) -> st
 def _xtuner_turns(row: Row) -> Sequence[Mapping[str, object]]:
     nested = row.record.get("input")
     if isinstance(nested, dict):  # a tutorial writes {"input": {"conversation": [...]}}
-        return _turn_list(replace(row, record=nested), "conversation")
+        row = replace(row, record=nested)
+        check_fields(row, "xtuner")
+        return _turn_list(row, "conversation")
     return (
         [row.record] if "output" in row.record and "conversation" not in row.record else _turn_list(row, "conversation")
     )
+
+
+def read_swift(row: Row) -> list[Message]:
+    """Read ms-swift's rows of one turn: "query" and "response", the turns before in "history", and "system"."""
+    name = '"query" or "response"'
+    return _with_media(row, single_turns(row, "system", row.required("query"), row.required("response"), name))

@@ -212,6 +212,24 @@ def mark_mismatch(num_marks: int, num_pictures: int) -> str:
     return f'{num_marks} "{IMAGE_MARK}" {marks} but {num_pictures} {images}. {remedy}'
 
 
+def single_turns(row: Row, system_key: str, question: object, answer: object, name: str) -> list[Message]:
+    """Make the messages of a row of one question and its answer; "history" holds pairs that stand before them."""
+    system = row.optional(system_key)
+    messages = [Message("system", (system,))] if system.strip() else []
+    for number, pair in enumerate(listed(row.record.get("history")), 1):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise row.fault(f'"history" {number} is not a pair [question, answer]. Write it so, or remove it.')
+        messages += _pair(row, pair[0], pair[1], f'"history" {number}')
+    return messages + _pair(row, question, answer, name)
+
+
+def _pair(row: Row, question: object, answer: object, name: str) -> list[Message]:
+    return [
+        Message("user", (row.question(question, name),)),
+        Message("assistant", (row.answer(answer, name),), supervised=True),
+    ]
+
+
 def check_order(row: Row, messages: Sequence[Message]) -> None:
     """Refuse turns out of order: the system may only speak first, then user and assistant take turns.
 

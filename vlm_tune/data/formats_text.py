@@ -4,7 +4,8 @@ import json
 import re
 from collections.abc import Mapping
 
-from vlm_tune.data.formats_row import Row, check_order, kind_of, listed, literal
+from vlm_tune.data.fields import check_turn, turn_fields
+from vlm_tune.data.formats_row import Row, check_order, kind_of, literal, single_turns
 from vlm_tune.data.sample import Message
 
 
@@ -31,23 +32,7 @@ def _alpaca(row: Row, ending: str) -> list[Message]:
     answer = row.answer(row.required(f"output{ending}"), f'"output{ending}"')
     if answer == "<nooutput>":
         raise row.fault('the output is "<nooutput>": the row has no answer. Remove it, as XTuner does.')
-    messages = _with_system(row, row.optional("system"))
-    for number, pair in enumerate(listed(row.record.get("history")), 1):
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise row.fault(f'"history" {number} is not a pair [question, answer]. Write it so, or remove it.')
-        messages += _pair(row, pair[0], pair[1], f'"history" {number}')
-    return messages + _pair(row, question, answer, f'"instruction{ending}"')
-
-
-def _pair(row: Row, question: object, answer: object, name: str) -> list[Message]:
-    return [
-        Message("user", (row.question(question, name),)),
-        Message("assistant", (row.answer(answer, name),), supervised=True),
-    ]
-
-
-def _with_system(row: Row, system: str) -> list[Message]:
-    return [Message("system", (system,))] if system.strip() else []
+    return single_turns(row, "system", question, answer, f'"instruction{ending}"')
 
 
 def read_oasst1(row: Row) -> list[Message]:
@@ -74,9 +59,8 @@ def read_oasst1(row: Row) -> list[Message]:
 
 def read_openorca(row: Row) -> list[Message]:
     """Read OpenOrca: system_prompt, question, response."""
-    return _with_system(row, row.optional("system_prompt")) + _pair(
-        row, row.required("question"), row.required("response"), '"question" or "response"'
-    )
+    question, answer = row.required("question"), row.required("response")
+    return single_turns(row, "system_prompt", question, answer, '"question" or "response"')
 
 
 # MSAgent-Bench: {"conversations": [{"from": system | user | assistant, "value"}]}, the list often written as text.
@@ -99,7 +83,9 @@ def read_msagent(row: Row) -> list[Message]:
     Raise DataError where XTuner drops a row in silence: broken JSON in a call or a result.
     """
     messages: list[Message] = []
+    known = turn_fields("msagent")
     for number, turn in enumerate(_agent_turns(row), 1):
+        check_turn(row, turn, number, known)
         role = turn.get("from")
         text = row.text(turn.get("value"), f"turn {number}")
         follows = messages[-1].role if messages else None

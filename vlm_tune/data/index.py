@@ -122,7 +122,13 @@ def open_index(data: Conversations, workers: int = 0) -> Measured:
 def index_key(data: Conversations) -> str:
     """Name everything that the sizes and the faults of a file's rows depend on, this program's own code included."""
     facts = [str(data.path.resolve()), *(content_key(file) for file in find_files(data.path))]
-    facts += [data.format, str(data.root.resolve()), str(data.reader.config), str(data.pictures.tiles)]
+    facts += [
+        data.format,
+        str(sorted(data.ignored)),
+        str(data.root.resolve()),
+        str(data.reader.config),
+        str(data.pictures.tiles),
+    ]
     facts.append(data.encoder.fingerprint())
     code = [file for file in sorted(CODE.iterdir()) if file.suffix in (".py", ".yaml")]
     if ":" in data.format:

@@ -27,6 +27,7 @@ class Message:
     role: Role
     parts: tuple[Part, ...]
     supervised: bool = False  # train on this turn (assistant turns only)
+    reasoning: str = ""  # what an answer is thought out with, written before it
 
     @property
     def text(self) -> str:

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import NamedTuple
@@ -37,6 +37,7 @@ class Template:
     trims: bool = False  # white space around a message is left out
     is_xtuner: bool = False  # pictures first; <BOS> anew after <EOS>; question, answer, `after` tokenized one by one
     has_bos: bool = False  # the strings hold the tokenizer's first token: none is put in front
+    reasoning: str = "<think>\n{reasoning}\n</think>\n\n"  # stands before an answer that is thought out; "" = no place
 
     @property
     def stop(self) -> str:
@@ -84,17 +85,23 @@ def _read_templates() -> dict[str, Template]:
 
 
 def render(
-    template: Template, sample: Sample, system: str | None = None, *, for_generation: bool = False
+    template: Template,
+    sample: Sample,
+    system: str | None = None,
+    *,
+    for_generation: bool = False,
+    reasoning_loss: bool = True,
 ) -> list[Segment]:
     """Write a sample as segments, in order.
 
     The system prompt is the row's, else `system`, else the template's; an empty one is left out. With
-    `for_generation` the header of an answer follows the sample, and nothing is supervised.
+    `for_generation` the header of an answer follows the sample, and nothing is supervised. The reasoning of an answer
+    is supervised as the answer is, without `reasoning_loss` not at all.
 
     Example (template chatml, question "Hi", answer "Hello"; c = control, * = supervised):
         c"<|im_start|>user\\n" "Hi" c"<|im_end|>\\n" c"<|im_start|>assistant\\n" *"Hello" c*"<|im_end|>" c"\\n"
 
-    Raises DataError for a system prompt that the template has no place for.
+    Raises DataError for a system prompt or reasoning that the template has no place for.
     """
     writer = _Writer()
     messages = _prepare(template, sample, system, for_generation)
@@ -116,7 +123,7 @@ def render(
                 _write_question(writer, template, (), num_turns)
             writer.control(template.assistant)
             if not for_generation or message is not messages[-1]:
-                _write_answer(writer, template, message)
+                _write_answer(writer, template, message, reasoning_loss)
         previous = message.role
     return writer.segments
 
@@ -152,7 +159,7 @@ def _prepare(template: Template, sample: Sample, system: str | None, for_generat
     """Choose the system prompt, and leave out what this template or generation has no place for."""
     kept = list(sample.messages)
     if for_generation:  # a place for the answer, and nothing supervised before it
-        kept = [Message(each.role, each.parts) for each in [*kept, Message("assistant", ())]]
+        kept = [replace(each, supervised=False) for each in [*kept, Message("assistant", ())]]
     if not kept or kept[0].role != "system":
         chosen = template.default_system if system is None else system
         kept.insert(0, Message("system", (chosen or "",)))
@@ -162,12 +169,15 @@ def _prepare(template: Template, sample: Sample, system: str | None, for_generat
     elif not template.system and any(each.role == "system" for each in kept):
         reason = f"a system prompt, but model.template={template.name} has no place for one: remove it"
         raise DataError(reason, sample.where, sample.id)
+    if not template.reasoning and any(each.reasoning for each in kept):
+        reason = f"reasoning beside an answer, but model.template={template.name} has no place for it: remove it"
+        raise DataError(reason, sample.where, sample.id)
     first = next((index for index, message in enumerate(kept) if message.role != "system"), None)
     has_question = any(each.role == "user" for each in kept)  # what nothing follows is no greeting
     if template.drops_greeting and has_question and first is not None and kept[first].role == "assistant":
         kept.pop(first)
     if template.trims:
-        kept = [Message(each.role, _trim(each.parts), each.supervised) for each in kept]
+        kept = [replace(each, parts=_trim(each.parts)) for each in kept]
     return kept
 
 
@@ -199,9 +209,12 @@ def _write_question(writer: _Writer, template: Template, parts: Sequence[Part], 
     writer.framed(frame.replace("{round}", str(turn)), "{question}", parts)
 
 
-def _write_answer(writer: _Writer, template: Template, message: Message) -> None:
+def _write_answer(writer: _Writer, template: Template, message: Message, reasoning_loss: bool) -> None:
     if template.is_xtuner:
         writer.start_piece()
+    if message.reasoning:  # text, not control: what the tokenizer has no token for is spelled, as in an answer
+        thought = template.reasoning.replace("{reasoning}", message.reasoning.strip("\n"))
+        writer.add(thought, False, message.supervised and reasoning_loss)
     for part in message.parts:
         writer.add(part, False, message.supervised and isinstance(part, str))
     writer.control(template.end, message.supervised)

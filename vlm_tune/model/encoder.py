@@ -50,6 +50,7 @@ def make_encoder(config: Config, tokenizer: PreTrainedTokenizerBase, tokens: Ima
         on_too_long=data.on_too_long,
         system=model.system,
         markup=None if model.markup is None else tuple(model.markup),
+        reasoning_loss=data.reasoning_loss,
     )
     return Encoder(tokenizer, choose_template(model.template, tokenizer), settings)
 
