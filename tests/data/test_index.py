@@ -298,14 +298,27 @@ def test_a_mended_picture_mends_its_row_alone(tmp_path, open_rows, monkeypatch):
     assert measured == [[1, 3], [3]]
 
 
-def test_a_long_list_of_faults_is_cut_short_but_counted(tmp_path, open_rows):
-    path = write(tmp_path, [row(number, picture=9) for number in range(25)])
+def refused(tmp_path, open_rows, rows):
+    path = write(tmp_path, rows)
     _, findings = open_index(open_rows(path))
     with pytest.raises(DataError) as raised:
         refuse_faults(findings, path)
-    lines = str(raised.value).splitlines()
+    return str(raised.value).splitlines()
+
+
+def test_a_long_list_of_faults_is_cut_short_but_counted(tmp_path, open_rows):
+    lines = refused(tmp_path, open_rows, [row(number, picture=number + 9) for number in range(25)])
     assert lines[0].endswith("25 bad rows")
     assert lines[-2:] == [
-        "  ... and 5 more",
+        "  ... and 5 more kinds",
         "  Mend them (`python -m vlm_tune check` lists all), or leave them out with data.on_bad_sample=skip",
     ]
+
+
+def test_what_many_rows_say_alike_is_said_once(tmp_path, open_rows):
+    rows = [row(number) | {"price": 3} for number in range(12)] + [row(12, picture=9), row(13, picture=9)]
+    lines = refused(tmp_path, open_rows, rows)
+    assert len(lines) == 4
+    assert lines[1].startswith('  train.jsonl:1 (id "row_0"): "price" is not read in rows of llava')
+    assert lines[1].endswith("(so do 11 more rows)")
+    assert lines[2].endswith("(so does 1 more row)")

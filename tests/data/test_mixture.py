@@ -248,7 +248,7 @@ def test_faults_of_all_sets_are_listed(start, folder):
         start(META)
     assert "14 bad rows" in str(raised.value)
     assert "dishes.jsonl:1 " in str(raised.value)
-    assert "wide.jsonl:4 " in str(raised.value)
+    assert "wide.jsonl:1 " in str(raised.value)
 
 
 def test_faulty_rows_that_are_left_out_are_counted_out(start, folder):

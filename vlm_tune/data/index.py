@@ -252,15 +252,23 @@ def with_progress(chunks: Iterable[Measured], total: int, title: str) -> Iterato
 
 
 def refuse_faults(findings: Findings, path: Path) -> None:
-    """Stop before training when rows are faulty, with the list of them."""
+    """Stop before training when rows are faulty, with the list of them: what many rows say alike is said once."""
     faults = findings.faults
     if len(faults) == 1:
         raise faults[0]
     if faults:
-        shown = "\n".join(f"  {fault}" for fault in faults[:SHOWN])
-        more = f"\n  ... and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+        alike: dict[tuple[str, str], list[DataError]] = {}
+        for fault in faults:
+            alike.setdefault((fault.where.rpartition(":")[0], fault.reason), []).append(fault)
+        lines = [f"  {first}{_and_more(len(others))}" for first, *others in alike.values()]
+        shown = "\n".join(lines[:SHOWN])
+        more = f"\n  ... and {len(lines) - SHOWN} more kinds" if len(lines) > SHOWN else ""
         remedy = "Mend them (`python -m vlm_tune check` lists all), or leave them out with data.on_bad_sample=skip"
         raise DataError(f"{len(faults)} bad rows\n{shown}{more}\n  {remedy}", str(path))
+
+
+def _and_more(num: int) -> str:
+    return f" (so do {num:,} more rows)" if num > 1 else " (so does 1 more row)" if num else ""
 
 
 def write_faults(faults: list[DataError], path: Path) -> None:
