@@ -7,7 +7,7 @@ import torch
 from vlm_tune.data.encode import no_pictures
 from vlm_tune.data.sample import Message, Sample
 from vlm_tune.evaluation.evaluate import prompt_of
-from vlm_tune.model.generate import Prompt, answer, answering, embed_prompts
+from vlm_tune.model.generate import Prompt, answer, answer_text, answering, embed_prompts
 
 ROWS = [0, 1, 6, 2, 13]  # pictures of one and of three tiles, one and two turns, no picture
 
@@ -54,6 +54,20 @@ def test_a_batch_is_answered_as_each_prompt_alone(staged, prompts):
 @pytest.mark.parametrize("number", range(len(ROWS)))
 def test_an_answer_is_the_plain_greedy_one(staged, prompts, number):
     assert answer(staged.model, [prompts[number]], 8) == [greedy(staged.model, prompts[number], 8)]
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("<ref>it</ref><box>[[1, 2]]</box><|im_end|>", "<ref>it</ref><box>[[1, 2]]</box>"),
+        ("yes<|im_end|><|endoftext|><|endoftext|>", "yes"),
+        ("<|im_start|>a <quad>b</quad></s>", "a <quad>b</quad>"),
+        ("<img>a</img>", "a"),
+    ],
+)
+def test_an_answer_keeps_the_tokens_that_belong_to_it(staged, text, read):
+    ids = staged.model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert answer_text(staged.model, ids) == read
 
 
 def test_padding_stands_on_the_left_and_is_masked(staged, prompts):

@@ -42,7 +42,19 @@ def answering(model: Model) -> Iterator[None]:
 def answer(model: Model, prompts: list[Prompt], max_new_tokens: int = 64) -> list[str]:
     """Answer a batch of prompts greedily; prompts are padded on the left, which their positions skip."""
     ids = answer_ids(model, prompts, max_new_tokens)
-    return [model.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
+    return [answer_text(model, row.tolist()) for row in ids]
+
+
+def answer_text(model: Model, ids: list[int]) -> str:
+    """Read an answer's tokens as text: without those of control, with those that belong to it (`<box>`).
+
+    A tokenizer's own `skip_special_tokens` would drop both kinds: InternVL's marks every added token as special.
+    """
+    encoder = model.encoder
+    special = {token_id for token_id, token in model.tokenizer.added_tokens_decoder.items() if token.special}
+    control = special.union(encoder.stop_ids) - set(encoder.markup.values())
+    said = [token_id for token_id in ids if token_id not in control]
+    return str(model.tokenizer.decode(said, skip_special_tokens=False)).strip()
 
 
 def answer_ids(model: Model, prompts: list[Prompt], max_new_tokens: int) -> Tensor:
