@@ -7,6 +7,7 @@ from typing import Any
 from vlm_tune.data.check_report import facts, histograms, range_text
 from vlm_tune.data.page import escape, fact_list, pairs, panel, section, table, tile, tiles, write_page
 
+LONG = ["where", "tokens", "what happens"]
 MAX_OPEN = 20  # of them that are seen at once
 MAX_LISTED = 500  # lines of one table; check.json has all
 
@@ -22,7 +23,10 @@ def write_html(report: dict[str, Any], path: Path) -> None:
         section("Bad rows", *listed(report["bad_rows"], ["where", "what is wrong"], bad_row)),
         section("What the rows hold", panel(pairs(facts(report)))),
         section("How long the rows are", panel("".join(charts(report)), "charts"), rule_note(report)),
-        section("Too long", *listed(report["long_rows"], ["where", "tokens", "what happens"], long_row, (1,))),
+        section("Too long", *listed(report["long_rows"], LONG, long_row, (1,))),
+        section(
+            "Longer than the language model was trained for", *listed(report["stretched_rows"], LONG, long_row, (1,))
+        ),
         section("Repeated ids", *listed(report["same_id"], ["where", "first at"], repeat)),
         section("Repeated conversations", *listed(report["same_content"], ["where", "first at"], repeat)),
         section("Settings", panel(pairs(setting_texts(settings)))),
@@ -150,5 +154,6 @@ def setting_texts(settings: dict[str, Any]) -> dict[str, str]:
         "tokens a tile": str(settings["tokens_per_tile"]),
         "data.format": str(settings["format"]),
         "data.max_length": f"{settings['max_length']:,}",
+        "limit of a row": str(settings["limit"]),
         "data.on_too_long": str(settings["on_too_long"]),
     }

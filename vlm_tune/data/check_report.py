@@ -16,6 +16,7 @@ from vlm_tune import __version__
 from vlm_tune.config.schema import Config
 from vlm_tune.data.check_rows import Findings
 from vlm_tune.data.encode import EncoderSettings
+from vlm_tune.data.positions import NAME
 
 SHOWN = 20  # bad rows in the terminal; check.json has all
 NUM_BINS = 12  # of a histogram
@@ -41,6 +42,7 @@ def summarise(found: Findings, config: Config, settings: EncoderSettings, second
         "tiles": spread(found.tiles, bins([found.tiles])),
         "tokens_by_rule": by_rule(found.by_rule),
         "long_rows": [place(long.where) | asdict(long) for long in found.long_rows],
+        "stretched_rows": [place(long.where) | asdict(long) for long in found.stretched_rows],
         "same_id": [place(where) | {"where": where, "first": first} for where, first in found.same_id],
         "same_content": [place(where) | {"where": where, "first": first} for where, first in found.same_content],
         "bad_rows": bad_rows,
@@ -51,6 +53,8 @@ def summarise(found: Findings, config: Config, settings: EncoderSettings, second
             "tokens_per_tile": settings.tokens_per_tile,
             "newline": settings.newline,
             "max_length": data.max_length,
+            "positions": asdict(settings.positions),
+            "limit": settings.limit.name,
             "on_too_long": data.on_too_long.value,
             "format": data.format,
         },
@@ -136,7 +140,7 @@ def facts(report: dict[str, Any]) -> dict[str, str]:
         told["images"] = ", ".join(f"{images[name]:,} {name}" for name in ("found", "missing", "broken"))
         told["images"] += f"; {images['distinct']:,} different ones"
     if tokens:
-        told["tokens a row"] = f"{in_words(tokens)}, of data.max_length={settings['max_length']:,}"
+        told["tokens a row"] = f"{in_words(tokens)}, of {settings['limit']}"
     if tiles and tiles["max"]:
         about = "about " * settings["newline"]
         told["tiles a row"] = f"{in_words(tiles)}, of {about}{settings['tokens_per_tile']} tokens each"
@@ -145,6 +149,11 @@ def facts(report: dict[str, Any]) -> dict[str, str]:
         told["trained on"] = f"{trained['rows']:,} rows, {share}"
     policy = settings["on_too_long"]
     told["too long"] = f"{len(report['long_rows']):,}, data.on_too_long={policy}" if report["long_rows"] else "none"
+    if report["stretched_rows"]:
+        scaling = settings["positions"]
+        told["stretched"] = (
+            f"{len(report['stretched_rows']):,} of more than {NAME}={scaling['named']:,}, by rope scaling"
+        )
     same = [(len(report["same_id"]), "id"), (len(report["same_content"]), "whole conversation")]
     told["repeated"] = ", ".join(f"{count:,} {name}{'s' * (count > 1)}" for count, name in same if count) or "none"
     return told

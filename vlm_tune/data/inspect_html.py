@@ -44,7 +44,7 @@ def headline(seen: Seen) -> list[str]:
     """Show the sizes of the row."""
     example = seen.example
     num_tokens, num_tiles = len(example.input_ids), sum(example.num_tiles)
-    found = [tile("tokens", f"{num_tokens:,}", f"of at most {int(seen.settings['max_length']):,}")]
+    found = [tile("tokens", f"{num_tokens:,}", f"of at most {int(seen.settings['max_tokens']):,}")]
     share = f"{example.num_supervised / num_tokens:.1%} of the tokens"
     found.append(tile("supervised", f"{example.num_supervised:,}", share, "good"))
     if num_tiles:
