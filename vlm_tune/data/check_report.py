@@ -1,8 +1,9 @@
 """The findings of `check` as numbers (check.json), and as tables for the terminal."""
 
+import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ NUM_BINS = 12  # of a histogram
 BAR = 36  # characters of the longest bar in the terminal
 
 
-def summarise(found: Findings, config: Config, settings: EncoderSettings, seconds: float) -> dict[str, Any]:
+def summarise(found: Findings, config: Config, settings: EncoderSettings) -> dict[str, Any]:
     """Turn findings into the contents of check.json."""
     data, trained = config.data, found.trained
     distinct = np.unique(np.concatenate([*found.pictures, np.zeros(0, np.uint64)])).size
@@ -45,6 +46,7 @@ def summarise(found: Findings, config: Config, settings: EncoderSettings, second
         "stretched_rows": [place(long.where) | asdict(long) for long in found.stretched_rows],
         "same_id": [place(where) | {"where": where, "first": first} for where, first in found.same_id],
         "same_content": [place(where) | {"where": where, "first": first} for where, first in found.same_content],
+        "answers": found.answers.summary(),
         "bad_rows": bad_rows,
         "settings": {
             "model": config.model.name,
@@ -58,7 +60,6 @@ def summarise(found: Findings, config: Config, settings: EncoderSettings, second
             "on_too_long": data.on_too_long.value,
             "format": data.format,
         },
-        "seconds": round(seconds, 3),
         "version": __version__,
     }
 
@@ -156,7 +157,42 @@ def facts(report: dict[str, Any]) -> dict[str, str]:
         )
     same = [(len(report["same_id"]), "id"), (len(report["same_content"]), "whole conversation")]
     told["repeated"] = ", ".join(f"{count:,} {name}{'s' * (count > 1)}" for count, name in same if count) or "none"
-    return told
+    if report["answers"]["short"]:
+        told["short answers"] = answers_in_words(report["answers"])
+    return told | {Path(held["path"]).name: shared_in_words(held) for held in report["shared"]}
+
+
+def answers_in_words(answers: dict[str, Any]) -> str:
+    """Say how many short answers there are, and which are most frequent: '300, 12 longer; "yes" 71.0%, "no" 29.0%'."""
+    longer = f" and {answers['long']:,} longer ones" if answers["long"] else ""
+    return f"{answers['short']:,}{longer}; {shares(answers['most'][:3], answers['short'])}"
+
+
+def shares(answers: list[list[Any]], total: int) -> str:
+    """Say how often each answer comes: '"yes" 71.0%, "no" 29.0%'."""
+    return ", ".join(f"{quoted(text)} {times / total:.1%}" for text, times in answers)
+
+
+def quoted(text: str) -> str:
+    """Put text of the data into quotation marks, on one line."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def shared_in_words(held: dict[str, Any]) -> str:
+    """Say what the rows to train on share with a held-out file."""
+    if held["error"]:
+        return f"cannot be compared: {held['error']}"
+    parts = []
+    if held["shared_pictures"]:
+        pictures = f"{held['shared_pictures']:,} picture{'s' * (held['shared_pictures'] > 1)}"
+        showing = f"{held['rows_showing_them']:,} row{'s' * (held['rows_showing_them'] > 1)} here"
+        parts.append(f"{pictures} (in {showing})")
+    if held["shared_rows"]:
+        parts.append(f"{held['shared_rows']:,} whole row{'s' * (held['shared_rows'] > 1)}")
+    first = "the first " * held["is_cut"]
+    told = f"shares {' and '.join(parts) or 'nothing'}; {first}{held['rows']:,} rows compared"
+    bad = f", {held['bad_rows']:,} of them cannot be read: check that file too" if held["bad_rows"] else ""
+    return told + bad
 
 
 def in_words(numbers: dict[str, Any]) -> str:
@@ -174,9 +210,34 @@ def print_report(report: dict[str, Any], console: Console, folder: Path) -> None
     console.print(table)
     for title, series in histograms(report).items():
         console.print(histogram_table(title, series))
+    if report["answers"]["questions"]:
+        console.print(question_table(report["answers"]["questions"][:5]))
+    for line in shared_lines(report["shared"], 3):
+        console.print(Text(line), soft_wrap=True)
     if report["errors"]:
         print_faults(report, console)
     console.print(f"\nreport: {folder / 'check.html'}, {folder / 'check.json'}", soft_wrap=True)
+
+
+def question_table(questions: list[dict[str, Any]]) -> Table:
+    """List the questions that are asked most, with the shares of their answers."""
+    table = Table(
+        "question", "times", "answers", title="\nmost asked", title_justify="left", title_style="bold", box=None
+    )
+    table.columns[1].justify = "right"
+    for asked in questions:
+        told = shares(asked["answers"][:4], asked["times"]) + ", ..." * (len(asked["answers"]) > 4)
+        table.add_row(Text(quoted(asked["question"])), f"{asked['times']:,}", Text(told))
+    return table
+
+
+def shared_lines(files: list[dict[str, Any]], limit: int) -> Iterator[str]:
+    """Name the first pictures and rows that are shared with each held-out file."""
+    for held in files:
+        for each in held["first_pictures"][:limit]:
+            yield f"{each['where']} shows {each['picture']}: {each['held_where']} shows it too ({each['held_picture']})"
+        for each in held["first_rows"][:limit]:
+            yield f"{each['where']} is the row {each['held_where']} too"
 
 
 def print_faults(report: dict[str, Any], console: Console) -> None:

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -12,6 +12,8 @@ import numpy.typing as npt
 from torch.utils.data import Dataset
 
 from vlm_tune.config.schema import TileRule
+from vlm_tune.data.check_answers import Answers
+from vlm_tune.data.check_shared import Contents, HeldOut, Shared, merge_shared
 from vlm_tune.data.dataset import Conversations, Tiling
 from vlm_tune.data.encode import Encoder, EncoderSettings, Lengths, SkippedSample
 from vlm_tune.data.formats import parse_record, recognise
@@ -97,6 +99,8 @@ class Findings:
     stretched_rows: list[LongRow] = field(default_factory=list)  # beyond max_position_embeddings, by rope scaling
     same_id: list[tuple[str, str]] = field(default_factory=list)  # (where, where the same id stood before)
     same_content: list[tuple[str, str]] = field(default_factory=list)  # the same for whole conversations
+    answers: Answers = field(default_factory=Answers)
+    shared: dict[str, Shared] = field(default_factory=dict)  # "val", "test" -> what stands in that file too
     ids: list[Hashes] = field(default_factory=list)  # one a row, 0 = none
     contents: list[Hashes] = field(default_factory=list)  # one a row, 0 = not readable
     pictures: list[Hashes] = field(default_factory=list)  # of the pictures' paths, each once a chunk
@@ -106,6 +110,8 @@ class Findings:
         self.num_rows += other.num_rows
         for name in ("dialects", "images", "tiles", "tokens", "trained"):
             getattr(self, name).update(getattr(other, name))
+        self.answers.merge(other.answers)
+        merge_shared(self.shared, other.shared)
         for rule, counts in other.by_rule.items():
             self.by_rule.setdefault(rule, Counter()).update(counts)
         for name in ("faults", "long_rows", "stretched_rows", "same_id", "same_content", "ids", "contents", "pictures"):
@@ -122,8 +128,10 @@ class Findings:
 class RowCheck(Dataset[Findings]):
     """Check the rows of one data file, a chunk at a time; `torch.utils.data.DataLoader` spreads the chunks."""
 
-    def __init__(self, data: Conversations) -> None:
+    def __init__(self, data: Conversations, held: Sequence[HeldOut] = ()) -> None:
         self.data = data
+        self.held = held
+        self.contents = Contents(data.reader)
         # Measured without a limit first, so that the histogram holds the rows that are too long as well.
         settings = replace(data.encoder.settings, max_length=ENDLESS, positions=UNLIMITED)
         self.endless = with_settings(data.encoder, settings)
@@ -148,7 +156,11 @@ class RowCheck(Dataset[Findings]):
             if sample is not None:
                 contents[place] = hashed(content_of(sample))
                 pictures.update(hashed([name_of(picture)]) for picture in sample.pictures)
+                found.answers.add(sample)
                 tiling = self._look(row, sample, found)
+                if tiling is not None:
+                    for held in self.held:
+                        held.compare(sample, self.contents, found.shared.setdefault(held.part, Shared()))
                 good += [(row, sample, tiling)] if tiling is not None else []
         self._measure(good, found)
         found.ids, found.contents = [ids], [contents]
