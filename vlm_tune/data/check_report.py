@@ -212,7 +212,7 @@ def print_report(report: dict[str, Any], console: Console, folder: Path) -> None
         console.print(histogram_table(title, series))
     if report["answers"]["questions"]:
         console.print(question_table(report["answers"]["questions"][:5]))
-    for line in shared_lines(report["shared"], 3):
+    for line in shared_lines(report["shared"]):
         console.print(Text(line), soft_wrap=True)
     if report["errors"]:
         print_faults(report, console)
@@ -226,13 +226,15 @@ def question_table(questions: list[dict[str, Any]]) -> Table:
     )
     table.columns[1].justify = "right"
     for asked in questions:
-        told = shares(asked["answers"][:4], asked["times"]) + ", ..." * (len(asked["answers"]) > 4)
+        told = shares(asked["answers"][:3], asked["times"]) + ", ..." * (len(asked["answers"]) > 3)
         table.add_row(Text(quoted(asked["question"])), f"{asked['times']:,}", Text(told))
     return table
 
 
-def shared_lines(files: list[dict[str, Any]], limit: int) -> Iterator[str]:
-    """Name the first pictures and rows that are shared with each held-out file."""
+def shared_lines(files: list[dict[str, Any]], limit: int = 3) -> Iterator[str]:
+    """Name the first pictures and rows that are shared with each held-out file, a blank line before them."""
+    if any(held["first_pictures"] or held["first_rows"] for held in files):
+        yield ""
     for held in files:
         for each in held["first_pictures"][:limit]:
             yield f"{each['where']} shows {each['picture']}: {each['held_where']} shows it too ({each['held_picture']})"
