@@ -10,8 +10,10 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from vlm_tune.config.parse import load_config
 from vlm_tune.data.positions import Positions, length_notes
+from vlm_tune.data.sample import Message, Sample
 from vlm_tune.model.build import build_model
 from vlm_tune.model.encoder import build_encoder, read_positions
+from vlm_tune.model.generate import Prompt, answer_ids
 
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
 DYNAMIC = LINEAR | {"rope_type": "dynamic"}
@@ -97,6 +99,15 @@ def test_the_policies_act_on_the_positions_too(train, tmp_path, policy, outcome)
     train("plain", 90, f"data.on_too_long={policy}", verb="check")
     long = json.loads((tmp_path / "out" / "check.json").read_text())["long_rows"]
     assert [(row["line"], row["outcome"].startswith(outcome)) for row in long] == [(2, True)]
+
+
+def test_an_answer_ends_where_the_positions_do(toys, llms, tmp_path):
+    model = build_model(load_config(toys.arguments(f"model.llm.path={llms / 'learned'}", "model.tiles.max=1")))
+    asked = Sample("x", (Message("user", ("a " * 40,)),))
+    prompt = Prompt(model.encoder.encode_prompt(asked), np.zeros((0, 56, 56, 3), np.uint8))
+    model.encoder.stop_ids = (0,)  # never said
+    ids = answer_ids(model, [prompt], 64)
+    assert len(prompt.example.input_ids) + ids.shape[1] - 1 == 64  # the last token is read by nobody
 
 
 def test_check_lists_rows_beyond_the_positions(train, tmp_path):

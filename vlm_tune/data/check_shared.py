@@ -3,7 +3,7 @@
 Pictures are compared by their size in bytes first; only where that is the same are both ends of both files read.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -62,6 +62,24 @@ class Contents:
         return digest
 
 
+class HeldPicture:
+    """Know a picture of a held-out file by its digest, which is made once it is asked for; no pixels are kept."""
+
+    def __init__(self, picture: Picture, where: str, contents: Contents) -> None:
+        self.name = picture_name(picture)
+        self.where = where
+        self._contents = contents
+        self._digest = contents.digest(picture) if picture.content is not None else None
+        self._picture = picture if picture.content is None else None
+
+    def digest(self) -> bytes:
+        """Return the digest of its file. Raise DataError."""
+        if self._digest is None:
+            assert self._picture is not None
+            self._digest = self._contents.digest(self._picture)
+        return self._digest
+
+
 @dataclass(frozen=True)
 class SharedPicture:
     """Name a picture that stands in both files."""
@@ -106,9 +124,9 @@ class HeldOut:
         self.num_rows = self.num_bad = 0
         self.is_cut = False
         self.error = ""  # why the file cannot be opened
-        self._rows: dict[tuple[bytes, tuple[int, ...]], list[tuple[Contents, tuple[Picture, ...], str]]] = {}
-        self._pictures: dict[int, dict[str, tuple[Contents, Picture, str]]] = {}  # size -> path -> picture
-        self._digests: dict[int, dict[bytes, tuple[Picture, str]]] = {}  # of the sizes that were asked for
+        self._rows: dict[tuple[bytes, tuple[int, ...]], list[tuple[list[HeldPicture], str]]] = {}  # text, sizes -> rows
+        self._pictures: dict[int, dict[tuple[int, str], HeldPicture]] = {}  # size -> root and path -> picture
+        self._digests: dict[int, dict[bytes, HeldPicture]] = {}  # of the sizes that were asked for
 
     def read(self, sets: Iterable[Conversations]) -> None:
         """Read the rows; those that cannot be read are counted."""
@@ -126,11 +144,14 @@ class HeldOut:
 
     def _add(self, sample: Sample, contents: Contents) -> None:
         sizes = tuple(map(contents.size, sample.pictures))
-        for size, picture in zip(sizes, sample.pictures, strict=True):
-            name = picture.path or sample.where
-            self._pictures.setdefault(size, {}).setdefault(name, (contents, picture, sample.where))
-        key = text_digest(sample), sizes
-        self._rows.setdefault(key, []).append((contents, sample.pictures, sample.where))
+        held = []
+        for number, (size, picture) in enumerate(zip(sizes, sample.pictures, strict=True)):
+            key = id(contents), picture.path or f"{sample.where} {number}"  # two roots may hold one path
+            same_size = self._pictures.setdefault(size, {})
+            if key not in same_size:
+                same_size[key] = HeldPicture(picture, sample.where, contents)
+            held.append(same_size[key])
+        self._rows.setdefault((text_digest(sample), sizes), []).append((held, sample.where))
 
     def compare(self, sample: Sample, contents: Contents, shared: Shared) -> None:
         """Note what a row to train on shares with these. Raise DataError for a picture that cannot be read."""
@@ -140,24 +161,19 @@ class HeldOut:
             if size in self._pictures:
                 digest = contents.digest(picture)
                 if found := self._of_size(size).get(digest):
-                    names = picture_name(picture), sample.where, picture_name(found[0]), found[1]
-                    shared.pictures.setdefault((size, digest), SharedPicture(*names))
+                    both = SharedPicture(picture_name(picture), sample.where, found.name, found.where)
+                    shared.pictures.setdefault((size, digest), both)
                     shows = True
         shared.num_showing += shows
-        for held_contents, pictures, where in self._rows.get((text_digest(sample), sizes), []):
-            if all(
-                contents.digest(own) == held_contents.digest(held)
-                for own, held in zip(sample.pictures, pictures, strict=True)
-            ):
+        for held, where in self._rows.get((text_digest(sample), sizes), []):
+            if all(contents.digest(own) == other.digest() for own, other in zip(sample.pictures, held, strict=True)):
                 shared.num_rows += 1
                 shared.rows += [SharedRow(sample.where, where)] if len(shared.rows) < LISTED else []
                 return
 
-    def _of_size(self, size: int) -> Mapping[bytes, tuple[Picture, str]]:
+    def _of_size(self, size: int) -> dict[bytes, HeldPicture]:
         if size not in self._digests:
-            found = self._digests[size] = {}
-            for contents, picture, where in self._pictures[size].values():
-                found.setdefault(contents.digest(picture), (picture, where))
+            self._digests[size] = {picture.digest(): picture for picture in self._pictures[size].values()}
         return self._digests[size]
 
     def summary(self, shared: Shared) -> dict[str, Any]:
