@@ -39,16 +39,17 @@ class Look:
 
 
 def look_at_some(sets: Sequence[Conversations], tokenizer: "PreTrainedTokenizerBase") -> list[Look]:
-    """Look at rows from the first to the last, evenly apart; the next good one stands in for one that is faulty."""
+    """Look at rows from the first to the last, evenly apart; a good one beside it stands in for one that is faulty."""
     ends = np.cumsum([len(data) for data in sets])
     total = int(ends[-1]) if len(ends) else 0
     looks: dict[int, Look] = {}
     for place in np.linspace(0, max(total - 1, 0), NUM_ROWS).astype(int).tolist():
-        for row in range(place, min(place + TRIES, total)):
+        near = [*range(place, min(place + TRIES, total)), *range(place - 1, max(place - TRIES, -1), -1)]
+        for row in [row for row in near if row not in looks]:
             number = int(np.searchsorted(ends, row, side="right"))
             data, first = sets[number], int(ends[number]) - len(sets[number])
             try:
-                looks.setdefault(row, look(data, row - first, row, tokenizer))
+                looks[row] = look(data, row - first, row, tokenizer)
                 break
             except DataError:
                 continue
