@@ -181,20 +181,37 @@ def test_gemma_3_names_its_stretched_length():
     assert (found.named, found.end) == (100, 100)
 
 
-@pytest.mark.parametrize("layout", ["llava", "official", "parts"])
+SCALED = {"max_position_embeddings": 96, "rope_scaling": {"type": "dynamic", "factor": 2.0}}
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        ({"model_type": "internvl_chat", "llm_config": {"model_type": "internlm2"} | SCALED}, (96, None)),
+        ({"model_type": "internlm2"} | SCALED, (96, None)),
+        ({"model_type": "internvl", "text_config": {"model_type": "qwen2", "max_position_embeddings": 96}}, (96, 96)),
+        ({"model_type": "llava_llama", "mm_vision_tower": "clip", "max_position_embeddings": 96}, (96, 96)),
+        ({"model_type": "gpt2", "n_positions": 96}, (96, 96)),
+        ({"model_type": "qwen2", "max_position_embeddings": 96, "sliding_window": 8}, (96, 96)),
+        ({"model_type": "nobody_knows", "max_position_embeddings": 96}, (None, None)),  # refused when it is loaded
+    ],
+)
+def test_the_positions_of_every_layout_are_read_without_weights(tmp_path, config, positions):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = read_positions(tmp_path)
+    assert (found.named, found.end) == positions
+
+
+@pytest.mark.parametrize("layout", ["llava", "parts"])
 def test_the_positions_without_weights_are_those_of_the_model(layout, toys, tmp_path):
+    arguments = toys.arguments()
     if layout == "llava":
         save_llava(tmp_path / "m")
-        assert read_positions(tmp_path / "m") == Positions(4096, 4096)
-    elif layout == "official":
-        dynamic = {"type": "dynamic", "factor": 2.0}
-        llm = {"model_type": "internlm2", "max_position_embeddings": 96, "rope_scaling": dynamic}
-        (tmp_path / "m").mkdir()
-        (tmp_path / "m" / "config.json").write_text(json.dumps({"model_type": "internvl_chat", "llm_config": llm}))
-        assert read_positions(tmp_path / "m") == Positions(96, None, "dynamic, factor 2")
-    else:
-        config = load_config(toys.arguments())
-        assert build_encoder(config)[0].settings.positions == build_model(config).encoder.settings.positions
+        whole = [f"model.path={tmp_path / 'm'}", "model.tiles.size=56", f"data.path={toys.data}/train.jsonl"]
+        arguments = ["model=llava_1_5_7b", *whole, "trainer.precision=fp32"]
+    found = build_encoder(load_config(arguments))[0].settings.positions
+    assert found == build_model(load_config(arguments)).encoder.settings.positions
+    assert found.end in (2048, 4096)
 
 
 def test_a_model_without_an_end_has_no_notes():
