@@ -122,8 +122,7 @@ def check_verb(arguments: list[str]) -> int:
     from vlm_tune.data.check import check
     from vlm_tune.model.encoder import build_encoder
 
-    encoder, _ = build_encoder(config)
-    return check(config, encoder, own["out"], own["repeated_ids"])
+    return check(config, build_encoder(config), own["out"], own["repeated_ids"])
 
 
 def cache_verb(arguments: list[str]) -> int:

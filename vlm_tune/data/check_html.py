@@ -4,15 +4,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vlm_tune.data.check_report import facts, histograms, range_text
-from vlm_tune.data.page import escape, fact_list, pairs, panel, section, table, tile, tiles, write_page
+from vlm_tune.data.check_answers import SHORT
+from vlm_tune.data.check_report import facts, histograms, quoted, range_text, shared_in_words, shares
+from vlm_tune.data.check_samples import MAX_SIDE, Look
+from vlm_tune.data.page import escape, fact_list, pairs, panel, picture_url, section, table, tile, tiles, write_page
 
+LONG = ["where", "tokens", "what happens"]
 MAX_OPEN = 20  # of them that are seen at once
+MOST = 10  # answers that are shown
+FEW, ONE_SIDED = 20, 0.8  # answers that are worth a share, and the share that is marked
 MAX_LISTED = 500  # lines of one table; check.json has all
 
 
-def write_html(report: dict[str, Any], path: Path) -> None:
-    """Write the page of a report (the contents of check.json)."""
+def write_html(report: dict[str, Any], looks: list[Look], path: Path) -> None:
+    """Write the page of a report (the contents of check.json), and of a few rows as the model sees them."""
     settings = report["settings"]
     told = [f"model {settings['model']}", f"template {settings['template']}"]
     told += [f"{report['rows']:,} rows checked in {report['seconds']:,.1f} s"]
@@ -21,8 +26,14 @@ def write_html(report: dict[str, Any], path: Path) -> None:
         section("Faults", panel(kinds(report), "kinds")),
         section("Bad rows", *listed(report["bad_rows"], ["where", "what is wrong"], bad_row)),
         section("What the rows hold", panel(pairs(facts(report)))),
+        section("Some rows as the model sees them", *samples(looks)),
+        section("Short answers", *answers(report["answers"])),
+        section("In the validation and test files too", "".join(map(shared, report["shared"]))),
         section("How long the rows are", panel("".join(charts(report)), "charts"), rule_note(report)),
-        section("Too long", *listed(report["long_rows"], ["where", "tokens", "what happens"], long_row, (1,))),
+        section("Too long", *listed(report["long_rows"], LONG, long_row, (1,))),
+        section(
+            "Longer than the language model was trained for", *listed(report["stretched_rows"], LONG, long_row, (1,))
+        ),
         section("Repeated ids", *listed(report["same_id"], ["where", "first at"], repeat)),
         section("Repeated conversations", *listed(report["same_content"], ["where", "first at"], repeat)),
         section("Settings", panel(pairs(setting_texts(settings)))),
@@ -46,7 +57,93 @@ def headline(report: dict[str, Any]) -> list[str]:
     if report["supervised_share"] is not None:
         note = f"of {report['trained']['tokens']:,} tokens"
         found.append(tile("supervised", f"{report['supervised_share']:.1%}", note))
+    most = report["answers"]["most"]
+    if report["answers"]["short"] >= FEW:
+        share = most[0][1] / report["answers"]["short"]
+        kind = "bad" if share >= ONE_SIDED else ""
+        note = f"{quoted(most[0][0])}, of {report['answers']['short']:,} short ones"
+        found.append(tile("most frequent answer", f"{share:.0%}", note, kind))
+    for held in report["shared"]:
+        if number := held["shared_pictures"] or held["shared_rows"]:
+            what = "pictures" if held["shared_pictures"] else "whole rows"
+            found.append(
+                tile(
+                    f"shared with {held['part']}",
+                    f"{number:,}",
+                    f"{what} that {Path(held['path']).name} has too",
+                    "bad",
+                )
+            )
     return found
+
+
+def samples(looks: list[Look]) -> tuple[str, str]:
+    """Show rows, each with its pictures small and its text by kind."""
+    panels = []
+    for look in looks:
+        shots = "".join(
+            f'<figure><img src="{picture_url(image, MAX_SIDE)}" alt=""><figcaption>{escape(told)}</figcaption></figure>'
+            for told, image in look.pictures
+        )
+        more = look.num_pictures - len(look.pictures)
+        shots += f'<p class="quiet">and {more:,} more</p>' if more else ""
+        text = "".join(f'<span class="{kind}">{seen_text(text)}</span>' for kind, text in look.runs)
+        told = f"row={look.row}, {look.tokens:,} tokens, {look.supervised:,} supervised"
+        head = f"<h3>{escape(look.where)} <span>{escape(look.id)} · {told}</span></h3>"
+        shown = f'<div class="shots">{shots}</div>' if shots else ""
+        panels.append(panel(f'{head}<div class="sample">{shown}<div class="sequence">{text}</div></div>'))
+    note = "Green is what the model is trained to say. python -m vlm_tune inspect row=NUMBER shows a row in full."
+    return "".join(panels), note
+
+
+def seen_text(text: str) -> str:
+    """Show text with its line ends."""
+    return escape(text).replace("\n", '<b class="end">⏎</b>\n')
+
+
+def answers(found: dict[str, Any]) -> tuple[str, str]:
+    """Show how often the most frequent short answers occur, over all and to the questions that are asked most."""
+    if not found["short"]:
+        return "", ""
+    rows = [
+        [escape(text), f"{times:,}", share_bar(times / found["short"])]
+        for text, times in found["most"][:MOST]
+        if times > 1
+    ]
+    content = panel(table(["answer", "times", "share"], rows, (1,)), "shares") if rows else ""
+    asked = [
+        [
+            escape(each["question"]),
+            f"{each['times']:,}",
+            escape(shares(each["answers"][:4], each["times"])),
+            share_bar(each["answers"][0][1] / each["times"]),
+        ]
+        for each in found["questions"]
+    ]
+    if asked:
+        content += panel(table(["question", "times", "answers", "largest share"], asked, (1,)), "shares")
+    longer = f", {found['long']:,} longer ones left out" if found["long"] else ""
+    return content, f"{found['short']:,} answers of up to {SHORT} characters{longer}."
+
+
+def share_bar(share: float) -> str:
+    """Draw a share, with its number; one that leaves little else to say is marked."""
+    kind = "much" if share >= ONE_SIDED else ""
+    return f'<span class="track {kind}"><i style="width:{100 * share:.1f}%"></i></span>{share:.1%}'
+
+
+def shared(held: dict[str, Any]) -> str:
+    """Show what the rows share with one held-out file."""
+    name = Path(held["path"]).name
+    content = f"<p>{escape(f'{name}: {shared_in_words(held)}')}</p>"
+    pictures = [
+        [placed(each["where"], each["picture"]), placed(each["held_where"], each["held_picture"])]
+        for each in held["first_pictures"][:MAX_OPEN]
+    ]
+    rows = [[placed(each["where"]), placed(each["held_where"])] for each in held["first_rows"][:MAX_OPEN]]
+    content += table(["picture here", "picture there"], pictures) if pictures else ""
+    content += table(["row here", "row there"], rows) if rows else ""
+    return panel(content)
 
 
 def kinds(report: dict[str, Any]) -> str:
@@ -150,5 +247,6 @@ def setting_texts(settings: dict[str, Any]) -> dict[str, str]:
         "tokens a tile": str(settings["tokens_per_tile"]),
         "data.format": str(settings["format"]),
         "data.max_length": f"{settings['max_length']:,}",
+        "limit of a row": str(settings["limit"]),
         "data.on_too_long": str(settings["on_too_long"]),
     }

@@ -1,8 +1,9 @@
 """The findings of `check` as numbers (check.json), and as tables for the terminal."""
 
+import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from vlm_tune import __version__
 from vlm_tune.config.schema import Config
 from vlm_tune.data.check_rows import Findings
 from vlm_tune.data.encode import EncoderSettings
+from vlm_tune.data.positions import NAME
 
 SHOWN = 20  # bad rows in the terminal; check.json has all
 NUM_BINS = 12  # of a histogram
 BAR = 36  # characters of the longest bar in the terminal
 
 
-def summarise(found: Findings, config: Config, settings: EncoderSettings, seconds: float) -> dict[str, Any]:
+def summarise(found: Findings, config: Config, settings: EncoderSettings) -> dict[str, Any]:
     """Turn findings into the contents of check.json."""
     data, trained = config.data, found.trained
     distinct = np.unique(np.concatenate([*found.pictures, np.zeros(0, np.uint64)])).size
@@ -41,8 +43,10 @@ def summarise(found: Findings, config: Config, settings: EncoderSettings, second
         "tiles": spread(found.tiles, bins([found.tiles])),
         "tokens_by_rule": by_rule(found.by_rule),
         "long_rows": [place(long.where) | asdict(long) for long in found.long_rows],
+        "stretched_rows": [place(long.where) | asdict(long) for long in found.stretched_rows],
         "same_id": [place(where) | {"where": where, "first": first} for where, first in found.same_id],
         "same_content": [place(where) | {"where": where, "first": first} for where, first in found.same_content],
+        "answers": found.answers.summary(),
         "bad_rows": bad_rows,
         "settings": {
             "model": config.model.name,
@@ -51,10 +55,11 @@ def summarise(found: Findings, config: Config, settings: EncoderSettings, second
             "tokens_per_tile": settings.tokens_per_tile,
             "newline": settings.newline,
             "max_length": data.max_length,
+            "positions": asdict(settings.positions),
+            "limit": settings.limit.name,
             "on_too_long": data.on_too_long.value,
             "format": data.format,
         },
-        "seconds": round(seconds, 3),
         "version": __version__,
     }
 
@@ -136,7 +141,7 @@ def facts(report: dict[str, Any]) -> dict[str, str]:
         told["images"] = ", ".join(f"{images[name]:,} {name}" for name in ("found", "missing", "broken"))
         told["images"] += f"; {images['distinct']:,} different ones"
     if tokens:
-        told["tokens a row"] = f"{in_words(tokens)}, of data.max_length={settings['max_length']:,}"
+        told["tokens a row"] = f"{in_words(tokens)}, of {settings['limit']}"
     if tiles and tiles["max"]:
         about = "about " * settings["newline"]
         told["tiles a row"] = f"{in_words(tiles)}, of {about}{settings['tokens_per_tile']} tokens each"
@@ -145,9 +150,49 @@ def facts(report: dict[str, Any]) -> dict[str, str]:
         told["trained on"] = f"{trained['rows']:,} rows, {share}"
     policy = settings["on_too_long"]
     told["too long"] = f"{len(report['long_rows']):,}, data.on_too_long={policy}" if report["long_rows"] else "none"
+    if report["stretched_rows"]:
+        scaling = settings["positions"]
+        told["stretched"] = (
+            f"{len(report['stretched_rows']):,} of more than {NAME}={scaling['named']:,}, by rope scaling"
+        )
     same = [(len(report["same_id"]), "id"), (len(report["same_content"]), "whole conversation")]
     told["repeated"] = ", ".join(f"{count:,} {name}{'s' * (count > 1)}" for count, name in same if count) or "none"
-    return told
+    if report["answers"]["short"]:
+        told["short answers"] = answers_in_words(report["answers"])
+    return told | {Path(held["path"]).name: shared_in_words(held) for held in report["shared"]}
+
+
+def answers_in_words(answers: dict[str, Any]) -> str:
+    """Say how many short answers there are, and which are most frequent: '300, 12 longer; "yes" 71.0%, "no" 29.0%'."""
+    longer = f" and {answers['long']:,} longer ones" if answers["long"] else ""
+    return f"{answers['short']:,}{longer}; {shares(answers['most'][:3], answers['short'])}"
+
+
+def shares(answers: list[list[Any]], total: int) -> str:
+    """Say how often each answer comes: '"yes" 71.0%, "no" 29.0%'."""
+    return ", ".join(f"{quoted(text)} {times / total:.1%}" for text, times in answers)
+
+
+def quoted(text: str) -> str:
+    """Put text of the data into quotation marks, on one line."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def shared_in_words(held: dict[str, Any]) -> str:
+    """Say what the rows to train on share with a held-out file."""
+    if held["error"]:
+        return f"cannot be compared: {held['error']}"
+    parts = []
+    if held["shared_pictures"]:
+        pictures = f"{held['shared_pictures']:,} picture{'s' * (held['shared_pictures'] > 1)}"
+        showing = f"{held['rows_showing_them']:,} row{'s' * (held['rows_showing_them'] > 1)} here"
+        parts.append(f"{pictures} (in {showing})")
+    if held["shared_rows"]:
+        parts.append(f"{held['shared_rows']:,} whole row{'s' * (held['shared_rows'] > 1)}")
+    first = "the first " * held["is_cut"]
+    told = f"shares {' and '.join(parts) or 'nothing'}; {first}{held['rows']:,} rows compared"
+    bad = f", {held['bad_rows']:,} of them cannot be read: check that file too" if held["bad_rows"] else ""
+    return told + bad
 
 
 def in_words(numbers: dict[str, Any]) -> str:
@@ -165,9 +210,36 @@ def print_report(report: dict[str, Any], console: Console, folder: Path) -> None
     console.print(table)
     for title, series in histograms(report).items():
         console.print(histogram_table(title, series))
+    if report["answers"]["questions"]:
+        console.print(question_table(report["answers"]["questions"][:5]))
+    for line in shared_lines(report["shared"]):
+        console.print(Text(line), soft_wrap=True)
     if report["errors"]:
         print_faults(report, console)
     console.print(f"\nreport: {folder / 'check.html'}, {folder / 'check.json'}", soft_wrap=True)
+
+
+def question_table(questions: list[dict[str, Any]]) -> Table:
+    """List the questions that are asked most, with the shares of their answers."""
+    table = Table(
+        "question", "times", "answers", title="\nmost asked", title_justify="left", title_style="bold", box=None
+    )
+    table.columns[1].justify = "right"
+    for asked in questions:
+        told = shares(asked["answers"][:3], asked["times"]) + ", ..." * (len(asked["answers"]) > 3)
+        table.add_row(Text(quoted(asked["question"])), f"{asked['times']:,}", Text(told))
+    return table
+
+
+def shared_lines(files: list[dict[str, Any]], limit: int = 3) -> Iterator[str]:
+    """Name the first pictures and rows that are shared with each held-out file, a blank line before them."""
+    if any(held["first_pictures"] or held["first_rows"] for held in files):
+        yield ""
+    for held in files:
+        for each in held["first_pictures"][:limit]:
+            yield f"{each['where']} shows {each['picture']}: {each['held_where']} shows it too ({each['held_picture']})"
+        for each in held["first_rows"][:limit]:
+            yield f"{each['where']} is the row {each['held_where']} too"
 
 
 def print_faults(report: dict[str, Any], console: Console) -> None:

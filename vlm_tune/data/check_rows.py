@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -12,10 +12,13 @@ import numpy.typing as npt
 from torch.utils.data import Dataset
 
 from vlm_tune.config.schema import TileRule
+from vlm_tune.data.check_answers import Answers
+from vlm_tune.data.check_shared import Contents, HeldOut, Shared, merge_shared
 from vlm_tune.data.dataset import Conversations, Tiling
 from vlm_tune.data.encode import Encoder, EncoderSettings, Lengths, SkippedSample
 from vlm_tune.data.formats import parse_record, recognise
 from vlm_tune.data.images import CheckedPictures
+from vlm_tune.data.positions import UNLIMITED
 from vlm_tune.data.sample import Picture, Sample
 from vlm_tune.data.tiles import picture_tiles
 from vlm_tune.errors import DataError
@@ -38,7 +41,7 @@ ROW_KINDS = {
     "empty conversation": r"the conversation is empty",
     "marks and images differ": r'"<(image|video)>" marks? but|belong to no image part|an image without a source',
     "no supervised token": r"nothing to train on|no supervised token",
-    "too long": r"but data\.max_length=",
+    "too long": r"but data\.max_length=|but the language model's max_position",
     "no answer": r"no answer|the answer is empty|<nooutput>",
     "wrong size declared": r"^width or height is|^\d+ widths and",
     "video": r'^video "|^the video cannot|^"clip"',
@@ -71,7 +74,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class LongRow:
-    """Say what data.on_too_long does with one row of more than data.max_length tokens."""
+    """Say what becomes of one row that is longer than a limit."""
 
     where: str
     row: int
@@ -93,8 +96,11 @@ class Findings:
     trained: Counter[str] = field(default_factory=Counter)  # rows, tokens, supervised: what training will see
     faults: list[Fault] = field(default_factory=list)
     long_rows: list[LongRow] = field(default_factory=list)
+    stretched_rows: list[LongRow] = field(default_factory=list)  # beyond max_position_embeddings, by rope scaling
     same_id: list[tuple[str, str]] = field(default_factory=list)  # (where, where the same id stood before)
     same_content: list[tuple[str, str]] = field(default_factory=list)  # the same for whole conversations
+    answers: Answers = field(default_factory=Answers)
+    shared: dict[str, Shared] = field(default_factory=dict)  # "val", "test" -> what stands in that file too
     ids: list[Hashes] = field(default_factory=list)  # one a row, 0 = none
     contents: list[Hashes] = field(default_factory=list)  # one a row, 0 = not readable
     pictures: list[Hashes] = field(default_factory=list)  # of the pictures' paths, each once a chunk
@@ -104,25 +110,31 @@ class Findings:
         self.num_rows += other.num_rows
         for name in ("dialects", "images", "tiles", "tokens", "trained"):
             getattr(self, name).update(getattr(other, name))
+        self.answers.merge(other.answers)
+        merge_shared(self.shared, other.shared)
         for rule, counts in other.by_rule.items():
             self.by_rule.setdefault(rule, Counter()).update(counts)
-        for name in ("faults", "long_rows", "same_id", "same_content", "ids", "contents", "pictures"):
+        for name in ("faults", "long_rows", "stretched_rows", "same_id", "same_content", "ids", "contents", "pictures"):
             getattr(self, name).extend(getattr(other, name))
 
     def renumber(self, start: int) -> None:
         """Number the rows of a set through a mixture."""
         if start:
             self.faults = [replace(fault, row=fault.row + start) for fault in self.faults]
-            self.long_rows = [replace(long, row=long.row + start) for long in self.long_rows]
+            for rows in (self.long_rows, self.stretched_rows):
+                rows[:] = [replace(long, row=long.row + start) for long in rows]
 
 
 class RowCheck(Dataset[Findings]):
     """Check the rows of one data file, a chunk at a time; `torch.utils.data.DataLoader` spreads the chunks."""
 
-    def __init__(self, data: Conversations) -> None:
+    def __init__(self, data: Conversations, held: Sequence[HeldOut] = ()) -> None:
         self.data = data
+        self.held = held
+        self.contents = Contents(data.reader)
         # Measured without a limit first, so that the histogram holds the rows that are too long as well.
-        self.endless = with_settings(data.encoder, replace(data.encoder.settings, max_length=ENDLESS))
+        settings = replace(data.encoder.settings, max_length=ENDLESS, positions=UNLIMITED)
+        self.endless = with_settings(data.encoder, settings)
         self.tiles = {rule: replace(data.pictures.tiles, rule=rule) for rule in RULES}
         self.checked = CheckedPictures(data.reader)
 
@@ -144,7 +156,11 @@ class RowCheck(Dataset[Findings]):
             if sample is not None:
                 contents[place] = hashed(content_of(sample))
                 pictures.update(hashed([name_of(picture)]) for picture in sample.pictures)
+                found.answers.add(sample)
                 tiling = self._look(row, sample, found)
+                if tiling is not None:
+                    for held in self.held:
+                        held.compare(sample, self.contents, found.shared.setdefault(held.part, Shared()))
                 good += [(row, sample, tiling)] if tiling is not None else []
         self._measure(good, found)
         found.ids, found.contents = [ids], [contents]
@@ -187,7 +203,7 @@ class RowCheck(Dataset[Findings]):
 
     def _measure(self, good: list[GoodRow], found: Findings) -> None:
         """Count the tokens of all rows that could be read, and apply the policy to those that are too long."""
-        limit = self.data.encoder.settings.max_length
+        limit, positions = self.data.encoder.settings.limit.tokens, self.data.encoder.settings.positions
         measured = self.endless.encode_lengths([sample for _, sample, _ in good], [tiling for _, _, tiling in good])
         for (row, sample, tiling), lengths in zip(good, measured, strict=True):
             if isinstance(lengths, DataError):
@@ -199,6 +215,9 @@ class RowCheck(Dataset[Findings]):
             kept: Lengths | None = lengths
             if lengths.num_tokens > limit:
                 kept = self._shorten((row, sample, tiling), lengths.num_tokens, found)
+            if kept is not None and kept.num_tokens > (positions.named or ENDLESS):
+                outcome = f"trained by rope scaling {positions.rope}"
+                found.stretched_rows.append(LongRow(sample.where, row, sample.id, kept.num_tokens, outcome))
             if kept is not None:
                 found.trained.update(rows=1, tokens=kept.num_tokens, supervised=kept.num_supervised)
 

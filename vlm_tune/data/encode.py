@@ -12,6 +12,7 @@ from vlm_tune.config.schema import TooLong
 from vlm_tune.data.anyres import Spread, count_tokens
 from vlm_tune.data.markup import find_markup
 from vlm_tune.data.pieces import Item, drop_last_space, is_supervised_first, keys_of, lay_out
+from vlm_tune.data.positions import UNLIMITED, Limit, Positions
 from vlm_tune.data.sample import Picture, Sample
 from vlm_tune.data.templates import PLAIN_TEXT, Template, render
 from vlm_tune.data.tokens import PlainKey, TextTokenizer
@@ -45,11 +46,17 @@ class EncoderSettings:
     newline: bool = False  # any-resolution pictures lie unpadded, each row with a newline token (LLaVA-NeXT)
     max_tiles: int = 12
     max_length: int = 8192
+    positions: Positions = UNLIMITED  # of the language model: where they end, a sample ends
     on_too_long: TooLong = TooLong.error
     system: str | None = None  # system prompt where the row has none; None = the template's own
     add_bos: bool | None = None  # None = what the tokenizer itself does
     markup: tuple[str, ...] | None = None  # added tokens that texts may write; None = all that control nothing
     reasoning_loss: bool = True  # the reasoning before an answer is supervised too
+
+    @property
+    def limit(self) -> Limit:
+        """The most tokens that a sample may have."""
+        return self.positions.limit(self.max_length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +281,7 @@ class Encoder:
         """Choose the tiles of each picture so that the sample fits, as data.on_too_long says."""
         settings = self.settings
         fit = self._tile(sample, tiling, settings.max_tiles)
-        room = settings.max_length - num_fixed
+        room = settings.limit.tokens - num_fixed
         if sum(fit.num_tokens) <= room:
             return fit
         if settings.on_too_long is TooLong.trim_text:
@@ -282,7 +289,7 @@ class Encoder:
         if settings.on_too_long is TooLong.skip:
             num_tokens = num_fixed + sum(fit.num_tokens)
             raise SkippedSample(
-                f"left out: {num_tokens} tokens, data.max_length={settings.max_length}, data.on_too_long=skip",
+                f"left out: {num_tokens} tokens, {settings.limit.name}, data.on_too_long=skip",
                 sample.where,
                 sample.id,
             )
@@ -319,13 +326,13 @@ class Encoder:
         policies = " or ".join(policy.value for policy in TooLong if policy not in useless)
         return _fault(
             sample,
-            f"{num_fixed + num_image} tokens{pictures}, but data.max_length={settings.max_length}: "
-            f"raise it{lower}, or set data.on_too_long={policies}",
+            f"{num_fixed + num_image} tokens{pictures}, but {settings.limit.name}: "
+            f"{settings.limit.remedy}{lower}, or set data.on_too_long={policies}",
         )
 
     def _trim(self, sample: Sample, fit: _Fit) -> Example:
         """Leave out last turns, and where one turn alone is too long, the tail of its text."""
-        max_length = self.settings.max_length
+        max_length = self.settings.limit.tokens
         answers = [index for index, message in enumerate(sample.messages) if message.role == "assistant"]
         shortest: Example | None = None
         for num_turns in range(len(answers), 0, -1):
@@ -350,9 +357,9 @@ class Encoder:
             first = int(np.argmax(shortest.labels != NO_LOSS))
             raise _fault(
                 sample,
-                f"{first} tokens before the first answer ({num_image} of pictures), but data.max_length={max_length}: "
-                "no text to train on is left after trimming. Raise data.max_length, lower model.tiles.max "
-                "or set data.on_too_long=skip",
+                f"{first} tokens before the first answer ({num_image} of pictures), but {self.settings.limit.name}: no "
+                f"text to train on is left after trimming: {self.settings.limit.remedy}, lower model.tiles.max or set "
+                "data.on_too_long=skip",
             )
         return cut
 

@@ -136,6 +136,10 @@ class ImageReader:
                 numbers = [picture.frame for picture in members if picture.frame is not None]
                 yield from videos.read_frames(self._inside_root(path), numbers)
 
+    def open_encoded(self, picture: Picture) -> BinaryIO:
+        """Return the encoded picture, or the whole video of a frame, opened for reading. Raise DataError."""
+        return self._open_file(picture)
+
     def _read_video_size(self, picture: Picture, where: str, sample_id: str | None) -> tuple[int, int]:
         with self._naming(picture, where, sample_id):
             size = videos.read_header(self._inside_root(picture.path)).size

@@ -11,6 +11,7 @@ from vlm_tune.data.encode import Encoder
 from vlm_tune.data.inspect_html import write_html
 from vlm_tune.data.inspect_row import look
 from vlm_tune.data.inspect_text import print_text
+from vlm_tune.data.page import data_name
 from vlm_tune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ def inspect(
     if as_text:
         print_text(seen, console)
     if out or not as_text:
-        path = Path(out) if out else Path(f"inspect_{find_file(config.data.path).name.partition('.')[0]}_{row}.html")
+        name = f"inspect_{data_name(find_file(config.data.path))}_{row}.html"
+        path = Path(out) if out else Path(config.runs) / name
         try:
             write_html(seen, path)
         except OSError as error:

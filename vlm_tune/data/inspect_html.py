@@ -1,16 +1,12 @@
 """What the model sees of one row, as one HTML page."""
 
-import base64
-import io
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from vlm_tune.data.inspect_row import CONTEXT, IMAGE, SUPERVISED, Pack, Seen, SeenPicture, Token, runs_of
 from vlm_tune.data.inspect_text import describe, grid_numbers, pack_title
-from vlm_tune.data.page import escape, fact_list, panel, section, table, tile, tiles, write_page
+from vlm_tune.data.page import escape, fact_list, panel, picture_url, section, table, tile, tiles, write_page
 
 MAX_SIDE = 1200  # pixels of a picture in the page
 TILE_SIDE = 224  # pixels of a tile in the page, for dense screens
@@ -44,7 +40,7 @@ def headline(seen: Seen) -> list[str]:
     """Show the sizes of the row."""
     example = seen.example
     num_tokens, num_tiles = len(example.input_ids), sum(example.num_tiles)
-    found = [tile("tokens", f"{num_tokens:,}", f"of at most {int(seen.settings['max_length']):,}")]
+    found = [tile("tokens", f"{num_tokens:,}", f"of at most {int(seen.settings['max_tokens']):,}")]
     share = f"{example.num_supervised / num_tokens:.1%} of the tokens"
     found.append(tile("supervised", f"{example.num_supervised:,}", share, "good"))
     if num_tiles:
@@ -60,7 +56,7 @@ def picture_html(picture: SeenPicture) -> str:
     """Show a picture with the borders of its tiles, and each tile as it is cut."""
     shown = range(min(len(picture.tiles), max(0, MAX_TILES - picture.first + 1)))
     cut = "".join(
-        f'<figure><img src="{as_url(picture.tiles[place])}" alt=""><figcaption>'
+        f'<figure><img src="{picture_url(Image.fromarray(picture.tiles[place]), TILE_SIDE)}" alt=""><figcaption>'
         f"{picture.first + place}{' whole' * (place == picture.overview)}</figcaption></figure>"
         for place in shown
     )
@@ -83,21 +79,9 @@ def placed(picture: SeenPicture) -> str:
     return (
         f'<svg viewBox="{left:.2f} {top:.2f} {wide:.2f} {high:.2f}" role="img" font-size="{size * 0.15:.2f}">'
         f"<title>{escape(describe(picture))}</title>"
-        f'<image href="{as_url(picture.image)}" x="0" y="0" width="{width}" height="{height}"/>'
+        f'<image href="{picture_url(picture.image, MAX_SIDE)}" x="0" y="0" width="{width}" height="{height}"/>'
         f"<g>{''.join(lines)}</g>{''.join(labels)}</svg>"
     )
-
-
-def as_url(picture: Image.Image | npt.NDArray[np.uint8]) -> str:
-    """Put a picture or a tile into the page."""
-    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-    side = MAX_SIDE if isinstance(picture, Image.Image) else TILE_SIDE
-    small = image.copy()
-    small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    with io.BytesIO() as file:
-        small.save(file, "JPEG", quality=85, optimize=True)
-        content = base64.b64encode(file.getvalue()).decode("ascii")
-    return f"data:image/jpeg;base64,{content}"
 
 
 def legend() -> str:

@@ -110,7 +110,8 @@ def look(config: Config, encoder: Encoder, tokenizer: "PreTrainedTokenizerBase",
             "model": config.model.name,
             "template": config.model.template,
             "tokens_per_tile": tokens_each(data.encoder.settings),
-            "max_length": str(config.data.max_length),
+            "limit": data.encoder.settings.limit.name,
+            "max_tokens": str(data.encoder.settings.limit.tokens),
         },
     )
 

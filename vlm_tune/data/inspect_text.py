@@ -29,7 +29,7 @@ def print_text(seen: Seen, console: Console) -> None:
 def facts(seen: Seen) -> dict[str, str]:
     """Say the sizes of the row in words."""
     example, num_tiles = seen.example, sum(seen.example.num_tiles)
-    told = {"tokens": f"{len(example.input_ids):,} of data.max_length={int(seen.settings['max_length']):,}"}
+    told = {"tokens": f"{len(example.input_ids):,} of {seen.settings['limit']}"}
     told["supervised"] = f"{example.num_supervised:,}, {example.num_supervised / len(example.input_ids):.1%}"
     if num_tiles:
         told["tiles"] = f"{num_tiles:,} of {seen.settings['tokens_per_tile']} tokens each"

@@ -1,11 +1,16 @@
 """A page of `check` or `inspect`: one HTML file, no scripts, nothing from the network, all text of the data escaped."""
 
+import base64
 import html
+import io
+import re
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from string import Template
 from typing import Any
+
+from PIL import Image
 
 from vlm_tune import __version__
 
@@ -27,9 +32,24 @@ def write_page(path: Path, verb: str, blocks: dict[str, str]) -> None:
     path.write_text(page, encoding="utf-8", errors="replace")  # half a surrogate pair of the data has no UTF-8
 
 
+def data_name(path: Path) -> str:
+    """Name a data file in the name of its report, together with its folder: most are called train.jsonl."""
+    return "_".join(re.findall(r"\w+", f"{path.resolve().parent.name} {path.name.partition('.')[0]}"))
+
+
 def escape(value: Any) -> str:
     """Make text of the data harmless in HTML, in attributes too."""
     return html.escape(str(value), quote=True)
+
+
+def picture_url(picture: Image.Image, side: int) -> str:
+    """Put a picture into the page, made smaller where a side has more than `side` pixels."""
+    small = picture.copy()
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    with io.BytesIO() as file:
+        small.save(file, "JPEG", quality=85, optimize=True)
+        content = base64.b64encode(file.getvalue()).decode("ascii")
+    return f"data:image/jpeg;base64,{content}"
 
 
 def fact_list(items: Iterable[str]) -> str:

@@ -64,7 +64,7 @@ def measure(plain: Any, model: Model, prompts: list[Prompt]) -> Parity:
             logits.append(plain(**inputs, use_cache=False).logits[0].float().cpu())  # (L, V)
     for prompt in prompts:
         inputs = picture_inputs(prompt, model, plain.dtype) if has_pictures else embedded(prompt, model)
-        ids = plain.generate(**inputs, generation_config=greedy(model, NEW_TOKENS))[0]
+        ids = plain.generate(**inputs, generation_config=greedy(model, [prompt], NEW_TOKENS))[0]
         answers.append(ids[inputs["input_ids"].shape[1] if has_pictures else 0 :].tolist())
     return Parity(logits, answers)
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vlm_tune.config.schema import Config, ModelConfig, Precision, Quantize
 from vlm_tune.data.encode import Encoder
+from vlm_tune.data.positions import Positions
 from vlm_tune.errors import ConfigError
 from vlm_tune.model.encoder import make_encoder, require_weights
 from vlm_tune.model.folders import LLAVA_ORIGINAL, find_folder, model_kind
@@ -43,7 +44,8 @@ def build_model(config: Config) -> Model:
     vlm, tokenizer, tokens = load_weights(config.model, dtype, config.stage.quantize)
     check_rope(vlm.llm, config)
     num_patches = vlm.vision.num_patches(config.model.tiles.size)
-    return Model(vlm, tokenizer, make_encoder(config, tokenizer, tokens, num_patches))
+    positions = Positions.of(vlm.llm.config.get_text_config())
+    return Model(vlm, tokenizer, make_encoder(config, tokenizer, tokens, num_patches, positions))
 
 
 def load_weights(model: ModelConfig, dtype: torch.dtype, quantize: Quantize) -> Loaded:

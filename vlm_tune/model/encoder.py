@@ -4,13 +4,15 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, PreTrainedTokenizerBase
 
 from vlm_tune.config.schema import Config, ModelConfig, TileRule, TooLong
 from vlm_tune.data.chat_template import choose_template
 from vlm_tune.data.encode import Encoder, EncoderSettings
+from vlm_tune.data.positions import Positions
 from vlm_tune.errors import ConfigError
-from vlm_tune.model.folders import find_folder, model_kind, read_json, read_parts
+from vlm_tune.model.folders import LLAVA_ORIGINAL, find_folder, model_kind, read_json, read_parts
+from vlm_tune.model.layouts import llava_original, official_config
 from vlm_tune.model.llava import LLAVA_KINDS, image_tokens, read_llava
 from vlm_tune.model.llm import load_tokenizer
 from vlm_tune.model.projector import tokens_per_tile
@@ -18,7 +20,9 @@ from vlm_tune.model.vision import VisionEncoder, resample_positions
 from vlm_tune.model.vlm import ImageTokens
 
 
-def make_encoder(config: Config, tokenizer: PreTrainedTokenizerBase, tokens: ImageTokens, num_patches: int) -> Encoder:
+def make_encoder(
+    config: Config, tokenizer: PreTrainedTokenizerBase, tokens: ImageTokens, num_patches: int, positions: Positions
+) -> Encoder:
     """Make the encoder of a model whose vision encoder sees `num_patches` patches in a tile.
 
     Raise ConfigError where the tile settings do not fit one another, or one large picture could never fit a sample.
@@ -33,11 +37,11 @@ def make_encoder(config: Config, tokenizer: PreTrainedTokenizerBase, tokens: Ima
     per_tile = tokens_per_tile(model.projector, num_patches)
     has_overview = model.tiles.thumbnail or model.tiles.rule is TileRule.anyres
     most = model.tiles.max + (has_overview and model.tiles.max > 1)
-    if most * per_tile >= data.max_length and data.on_too_long is TooLong.error:
+    limit = positions.limit(data.max_length)
+    if most * per_tile >= limit.tokens and data.on_too_long is TooLong.error:
         raise ConfigError(
             f"model.tiles.max={model.tiles.max} needs up to {most}*{per_tile}={most * per_tile} image "
-            f"tokens, data.max_length is {data.max_length}: raise it, lower model.tiles.max or set "
-            "data.on_too_long=fewer_tiles"
+            f"tokens, but {limit.name}: {limit.remedy}, lower model.tiles.max or set data.on_too_long=fewer_tiles"
         )
     settings = EncoderSettings(
         image_start=tokens.start,
@@ -47,6 +51,7 @@ def make_encoder(config: Config, tokenizer: PreTrainedTokenizerBase, tokens: Ima
         newline=model.projector.newline,
         max_tiles=model.tiles.max,
         max_length=data.max_length,
+        positions=positions,
         on_too_long=data.on_too_long,
         system=model.system,
         markup=None if model.markup is None else tuple(model.markup),
@@ -66,7 +71,7 @@ def build_encoder(config: Config) -> tuple[Encoder, PreTrainedTokenizerBase]:
     wanted = [tokens.context] if vision_folder == llm_folder else tokens.all
     new = [AddedToken(token, special=True, normalized=False) for token in wanted if token not in vocabulary]
     tokenizer.add_tokens(new, special_tokens=True)
-    return make_encoder(config, tokenizer, tokens, num_patches), tokenizer
+    return make_encoder(config, tokenizer, tokens, num_patches, read_positions(llm_folder)), tokenizer
 
 
 def count_features(vision_folder: Path, model: ModelConfig) -> int:
@@ -92,6 +97,20 @@ def find_parts(model: ModelConfig) -> tuple[Path, Path]:
         return folder, folder
     read_parts(folder, model)
     return folder / "vision", folder / "llm"
+
+
+def read_positions(folder: Path) -> Positions:
+    """Read where the positions of a folder's language model end, whatever the folder's layout."""
+    kind, config = model_kind(folder), read_json(folder)
+    if kind == LLAVA_ORIGINAL:
+        text = llava_original.text_config(config, folder)
+    elif kind in (official_config.KIND, "internlm2"):
+        text = official_config.text_config(config if kind == official_config.KIND else {"llm_config": config}, folder)
+    elif kind in CONFIG_MAPPING:
+        text = CONFIG_MAPPING[kind].from_dict(config).get_text_config()
+    else:
+        return Positions()  # loading such a model says what is wrong with it
+    return Positions.of(text)
 
 
 def require_weights(model: ModelConfig) -> None:

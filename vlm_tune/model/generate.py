@@ -62,14 +62,18 @@ def answer_ids(model: Model, prompts: list[Prompt], max_new_tokens: int) -> Tens
     with answering(model):
         embeddings, mask = embed_prompts(model, prompts)
         ids: Tensor = model.vlm.llm.generate(
-            inputs_embeds=embeddings, attention_mask=mask, generation_config=greedy(model, max_new_tokens)
+            inputs_embeds=embeddings, attention_mask=mask, generation_config=greedy(model, prompts, max_new_tokens)
         )
     return ids
 
 
-def greedy(model: Model, max_new_tokens: int) -> GenerationConfig:
-    """Describe greedy answers that end where the model's conversations do."""
+def greedy(model: Model, prompts: list[Prompt], max_new_tokens: int) -> GenerationConfig:
+    """Describe greedy answers that end where the conversations of the model do, or where its positions end."""
     ends = list(model.encoder.stop_ids)
+    last = model.encoder.settings.positions.end
+    if last is not None:  # the last token that is said needs no position: nothing reads it
+        longest = max(len(prompt.example.input_ids) for prompt in prompts)
+        max_new_tokens = max(1, min(max_new_tokens, last - longest + 1))
     return GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=ends[0], use_cache=True
     )

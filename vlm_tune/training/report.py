@@ -17,6 +17,7 @@ from rich.table import Table
 
 from vlm_tune.config.schema import Config
 from vlm_tune.data.datamodule import DataModule
+from vlm_tune.data.positions import length_notes
 from vlm_tune.model.build import resolve_precision
 from vlm_tune.model.checkpoint import CONFIG, run_of
 from vlm_tune.model.parts import PartSummary
@@ -128,6 +129,10 @@ def show_data(console: Console, data: DataModule) -> None:
         f"{facts['supervised_share']:.0%} of the tokens supervised{fill}",
         highlight=False,
     )
+    assert data.train is not None
+    settings = data.encoder.settings
+    for note in length_notes(settings.positions, settings.max_length, data.train.index.tokens):
+        console.print(f"note: {note}", highlight=False, markup=False)
 
 
 def show_parts(console: Console, parts: list[PartSummary]) -> None:
