@@ -2,10 +2,9 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, field, replace
-from hashlib import blake2b
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +15,7 @@ from vlm_tune.data.dataset import Conversations, Tiling
 from vlm_tune.data.encode import Encoder, EncoderSettings, Lengths, SkippedSample
 from vlm_tune.data.formats import parse_record, recognise
 from vlm_tune.data.images import CheckedPictures
+from vlm_tune.data.rows_cache import hashed
 from vlm_tune.data.sample import Picture, Sample
 from vlm_tune.data.tiles import picture_tiles
 from vlm_tune.errors import DataError
@@ -261,15 +261,6 @@ def content_of(sample: Sample) -> Iterator[bytes]:
         yield message.role.encode()
         for part in message.parts:
             yield name_of(part) if isinstance(part, Picture) else part.encode("utf-8", "surrogatepass")
-
-
-def hashed(parts: Iterable[bytes]) -> int:
-    """Hash a list of strings to 64 bits; never 0, which stands for nothing."""
-    digest = blake2b(digest_size=8)
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))  # so that ("ab", "c") is not ("a", "bc")
-        digest.update(part)
-    return int.from_bytes(digest.digest(), "little") or 1
 
 
 def add_repeats(found: Findings, data: Conversations, are_ids_unique: bool) -> None:

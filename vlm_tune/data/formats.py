@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+from vlm_tune.data.formats_cells import read_cells
 from vlm_tune.data.formats_chat import LLAVA_ROLES, read_llava, read_openai, read_sharegpt, read_xtuner
 from vlm_tune.data.formats_row import IMAGE_MARK, VIDEO_MARK, Record, Row, check_answered, kind_of
 from vlm_tune.data.formats_table import CAPTION_FIELDS, IMAGE_FIELDS, read_caption, read_vqa
@@ -82,11 +83,13 @@ def parse_record(record: object, fmt: str, where: str, index: int, image_root: P
         raise DataError(f"a row must be an object, not {kind_of(record)}. Write {{...}}.", where)
     if ":" in fmt:
         return _parse_by_user(record, fmt, where, index, image_root)
+    own_id = _sample_id(record, where)
+    record = read_cells(record, where, own_id)
     name = recognise(record, where) if fmt == "auto" else fmt
     reader = DIALECTS.get(name)
     if reader is None:
         raise unknown_dialect(name)
-    row = Row(record, where, _sample_id(record, where), image_root)
+    row = Row(record, where, own_id, image_root)
     _check_fields(row, name)
     messages = reader(row)
     if name in _CONVERSATIONS:
@@ -142,13 +145,16 @@ def recognise(record: Record, where: str = "") -> str:
 
     Raise DataError for a record that fits none.
     """
+    is_text = isinstance(record.get("conversations"), str)
+    record = read_cells(record, where)
     keys = record.keys()
     has_picture = any(record.get(key) for key in (*_MEDIA, *IMAGE_FIELDS))
     if "messages" in keys:
         return "sharegpt" if has_picture and _has_marks(record["messages"]) else "openai"
     if "conversations" in keys:
         turns = str(record["conversations"])
-        if isinstance(record["conversations"], str) or "<|startofthink|>" in turns:
+        # MSAgent writes the list as text, with the tools that there are; so do tables with any other conversation
+        if "<|startofthink|>" in turns or (is_text and ('"description"' in turns or turns == "[]")):
             return "msagent"
         is_llava = has_picture and not record.get("system") and _is_llava(record["conversations"])
         return "llava" if is_llava else "sharegpt"

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 
-from vlm_tune.data.formats_row import Row, check_order, kind_of, listed, literal
+from vlm_tune.data.formats_row import Row, check_order, kind_of, listed
 from vlm_tune.data.sample import Message
 
 
@@ -118,11 +118,6 @@ def read_msagent(row: Row) -> list[Message]:
 
 def _agent_turns(row: Row) -> list[Mapping[str, object]]:
     turns = row.required("conversations")
-    if isinstance(turns, str):
-        try:
-            turns = literal(turns)
-        except ValueError as error:
-            raise row.fault('"conversations" is neither JSON nor a Python list. Write it again as JSON.') from error
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise row.fault(f'"conversations" is {kind_of(turns)}, not a list of objects. Write [{{...}}, {{...}}].')
     return turns
