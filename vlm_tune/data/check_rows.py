@@ -188,7 +188,8 @@ class RowCheck(Dataset[Findings]):
     def _measure(self, good: list[GoodRow], found: Findings) -> None:
         """Count the tokens of all rows that could be read, and apply the policy to those that are too long."""
         limit = self.data.encoder.settings.max_length
-        measured = self.endless.encode_lengths([sample for _, sample, _ in good], [tiling for _, _, tiling in good])
+        samples = [self.data.encoder.shortened(sample) for _, sample, _ in good]  # far too long: not counted to the end
+        measured = self.endless.encode_lengths(samples, [tiling for _, _, tiling in good])
         for (row, sample, tiling), lengths in zip(good, measured, strict=True):
             if isinstance(lengths, DataError):
                 add_fault(found, row, lengths, ROW_KINDS)

@@ -10,6 +10,7 @@ from tokenizers import Encoding
 
 from vlm_tune.config.schema import TooLong
 from vlm_tune.data.anyres import Spread, count_tokens
+from vlm_tune.data.long_rows import Beginning, most_turns, shortened
 from vlm_tune.data.pieces import Item, drop_last_space, is_supervised_first, keys_of, lay_out
 from vlm_tune.data.sample import Picture, Sample
 from vlm_tune.data.templates import PLAIN_TEXT, Template, render
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NO_LOSS = -100  # label of a token that is not supervised
+FEW = 8  # turns that trim_text leaves out one by one
 
 Tiling = Callable[[int], Sequence[int] | Sequence[Spread]]
 """Tiles of each picture of a sample, in the order of the text, when the sample may have that many in all.
@@ -130,6 +132,7 @@ class Encoder:
 
         Raises DataError for a row without a supervised token or too long, SkippedSample where the policy is `skip`.
         """
+        sample = self.shortened(sample)
         items = self._lay_out(sample)
         encodings = self._tokens.plain(keys_of(items))
         num_fixed, num_supervised = self._count(items, encodings)
@@ -138,6 +141,10 @@ class Encoder:
         if fit.is_long:
             return self._trim(sample, fit)
         return self._assemble(sample, items, encodings, fit)
+
+    def shortened(self, sample: Sample) -> Sample:
+        """Return a Beginning of a row that is far too long, else the sample itself."""
+        return shortened(sample, self._tokens, self.settings.max_length)
 
     def encode_prompt(self, sample: Sample, tiling: Tiling = no_pictures) -> Example:
         """Encode the question for generation: ids (L,) end after the header of the answer to the last question.
@@ -167,6 +174,7 @@ class Encoder:
         A faulty sample gives its error in place of its lengths, so that it does not stop the others.
         """
         results: list[Lengths | DataError] = []
+        samples = [self.shortened(sample) for sample in samples]
         layouts = [self._try_lay_out(sample) for sample in samples]
         encodings = self._tokens.plain(key for items in layouts if isinstance(items, list) for key in keys_of(items))
         for sample, items, tiling in zip(samples, layouts, tilings, strict=True):
@@ -266,7 +274,7 @@ class Encoder:
         if settings.on_too_long is TooLong.trim_text:
             return replace(fit, is_long=True)
         if settings.on_too_long is TooLong.skip:
-            num_tokens = num_fixed + sum(fit.num_tokens)
+            num_tokens = f"{_least(sample)}{num_fixed + sum(fit.num_tokens)}"
             raise SkippedSample(
                 f"left out: {num_tokens} tokens, data.max_length={settings.max_length}, data.on_too_long=skip",
                 sample.where,
@@ -287,6 +295,8 @@ class Encoder:
         if num_pictures and self.context_id is None:
             raise _fault(sample, f"{num_pictures} pictures in the row, but this model takes none: remove them")
         tiled: tuple[int | Spread, ...] = tuple(tiling(max_tiles))
+        if isinstance(sample, Beginning):
+            tiled = tiled[:num_pictures]
         per_tile = self.settings.tokens_per_tile
         assert len(tiled) == num_pictures, f"the tiling gives {len(tiled)} pictures, the row has {num_pictures}"
         num_tiles = tuple(each if isinstance(each, int) else each.num_tiles for each in tiled)
@@ -305,7 +315,7 @@ class Encoder:
         policies = " or ".join(policy.value for policy in TooLong if policy not in useless)
         return _fault(
             sample,
-            f"{num_fixed + num_image} tokens{pictures}, but data.max_length={settings.max_length}: "
+            f"{_least(sample)}{num_fixed + num_image} tokens{pictures}, but data.max_length={settings.max_length}: "
             f"raise it{lower}, or set data.on_too_long={policies}",
         )
 
@@ -313,27 +323,29 @@ class Encoder:
         """Leave out last turns, and where one turn alone is too long, the tail of its text."""
         max_length = self.settings.max_length
         answers = [index for index, message in enumerate(sample.messages) if message.role == "assistant"]
+        num_answers = sample.num_answers if isinstance(sample, Beginning) else len(answers)
+        most = most_turns(sample, self._tokens, max_length) if len(answers) > FEW else len(answers)
         shortest: Example | None = None
-        for num_turns in range(len(answers), 0, -1):
+        for num_turns in range(most, 0, -1):
             shorter = replace(sample, messages=sample.messages[: answers[num_turns - 1] + 1])
             kept = fit.first(len(shorter.pictures))
             items = self._lay_out(shorter)
             example = self._assemble(shorter, items, self._tokens.plain(keys_of(items)), kept)
             if example.num_supervised == 0:
                 break
-            left_out = len(answers) - num_turns
-            shortest = replace(example, note=f"trim_text: {left_out} of {len(answers)} turns left out")
+            left_out = num_answers - num_turns
+            shortest = replace(example, note=f"trim_text: {left_out} of {num_answers} turns left out")
             if len(example.input_ids) <= max_length:
                 return shortest
         assert shortest is not None  # `encode` found a supervised token
         num_cut = len(shortest.input_ids) - max_length
-        note = f"{shortest.note}, {num_cut} tokens cut"
+        note = f"{shortest.note}, {_least(sample)}{num_cut} tokens cut"
         cut = replace(
             shortest, input_ids=shortest.input_ids[:max_length], labels=shortest.labels[:max_length], note=note
         )
         num_image = np.count_nonzero(shortest.input_ids == self.context_id)
         if cut.num_supervised == 0 or np.count_nonzero(cut.input_ids == self.context_id) != num_image:
-            first = int(np.argmax(shortest.labels != NO_LOSS))
+            first = f"{_least(sample)}{np.argmax(shortest.labels != NO_LOSS)}"
             raise _fault(
                 sample,
                 f"{first} tokens before the first answer ({num_image} of pictures), but data.max_length={max_length}: "
@@ -370,6 +382,11 @@ class Encoder:
 def _check_supervised(sample: Sample, num_supervised: int) -> None:
     if num_supervised == 0:
         raise _fault(sample, "no supervised token: the row needs an answer with text whose loss flag is not off")
+
+
+def _least(sample: Sample) -> str:
+    """Say of a number of tokens that it was counted in a beginning alone."""
+    return "at least " if isinstance(sample, Beginning) else ""
 
 
 def _fault(sample: Sample, reason: str) -> DataError:
