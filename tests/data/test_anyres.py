@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, LlavaNextConfig, LlavaNextImageProcessor
 from vlm_tune.config.schema import TileRule, TilesConfig, TooLong
 from vlm_tune.data.anyres import NEWLINE, Spread, count_tokens, token_order
 from vlm_tune.data.dataset import Tiling
-from vlm_tune.data.encode import Encoder, EncoderSettings, Lengths
+from vlm_tune.data.encode import Encoder, Lengths
+from vlm_tune.data.fit import EncoderSettings
 from vlm_tune.data.inspect_row import tile_numbers
 from vlm_tune.data.sample import Message, Picture, Sample
 from vlm_tune.data.templates import load_template

@@ -6,7 +6,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from vlm_tune.data.chat_template import choose_template, read_chat_template
-from vlm_tune.data.encode import NO_LOSS, Encoder, EncoderSettings
+from vlm_tune.data.encode import NO_LOSS, Encoder
+from vlm_tune.data.fit import EncoderSettings
 from vlm_tune.data.sample import Message, Sample
 from vlm_tune.data.templates import load_template
 from vlm_tune.errors import ConfigError

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from vlm_tune.config.schema import TooLong
-from vlm_tune.data.encode import NO_LOSS, Encoder, EncoderSettings, Example, SkippedSample, no_pictures
+from vlm_tune.data.encode import NO_LOSS, Encoder, Example
+from vlm_tune.data.fit import EncoderSettings, SkippedSample, no_pictures
 from vlm_tune.data.sample import Message, Picture, Sample
 from vlm_tune.data.templates import load_template
 from vlm_tune.errors import ConfigError, DataError

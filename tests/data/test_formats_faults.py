@@ -146,7 +146,7 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
     ("oasst1", {"text": "### Human: Q### Human: Q### Assistant: A"}, "turns 1 and 2 are both from the user."),
     ("text", {"text": ""}, '"text": the answer is empty.'),
     ("openorca", {"question": "Q"}, 'no "response". It has "question"'),
-    ("msagent", {"conversations": "open('x')"}, '"conversations" is neither JSON nor a Python list.'),
+    ("msagent", {"conversations": "open('x')"}, '"conversations" is text, not a list of turns. It is neither JSON nor'),
     ("msagent", {"conversations": [{"from": "robot", "value": "x"}]}, "turn 1: 'robot' is unknown or not in turn."),
     (
         "msagent",

@@ -7,7 +7,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from vlm_tune.data.chat_template import choose_template
-from vlm_tune.data.encode import NO_LOSS, Encoder, EncoderSettings
+from vlm_tune.data.encode import NO_LOSS, Encoder
+from vlm_tune.data.fit import EncoderSettings
 from vlm_tune.data.formats import parse_record
 from vlm_tune.data.sample import Sample
 from vlm_tune.data.templates import load_template

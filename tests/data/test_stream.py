@@ -22,7 +22,7 @@ SETTINGS = StreamSettings(
 def index_of(count, seed=0):
     rng = np.random.default_rng(seed)
     columns = [rng.integers(low, high, count).astype(np.int32) for low, high in ((5, 120), (1, 5), (0, 5))]
-    return Index(np.arange(count) * 3, *columns)
+    return Index(np.arange(count) * 3, *columns, content=np.zeros(count, np.uint64))
 
 
 def plain(batches):

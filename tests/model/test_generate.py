@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vlm_tune.data.encode import no_pictures
+from vlm_tune.data.fit import no_pictures
 from vlm_tune.data.sample import Message, Sample
 from vlm_tune.evaluation.evaluate import prompt_of
 from vlm_tune.model.generate import Prompt, answer, answer_text, answering, embed_prompts

@@ -16,7 +16,7 @@ from rich.text import Text
 from vlm_tune import __version__
 from vlm_tune.config.schema import Config
 from vlm_tune.data.check_rows import Findings
-from vlm_tune.data.encode import EncoderSettings
+from vlm_tune.data.fit import EncoderSettings
 from vlm_tune.data.positions import NAME
 
 SHOWN = 20  # bad rows in the terminal; check.json has all

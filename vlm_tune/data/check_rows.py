@@ -2,10 +2,9 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
-from hashlib import blake2b
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +14,12 @@ from vlm_tune.config.schema import TileRule
 from vlm_tune.data.check_answers import Answers
 from vlm_tune.data.check_shared import Contents, HeldOut, Shared, merge_shared
 from vlm_tune.data.dataset import Conversations, Tiling
-from vlm_tune.data.encode import Encoder, EncoderSettings, Lengths, SkippedSample
+from vlm_tune.data.encode import Encoder, Lengths
+from vlm_tune.data.fit import EncoderSettings, SkippedSample
 from vlm_tune.data.formats import parse_record, recognise
 from vlm_tune.data.images import CheckedPictures
 from vlm_tune.data.positions import UNLIMITED
+from vlm_tune.data.rows_cache import hashed
 from vlm_tune.data.sample import Picture, Sample
 from vlm_tune.data.tiles import picture_tiles
 from vlm_tune.errors import DataError
@@ -204,7 +205,8 @@ class RowCheck(Dataset[Findings]):
     def _measure(self, good: list[GoodRow], found: Findings) -> None:
         """Count the tokens of all rows that could be read, and apply the policy to those that are too long."""
         limit, positions = self.data.encoder.settings.limit.tokens, self.data.encoder.settings.positions
-        measured = self.endless.encode_lengths([sample for _, sample, _ in good], [tiling for _, _, tiling in good])
+        samples = [self.data.encoder.shortened(sample) for _, sample, _ in good]  # far too long: not counted to the end
+        measured = self.endless.encode_lengths(samples, [tiling for _, _, tiling in good])
         for (row, sample, tiling), lengths in zip(good, measured, strict=True):
             if isinstance(lengths, DataError):
                 add_fault(found, row, lengths, ROW_KINDS)
@@ -280,15 +282,6 @@ def content_of(sample: Sample) -> Iterator[bytes]:
         yield message.role.encode()
         for part in message.parts:
             yield name_of(part) if isinstance(part, Picture) else part.encode("utf-8", "surrogatepass")
-
-
-def hashed(parts: Iterable[bytes]) -> int:
-    """Hash a list of strings to 64 bits; never 0, which stands for nothing."""
-    digest = blake2b(digest_size=8)
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))  # so that ("ab", "c") is not ("a", "bc")
-        digest.update(part)
-    return int.from_bytes(digest.digest(), "little") or 1
 
 
 def add_repeats(found: Findings, data: Conversations, are_ids_unique: bool) -> None:

@@ -74,6 +74,18 @@ class Part:
     index: Index
     findings: Findings
 
+    def contents(self) -> dict[str, str]:
+        """Name what the rows say, for each file (of a mixture: for each set, its degradation included)."""
+        data, index = self.data, self.index
+        if not isinstance(data, Mixture):
+            return {str(data.path): index.content_fingerprint()}
+        bounds = np.searchsorted(index.rows, data.starts).tolist()
+        found = {}
+        for entry, start, end in zip(data.entries, bounds[:-1], bounds[1:], strict=True):
+            content = f"{index.content_fingerprint(start, end)} {entry.data_augment}"
+            found[f"{data.path}: {entry.name} ({entry.annotation})"] = content
+        return found
+
 
 class TimedLoader(DataLoader[Batch]):
     """Count the seconds for which the training loop waits for a batch, worker processes' start included."""
@@ -205,6 +217,7 @@ class DataModule(L.LightningDataModule):
         state: dict[str, Any] = {"cursor": list(self.cursor), "num_rows": 0}
         if self.train is not None:
             state |= {"num_rows": len(self.train.index), "rows": self._name_rows()}
+            state["content"] = list(self.train.contents().values())
         return state
 
     def _name_rows(self) -> str:
@@ -225,8 +238,21 @@ class DataModule(L.LightningDataModule):
                 "data.path has as many rows as in the interrupted run, but not the same sizes or mixture: its order "
                 "cannot be continued. Restore the data, or start a new run with stage.init_from=RUN"
             )
+        self._check_content(state_dict.get("content"))
         epoch, window, group = state_dict["cursor"]
         self.cursor = (epoch, window, group)
+
+    def _check_content(self, before: list[str] | None) -> None:
+        """Refuse rows that say something else than in the interrupted run (an older checkpoint does not know)."""
+        if self.train is None or before is None or "data.path" in self.config.resume_allow:
+            return
+        now = self.train.contents()
+        changed = [name for name, then in zip(now, before, strict=True) if now[name] != then]
+        if changed:
+            raise CheckpointError(
+                f"{', '.join(changed)}: rows were changed since the run was interrupted, at equal sizes. Restore them, "
+                "go on with them as they are by resume_allow=[data.path], or start a new run with stage.init_from=RUN"
+            )
 
 
 def validation_packs(index: Index, settings: StreamSettings) -> list[MicroBatch]:

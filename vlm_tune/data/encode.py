@@ -1,18 +1,18 @@
 """(3) Turn a Sample into token ids and labels, built together, turn by turn, in one pass."""
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Encoding
 
-from vlm_tune.config.schema import TooLong
-from vlm_tune.data.anyres import Spread, count_tokens
+from vlm_tune.data.anyres import Spread
+from vlm_tune.data.fit import EncoderSettings, Fit, Tiling, fault_of, fit_pictures, least_of, no_pictures, too_long
+from vlm_tune.data.long_rows import Beginning, most_turns, shortened
 from vlm_tune.data.markup import find_markup
 from vlm_tune.data.pieces import Item, drop_last_space, is_supervised_first, keys_of, lay_out
-from vlm_tune.data.positions import UNLIMITED, Limit, Positions
 from vlm_tune.data.sample import Picture, Sample
 from vlm_tune.data.templates import PLAIN_TEXT, Template, render
 from vlm_tune.data.tokens import PlainKey, TextTokenizer
@@ -22,41 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NO_LOSS = -100  # label of a token that is not supervised
-
-Tiling = Callable[[int], Sequence[int] | Sequence[Spread]]
-"""Tiles of each picture of a sample, in the order of the text, when the sample may have that many in all.
-
-A Spread also says how they lie, which decides the number of tokens where rows end with a newline.
-"""
-
-
-def no_pictures(max_tiles: int) -> tuple[int, ...]:
-    """Be the tiling of a sample without pictures."""
-    return ()
-
-
-@dataclass(frozen=True, slots=True)
-class EncoderSettings:
-    """Say how pictures stand in the token sequence, and how long that may be."""
-
-    image_start: str = "<img>"  # "" = none (LLaVA: the image token alone, repeated)
-    image_context: str = "<IMG_CONTEXT>"  # replaced by one feature each; "" = the model takes no pictures
-    image_end: str = "</img>"
-    tokens_per_tile: int = 256
-    newline: bool = False  # any-resolution pictures lie unpadded, each row with a newline token (LLaVA-NeXT)
-    max_tiles: int = 12
-    max_length: int = 8192
-    positions: Positions = UNLIMITED  # of the language model: where they end, a sample ends
-    on_too_long: TooLong = TooLong.error
-    system: str | None = None  # system prompt where the row has none; None = the template's own
-    add_bos: bool | None = None  # None = what the tokenizer itself does
-    markup: tuple[str, ...] | None = None  # added tokens that texts may write; None = all that control nothing
-    reasoning_loss: bool = True  # the reasoning before an answer is supervised too
-
-    @property
-    def limit(self) -> Limit:
-        """The most tokens that a sample may have."""
-        return self.positions.limit(self.max_length)
+FEW = 8  # turns that trim_text leaves out one by one
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,28 +53,6 @@ class Lengths:
     num_tiles: tuple[int, ...] = ()
     max_tiles: int = 0
     note: str = ""
-
-
-class SkippedSample(DataError):
-    """Report a row that data.on_too_long=skip leaves out."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Fit:
-    """The tiles of a sample that fits into max_length, or `is_long` where its text must be trimmed."""
-
-    num_tiles: tuple[int, ...]
-    num_tokens: tuple[int, ...]  # of each picture
-    spreads: tuple[Spread, ...]
-    max_tiles: int
-    note: str = ""
-    is_long: bool = False
-
-    def first(self, num_pictures: int) -> "_Fit":
-        """Keep the first pictures."""
-        kept = slice(num_pictures)
-        parts = self.num_tiles[kept], self.num_tokens[kept], self.spreads[kept]
-        return replace(self, num_tiles=parts[0], num_tokens=parts[1], spreads=parts[2])
 
 
 class Encoder:
@@ -150,14 +94,19 @@ class Encoder:
 
         Raises DataError for a row without a supervised token or too long, SkippedSample where the policy is `skip`.
         """
+        sample = self.shortened(sample)
         items = self._lay_out(sample)
         encodings = self._tokens.plain(keys_of(items))
         num_fixed, num_supervised = self._count(items, encodings)
         _check_supervised(sample, num_supervised)
-        fit = self._fit(sample, num_fixed, tiling)
+        fit = fit_pictures(sample, num_fixed, tiling, self.settings)
         if fit.is_long:
             return self._trim(sample, fit)
         return self._assemble(sample, items, encodings, fit)
+
+    def shortened(self, sample: Sample) -> Sample:
+        """Return a Beginning of a row that is far too long, else the sample itself."""
+        return shortened(sample, self._tokens, self.settings.limit.tokens)
 
     def encode_prompt(self, sample: Sample, tiling: Tiling = no_pictures) -> Example:
         """Encode the question for generation: ids (L,) end after the header of the answer to the last question.
@@ -167,7 +116,7 @@ class Encoder:
         nothing.
         """
         if sample.is_plain:
-            raise _fault(sample, "plain text holds no question to answer: give rows of a conversation")
+            raise fault_of(sample, "plain text holds no question to answer: give rows of a conversation")
         num_asked = len(sample.messages)
         while num_asked and sample.messages[num_asked - 1].role == "assistant":
             num_asked -= 1
@@ -176,9 +125,9 @@ class Encoder:
         items = self._lay_out(asked, for_generation=True)
         encodings = self._tokens.plain(keys_of(items))
         num_fixed, _ = self._count(items, encodings)
-        fit = self._fit(asked, num_fixed, lambda max_tiles: tiling(max_tiles)[:num_pictures])
+        fit = fit_pictures(asked, num_fixed, lambda max_tiles: tiling(max_tiles)[:num_pictures], self.settings)
         if fit.is_long:
-            raise self._too_long(asked, num_fixed, fit)
+            raise too_long(asked, num_fixed, fit, self.settings)
         return self._assemble(asked, items, encodings, fit)
 
     def encode_lengths(self, samples: Sequence[Sample], tilings: Sequence[Tiling]) -> list[Lengths | DataError]:
@@ -187,6 +136,7 @@ class Encoder:
         A faulty sample gives its error in place of its lengths, so that it does not stop the others.
         """
         results: list[Lengths | DataError] = []
+        samples = [self.shortened(sample) for sample in samples]
         layouts = [self._try_lay_out(sample) for sample in samples]
         encodings = self._tokens.plain(key for items in layouts if isinstance(items, list) for key in keys_of(items))
         for sample, items, tiling in zip(samples, layouts, tilings, strict=True):
@@ -209,7 +159,7 @@ class Encoder:
     ) -> Lengths:
         num_fixed, num_supervised = self._count(items, encodings)
         _check_supervised(sample, num_supervised)
-        fit = self._fit(sample, num_fixed, tiling)
+        fit = fit_pictures(sample, num_fixed, tiling, self.settings)
         if fit.is_long:
             trimmed = self._trim(sample, fit)
             return Lengths(
@@ -227,7 +177,9 @@ class Encoder:
         if for_generation and template.assistant.endswith(" "):
             items = drop_last_space(items)
         if sum(isinstance(item, Picture) for item in items) != len(sample.pictures):
-            raise _fault(sample, f"a picture in a turn that model.template={template.name} leaves out: remove the turn")
+            raise fault_of(
+                sample, f"a picture in a turn that model.template={template.name} leaves out: remove the turn"
+            )
         return items
 
     def _count(self, items: list[Item], encodings: dict[PlainKey, Encoding]) -> tuple[int, int]:
@@ -247,7 +199,7 @@ class Encoder:
             num_supervised -= 1
         return num_fixed, num_supervised
 
-    def _assemble(self, sample: Sample, items: list[Item], encodings: dict[PlainKey, Encoding], fit: _Fit) -> Example:
+    def _assemble(self, sample: Sample, items: list[Item], encodings: dict[PlainKey, Encoding], fit: Fit) -> Example:
         """Put ids and labels together, each token beside its label."""
         ids, labels = array("i"), array("i")
 
@@ -277,85 +229,34 @@ class Encoder:
             spreads=fit.spreads,
         )
 
-    def _fit(self, sample: Sample, num_fixed: int, tiling: Tiling) -> _Fit:
-        """Choose the tiles of each picture so that the sample fits, as data.on_too_long says."""
-        settings = self.settings
-        fit = self._tile(sample, tiling, settings.max_tiles)
-        room = settings.limit.tokens - num_fixed
-        if sum(fit.num_tokens) <= room:
-            return fit
-        if settings.on_too_long is TooLong.trim_text:
-            return replace(fit, is_long=True)
-        if settings.on_too_long is TooLong.skip:
-            num_tokens = num_fixed + sum(fit.num_tokens)
-            raise SkippedSample(
-                f"left out: {num_tokens} tokens, {settings.limit.name}, data.on_too_long=skip",
-                sample.where,
-                sample.id,
-            )
-        least = fit
-        if settings.on_too_long is TooLong.fewer_tiles and fit.num_tiles:
-            for max_tiles in range(settings.max_tiles - 1, 0, -1):
-                fewer = self._tile(sample, tiling, max_tiles)
-                if sum(fewer.num_tokens) <= room:
-                    note = f"fewer_tiles: {sum(fit.num_tiles)} -> {sum(fewer.num_tiles)} tiles"
-                    return replace(fewer, note=note)
-                least = min(least, fewer, key=lambda each: sum(each.num_tokens))
-        raise self._too_long(sample, num_fixed, least)
-
-    def _tile(self, sample: Sample, tiling: Tiling, max_tiles: int) -> _Fit:
-        num_pictures = len(sample.pictures)
-        if num_pictures and self.context_id is None:
-            raise _fault(sample, f"{num_pictures} pictures in the row, but this model takes none: remove them")
-        tiled: tuple[int | Spread, ...] = tuple(tiling(max_tiles))
-        per_tile = self.settings.tokens_per_tile
-        assert len(tiled) == num_pictures, f"the tiling gives {len(tiled)} pictures, the row has {num_pictures}"
-        num_tiles = tuple(each if isinstance(each, int) else each.num_tiles for each in tiled)
-        if not self.settings.newline:
-            return _Fit(num_tiles, tuple(per_tile * number for number in num_tiles), (), max_tiles)
-        spreads = tuple(each for each in tiled if isinstance(each, Spread))
-        assert len(spreads) == num_pictures, "a picture whose rows end with a newline has a Spread"
-        return _Fit(num_tiles, tuple(count_tokens(spread, per_tile) for spread in spreads), spreads, max_tiles)
-
-    def _too_long(self, sample: Sample, num_fixed: int, fit: _Fit) -> DataError:
-        settings = self.settings
-        num_image = sum(fit.num_tokens)
-        pictures = f" ({num_fixed} of text, {num_image} of {sum(fit.num_tiles)} tiles)" if num_image else ""
-        lower = ", lower model.tiles.max" if num_image else ""
-        useless = {TooLong.error, settings.on_too_long} | (set() if num_image else {TooLong.fewer_tiles})
-        policies = " or ".join(policy.value for policy in TooLong if policy not in useless)
-        return _fault(
-            sample,
-            f"{num_fixed + num_image} tokens{pictures}, but {settings.limit.name}: "
-            f"{settings.limit.remedy}{lower}, or set data.on_too_long={policies}",
-        )
-
-    def _trim(self, sample: Sample, fit: _Fit) -> Example:
+    def _trim(self, sample: Sample, fit: Fit) -> Example:
         """Leave out last turns, and where one turn alone is too long, the tail of its text."""
         max_length = self.settings.limit.tokens
         answers = [index for index, message in enumerate(sample.messages) if message.role == "assistant"]
+        num_answers = sample.num_answers if isinstance(sample, Beginning) else len(answers)
+        most = most_turns(sample, self._tokens, max_length) if len(answers) > FEW else len(answers)
         shortest: Example | None = None
-        for num_turns in range(len(answers), 0, -1):
+        for num_turns in range(most, 0, -1):
             shorter = replace(sample, messages=sample.messages[: answers[num_turns - 1] + 1])
             kept = fit.first(len(shorter.pictures))
             items = self._lay_out(shorter)
             example = self._assemble(shorter, items, self._tokens.plain(keys_of(items)), kept)
             if example.num_supervised == 0:
                 break
-            left_out = len(answers) - num_turns
-            shortest = replace(example, note=f"trim_text: {left_out} of {len(answers)} turns left out")
+            left_out = num_answers - num_turns
+            shortest = replace(example, note=f"trim_text: {left_out} of {num_answers} turns left out")
             if len(example.input_ids) <= max_length:
                 return shortest
         assert shortest is not None  # `encode` found a supervised token
         num_cut = len(shortest.input_ids) - max_length
-        note = f"{shortest.note}, {num_cut} tokens cut"
+        note = f"{shortest.note}, {least_of(sample)}{num_cut} tokens cut"
         cut = replace(
             shortest, input_ids=shortest.input_ids[:max_length], labels=shortest.labels[:max_length], note=note
         )
         num_image = np.count_nonzero(shortest.input_ids == self.context_id)
         if cut.num_supervised == 0 or np.count_nonzero(cut.input_ids == self.context_id) != num_image:
-            first = int(np.argmax(shortest.labels != NO_LOSS))
-            raise _fault(
+            first = f"{least_of(sample)}{np.argmax(shortest.labels != NO_LOSS)}"
+            raise fault_of(
                 sample,
                 f"{first} tokens before the first answer ({num_image} of pictures), but {self.settings.limit.name}: no "
                 f"text to train on is left after trimming: {self.settings.limit.remedy}, lower model.tiles.max or set "
@@ -399,8 +300,4 @@ class Encoder:
 
 def _check_supervised(sample: Sample, num_supervised: int) -> None:
     if num_supervised == 0:
-        raise _fault(sample, "no supervised token: the row needs an answer with text whose loss flag is not off")
-
-
-def _fault(sample: Sample, reason: str) -> DataError:
-    return DataError(reason, sample.where, sample.id)
+        raise fault_of(sample, "no supervised token: the row needs an answer with text whose loss flag is not off")

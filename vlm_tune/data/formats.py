@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import cast
 
 from vlm_tune.data.fields import Fields, check_fields, without
+from vlm_tune.data.formats_cells import read_cells
 from vlm_tune.data.formats_chat import LLAVA_ROLES, read_llava, read_openai, read_sharegpt, read_swift, read_xtuner
 from vlm_tune.data.formats_row import IMAGE_MARK, VIDEO_MARK, Record, Row, check_answered, kind_of
 from vlm_tune.data.formats_table import CAPTION_FIELDS, IMAGE_FIELDS, read_caption, read_vqa
@@ -87,11 +88,13 @@ def parse_record(
         return _parse_by_user(record, fmt, where, index, (image_root, ignored))
     if ignored:
         record = {key: without(value, ignored) for key, value in record.items() if key not in ignored}
+    own_id = _sample_id(record, where)
+    record = read_cells(record, where, own_id)
     name = recognise(record, where) if fmt == "auto" else fmt
     reader = DIALECTS.get(name)
     if reader is None:
         raise unknown_dialect(name)
-    row = Row(record, where, _sample_id(record, where), image_root)
+    row = Row(record, where, own_id, image_root)
     messages = reader(row)
     check_fields(row, name)  # behind the reader: a row of another dialect is better told by what it lacks
     if name in _CONVERSATIONS:
@@ -139,13 +142,16 @@ def recognise(record: Record, where: str = "") -> str:
 
     Raise DataError for a record that fits none.
     """
+    is_text = isinstance(record.get("conversations"), str)
+    record = read_cells(record, where)
     keys = record.keys()
     has_picture = any(record.get(key) for key in (*_MEDIA, *IMAGE_FIELDS))
     if "messages" in keys:
         return "sharegpt" if has_picture and _has_marks(record["messages"]) else "openai"
     if "conversations" in keys:
         turns = str(record["conversations"])
-        if isinstance(record["conversations"], str) or "<|startofthink|>" in turns:
+        # MSAgent writes the list as text, with the tools that there are; so do tables with any other conversation
+        if "<|startofthink|>" in turns or (is_text and ('"description"' in turns or turns == "[]")):
             return "msagent"
         is_llava = has_picture and not record.get("system") and _is_llava(record["conversations"])
         return "llava" if is_llava else "sharegpt"

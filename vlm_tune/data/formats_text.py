@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 
 from vlm_tune.data.fields import check_turn, turn_fields
-from vlm_tune.data.formats_row import Row, check_order, kind_of, literal, single_turns
+from vlm_tune.data.formats_row import Row, check_order, kind_of, single_turns
 from vlm_tune.data.sample import Message
 
 
@@ -104,11 +104,6 @@ def read_msagent(row: Row) -> list[Message]:
 
 def _agent_turns(row: Row) -> list[Mapping[str, object]]:
     turns = row.required("conversations")
-    if isinstance(turns, str):
-        try:
-            turns = literal(turns)
-        except ValueError as error:
-            raise row.fault('"conversations" is neither JSON nor a Python list. Write it again as JSON.') from error
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise row.fault(f'"conversations" is {kind_of(turns)}, not a list of objects. Write [{{...}}, {{...}}].')
     return turns

@@ -1,6 +1,7 @@
 """Sizes of all rows, found before the first step: tokens, supervised tokens, tiles; and every faulty row.
 
-They are found once, by several processes, and kept in the cache as a mapped array: 20 bytes a row.
+They are found once, by several processes, and kept in the cache as a mapped array: 28 bytes a row. A hash of what each
+row says stands beside them, so that an interrupted run knows its rows again.
 """
 
 import gc
@@ -22,11 +23,12 @@ from rich.progress import Progress
 from torch.utils.data import DataLoader, Dataset
 
 from vlm_tune.data.dataset import Conversations, Tiling
-from vlm_tune.data.encode import Lengths, SkippedSample
+from vlm_tune.data.encode import Lengths
 from vlm_tune.data.fetch import cache_folder
+from vlm_tune.data.fit import SkippedSample
 from vlm_tune.data.images import CheckedPictures
 from vlm_tune.data.rows import find_files
-from vlm_tune.data.rows_cache import content_key
+from vlm_tune.data.rows_cache import content_key, hashed, sampled
 from vlm_tune.data.sample import Sample
 from vlm_tune.errors import DataError
 
@@ -34,7 +36,7 @@ SHOWN = 20  # faults that an error message lists
 CHUNK = 500  # rows that are tokenized together
 MANY = 5000  # rows that are worth processes of their own
 PATIENCE = 3.0  # seconds before a progress bar appears
-ROW = np.dtype([("row", "<i8"), ("tokens", "<i4"), ("supervised", "<i4"), ("tiles", "<i4")])
+ROW = np.dtype([("row", "<i8"), ("tokens", "<i4"), ("supervised", "<i4"), ("tiles", "<i4"), ("content", "<u8")])
 SIZES, FINDINGS = "sizes.npy", "findings.json"
 CODE = Path(__file__).parent
 
@@ -47,12 +49,13 @@ class Index:
     tokens: npt.NDArray[np.int32]
     supervised: npt.NDArray[np.int32]
     tiles: npt.NDArray[np.int32]
+    content: npt.NDArray[np.uint64]  # a hash of what the row says: see `trained_content`
 
     @classmethod
     def of(cls, table: npt.NDArray[np.void], first_row: int = 0) -> "Index":
         """View a table of ROWs; of a mixture, the rows of a set are numbered from `first_row`."""
         rows = table["row"] + first_row if first_row else table["row"]
-        return cls(rows, table["tokens"], table["supervised"], table["tiles"])
+        return cls(rows, table["tokens"], table["supervised"], table["tiles"], table["content"])
 
     @classmethod
     def join(cls, parts: list["Index"]) -> "Index":
@@ -66,14 +69,22 @@ class Index:
 
     def take(self, chosen: npt.NDArray[np.int64]) -> "Index":
         """Keep the chosen entries, in their order."""
-        return Index(self.rows[chosen], self.tokens[chosen], self.supervised[chosen], self.tiles[chosen])
+        return Index(*(column[chosen] for column in vars(self).values()))
 
     def fingerprint(self) -> str:
-        """Name the entries: with the seed and the settings, they decide the order of training."""
-        digest = hashlib.blake2b(digest_size=8)
-        for column in vars(self).values():
-            digest.update(np.ascontiguousarray(column).tobytes())
-        return digest.hexdigest()
+        """Name the entries by their sizes: with the seed and the settings, they decide the order of training."""
+        return _hash(self.rows, self.tokens, self.supervised, self.tiles)
+
+    def content_fingerprint(self, start: int = 0, end: int | None = None) -> str:
+        """Name what the entries from `start` to before `end` say."""
+        return _hash(self.content[start:end])
+
+
+def _hash(*columns: npt.NDArray[Any]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for column in columns:
+        digest.update(np.ascontiguousarray(column).tobytes())
+    return digest.hexdigest()
 
 
 @dataclass
@@ -224,9 +235,27 @@ class Chunks(Dataset[Measured]):
                 findings.faults.append(outcome)
                 findings.fault_rows.append(row)
             else:
-                sizes.append((row, outcome.num_tokens, outcome.num_supervised, sum(outcome.num_tiles)))
+                counts = outcome.num_tokens, outcome.num_supervised, sum(outcome.num_tiles)
+                sizes.append((row, *counts, hashed(trained_content(read[row][0]))))
                 findings.notes += [f"{self.data.rows.where(row)}: {outcome.note}"] if outcome.note else []
         return np.array(sizes, ROW), findings
+
+
+def trained_content(sample: Sample) -> Iterator[bytes]:
+    """Yield what is trained on in a row: its turns, and its pictures by their paths, or by samples of their bytes.
+
+    Its id, its file and the kind of the file do not count.
+    """
+    yield b"plain" if sample.is_plain else b""
+    for message in sample.messages:
+        yield f"{message.role} {message.supervised}".encode()
+        for part in message.parts:
+            if isinstance(part, str):
+                yield part.encode("utf-8", "surrogatepass")
+                continue
+            yield f"picture {part.is_frame} {part.frame}".encode()
+            yield part.path.encode("utf-8", "surrogatepass")
+            yield from sampled(part.content) if part.content is not None else ()
 
 
 def start_worker(number: int) -> None:

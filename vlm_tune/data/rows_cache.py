@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -29,10 +29,29 @@ def content_key(path: Path) -> str:
     stat = path.stat()
     digest = hashlib.sha256(f"rows-1 {stat.st_size} {stat.st_mtime_ns}".encode())
     with path.open("rb") as file:
-        for sample in range(_SAMPLES):
-            file.seek(max(0, stat.st_size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
+        for start in _sample_starts(stat.st_size):
+            file.seek(start)
             digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()[:20]
+
+
+def sampled(content: bytes) -> Iterator[bytes]:
+    """Yield what names a picture inside a row, as `content_key` names a file: its size and 16 samples of it."""
+    yield f"{len(content)} ".encode()
+    yield from (content[start : start + _SAMPLE_BYTES] for start in _sample_starts(len(content)))
+
+
+def hashed(parts: Iterable[bytes]) -> int:
+    """Hash a list of strings to 64 bits; never 0, which stands for nothing."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))  # so that ("ab", "c") is not ("a", "bc")
+        digest.update(part)
+    return int.from_bytes(digest.digest(), "little") or 1
+
+
+def _sample_starts(size: int) -> list[int]:
+    return [max(0, size - _SAMPLE_BYTES) * number // (_SAMPLES - 1) for number in range(_SAMPLES)]
 
 
 def derived(path: Path, folder: Path, name: str, make: Callable[[Path], None]) -> Path:

@@ -11,11 +11,14 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from vlm_tune.data.rows_cache import derived, rows_folder
+from vlm_tune.data.rows_features import cell_decoders
 from vlm_tune.errors import DataError
 
 SPREADSHEETS = (".csv", ".tsv", ".xlsx")  # the header is row 1, as every editor shows it
 TABLES = (*SPREADSHEETS, ".parquet", ".arrow", ".feather")
 _BATCH = 1024  # rows
+_BATCH_BYTES = 1 << 24  # a batch of large rows has fewer of them
+_READ_BYTES = 1 << 16  # of a parquet column at once; without it, pyarrow reads the column of a whole row group
 _MAX_ROW = 1 << 26  # bytes of one csv row: cells may hold pictures in base64
 
 
@@ -34,7 +37,7 @@ class TableRows:
         if suffix != ".arrow":
             folder = rows_folder(index_folder)
             self._path = derived(path, folder, f"{path.name}.arrow", lambda target: _convert(path, name, target))
-        self._batches = _batches(self._path, name)
+        self._open()
         self._ends = np.cumsum([batch.num_rows for batch in self._batches])
         if len(self) == 0:
             raise DataError("holds no rows.", name)
@@ -43,12 +46,20 @@ class TableRows:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, index: int) -> dict[str, object]:
-        """Read one row as plain Python values; pictures stay encoded bytes."""
+        """Read one row as plain Python values; pictures stay encoded bytes.
+
+        Raise DataError for a cell that is not what its column's feature says, or of a feature that is not read.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         number = int(np.searchsorted(self._ends, index, side="right"))
         batch = self._batches[number]
         row: dict[str, object] = batch.slice(index - int(self._ends[number]) + batch.num_rows, 1).to_pylist()[0]
+        for column, decode in self._decoders.items():
+            try:
+                row[column] = decode(row[column])
+            except ValueError as error:
+                raise DataError(f'"{column}" {error}.', self.where(index)) from error
         return row
 
     def where(self, index: int) -> str:
@@ -57,23 +68,28 @@ class TableRows:
 
     def __getstate__(self) -> dict[str, object]:
         """Leave the mapped table behind: another process maps it again, at no cost."""
-        return self.__dict__ | {"_batches": None}
+        return self.__dict__ | {"_batches": None, "_decoders": None}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
-        self._batches = _batches(self._path, self.name)
+        self._open()
+
+    def _open(self) -> None:
+        self._batches = list(_batches(self._path, self.name))
+        self._decoders = cell_decoders(self._batches[0].schema) if self._batches else {}
 
 
-def _batches(path: Path, name: str) -> list[pa.RecordBatch]:
-    """Map an Arrow file or stream (Hugging Face writes streams)."""
+def _batches(path: Path, name: str) -> Iterator[pa.RecordBatch]:
+    """Map an Arrow file or stream (Hugging Face writes streams), a batch at a time."""
     try:
         source = pa.memory_map(str(path))
         try:
             reader = pa.ipc.open_file(source)
-            return [reader.get_batch(number) for number in range(reader.num_record_batches)]
         except pa.ArrowInvalid:
             source.seek(0)
-            return list(pa.ipc.open_stream(source))
+            yield from pa.ipc.open_stream(source)
+        else:
+            yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"not an Arrow file, or damaged: {error}. Write or download it again.", name) from error
 
@@ -95,10 +111,38 @@ def _convert(path: Path, name: str, target: Path) -> None:
 
 def _read_parquet(path: Path, name: str) -> Iterator[pa.RecordBatch]:
     try:
-        with pa.parquet.ParquetFile(str(path)) as file:
-            yield from file.iter_batches(batch_size=_BATCH)
-    except (OSError, pa.ArrowInvalid) as error:
+        with pa.parquet.ParquetFile(str(path), buffer_size=_READ_BYTES) as file:
+            for group in range(file.num_row_groups):
+                yield from _read_group(file, group)
+    except (OSError, pa.ArrowException) as error:
         raise DataError(f"not a parquet file, or damaged: {error}. Write or download it again.", name) from error
+
+
+def _read_group(file: pa.parquet.ParquetFile, group: int) -> Iterator[pa.RecordBatch]:
+    """Read a row group in batches of about _BATCH_BYTES; one of more than 2 GiB in a column cannot be read at all.
+
+    How large rows are is known on average only, and not at all where a dictionary stands for them. After a batch that
+    is far too large, or too large to be read, the group is read again in smaller ones, behind the rows that are done.
+    """
+    facts = file.metadata.row_group(group)
+    size = min(_BATCH, max(1, _BATCH_BYTES * facts.num_rows // max(1, facts.total_byte_size)))
+    done = 0
+    while done < facts.num_rows:
+        position = 0
+        try:
+            for batch in file.iter_batches(size, row_groups=[group]):
+                position += batch.num_rows
+                if position <= done:
+                    continue
+                yield batch.slice(batch.num_rows - (position - done))
+                done = position
+                if batch.nbytes > 4 * _BATCH_BYTES and size > 1:
+                    size = max(1, size * _BATCH_BYTES // batch.nbytes)
+                    break
+        except pa.ArrowNotImplementedError:  # "Nested data conversions not implemented for chunked array outputs"
+            if size == 1:
+                raise
+            size = max(1, size // 8)
 
 
 def _read_feather(path: Path, name: str) -> Iterator[pa.RecordBatch]:

@@ -1,9 +1,15 @@
-"""Rows of webdataset shards: the neighbouring members of a tar file whose names differ only behind the first dot."""
+"""Rows of webdataset shards: the neighbouring members of a tar file whose names differ only behind the first dot.
+
+What belongs to a sample is decided as webdataset 1.0 does, and an error says what it would pass over.
+"""
 
 import io
 import json
 import os
+import re
 import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,7 +17,29 @@ import numpy as np
 
 from vlm_tune.errors import DataError
 
-_PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
+# The last five open nowhere, or not everywhere: they must not be passed over as what is not for us.
+_PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "avif", "jfif", "heic", "heif", "jxl")
+_TEXTS = ("txt", "caption")
+_META = re.compile(r"__[^/]*__($|/)")  # of the archive itself: "__meta__", "__index__/..."
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """Hold one file of a sample."""
+
+    key: str  # "a/000017"
+    ending: str  # "seg.png", in small letters
+    name: str  # "a/000017.seg.png"
+    content: bytes
+
+    @property
+    def is_picture(self) -> bool:
+        """Tell by the last ending."""
+        return self.ending.rsplit(".", 1)[-1] in _PICTURES
+
+    def answers_to(self, written: str) -> bool:
+        """Say whether a row may mean this file: by its whole name, its name without folders, or its ending."""
+        return written in (self.name, self.ending) or written.rpartition("/")[2] == self.name.rpartition("/")[2]
 
 
 class TarRows:
@@ -21,7 +49,7 @@ class TarRows:
     """
 
     def __init__(self, path: Path, name: str) -> None:
-        """Find where each sample starts. Raise DataError for a damaged or empty archive."""
+        """Find where each sample starts. Raise DataError for a damaged or empty archive, and for a scattered sample."""
         self.path, self.name = path, name
         self._offsets = _scan(path, name)
         self._file: BinaryIO | None = None
@@ -32,26 +60,46 @@ class TarRows:
         return len(self._offsets) - 1
 
     def __getitem__(self, index: int) -> dict[str, object]:
-        """Read one sample. Raise DataError where its .json or .txt cannot be read."""
-        record: dict[str, object] = {}
-        pictures: list[dict[str, object]] = []
-        for key, ending, content in self._members(index):
-            record.setdefault("id", key)
-            if ending.rsplit(".", 1)[-1].lower() in _PICTURES:
-                pictures.append({"bytes": content, "path": f"{key}.{ending}"})
-            elif ending.lower() == "json":
-                record |= self._fields(index, content)
-            elif ending.lower() in ("txt", "caption"):
-                record["caption"] = self._text(index, content)
+        """Read one sample. Raise DataError where its files cannot be read, or do not say one thing."""
+        members = self._members(index)
+        record: dict[str, object] = {"id": members[0].key}
+        for member in members:
+            if member.ending == "json":
+                record |= self._fields(index, member.content)
+        for member in members:
             # Other members (.cls, .npy, embeddings) are not for us: shards are shared between kinds of training.
-        if pictures:  # in place of paths from before they were put into the shard
-            record.pop("image", None)
-            record["images"] = pictures
+            if member.ending in _TEXTS:
+                caption = self._text(index, member.content)
+                if record.setdefault("caption", caption) != caption:
+                    reason = f'".{member.ending}" and another file give different captions. Keep one of them.'
+                    raise DataError(reason, self.where(index))
+        pictures = [member for member in members if member.is_picture]
+        if pictures:
+            written = _written(record.pop("image", None)) or _written(record.get("images"))
+            chosen = self._in_order(index, pictures, written)
+            record["images"] = [{"bytes": member.content, "path": member.name} for member in chosen]
         return record
+
+    def _in_order(self, index: int, pictures: list[Member], written: Sequence[str]) -> list[Member]:
+        """Choose the pictures that the row names, in its order; without names there, all in the archive's order.
+
+        One name for one picture needs no likeness: it may be a path from before the picture was put into the shard.
+        """
+        found = [next((each for each in pictures if each.answers_to(name)), None) for name in written]
+        named = [each for each in found if each is not None]
+        if named and len(named) == len(found):
+            return named
+        if written and not len(written) == len(pictures) == 1:
+            names, held = (", ".join(each[:4]) for each in (written, [member.name for member in pictures]))
+            reason = (
+                f"the .json names the pictures {names}; the sample holds {held}. Write the names of its files, or none"
+            )
+            raise DataError(f"{reason}: then they come in the archive's order.", self.where(index))
+        return pictures
 
     def where(self, index: int) -> str:
         """Return 'shard-0000.tar:000017'."""
-        return f"{self.name}:{self._members(index)[0][0]}"
+        return f"{self.name}:{self._members(index, first_only=True)[0].key}"
 
     def __getstate__(self) -> dict[str, object]:
         """Leave the open file behind."""
@@ -61,20 +109,33 @@ class TarRows:
         if getattr(self, "_file", None) is not None:
             self._file.close()  # type: ignore[union-attr]
 
-    def _members(self, index: int) -> list[tuple[str, str, bytes]]:
-        """Read one sample's span of the archive: (key, ending, content) of each member."""
+    def _members(self, index: int, first_only: bool = False) -> list[Member]:
+        """Read one sample's span of the archive."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         if self._file is None:
             self._file = self.path.open("rb", buffering=0)
         start, end = int(self._offsets[index]), int(self._offsets[index + 1])
         span = io.BytesIO(os.pread(self._file.fileno(), end - start, start))
-        members = []
+        members: list[Member] = []
         with tarfile.open(fileobj=span, mode="r:") as archive:
-            for member in archive:
-                content = archive.extractfile(member) if member.isfile() else None
-                if content is not None:
-                    members.append((*_split(member.name), content.read()))
+            for file in archive:
+                key, ending = _split(file)
+                if not key:
+                    continue
+                content = archive.extractfile(file) if file.isfile() else None
+                member = Member(key, ending.lower(), file.name, content.read() if content is not None else b"")
+                if first_only:
+                    return [member]
+                if content is None:
+                    reason = (
+                        f"{file.name} is a link, not a file. Pack the shard with tar --dereference --hard-dereference."
+                    )
+                    raise DataError(reason, f"{self.name}:{key}")
+                if any(member.ending == other.ending for other in members):
+                    reason = f'two files end in ".{member.ending}". Keep one of them, or give each a name of its own.'
+                    raise DataError(reason, f"{self.name}:{key}")
+                members.append(member)
         return members
 
     def _text(self, index: int, content: bytes) -> str:
@@ -94,22 +155,39 @@ class TarRows:
         return fields
 
 
-def _split(name: str) -> tuple[str, str]:
-    """('a/000017.seg.png') -> ('a/000017', 'seg.png'): the key reaches to the first dot of the file's own name."""
-    folder, slash, file = name.rpartition("/")
-    key, _, ending = file.partition(".")
-    return f"{folder}{slash}{key}", ending
+def _written(value: object) -> list[str]:
+    """List the names in a row's "image" or "images": texts, or objects with a path."""
+    values = value if isinstance(value, list) else [value]
+    paths = [each.get("path") if isinstance(each, dict) else each for each in values]
+    return [path for path in paths if isinstance(path, str) and path]
+
+
+def _split(file: tarfile.TarInfo) -> tuple[str, str]:
+    """Split at the first dot of the file's own name: 'a/000017.seg.png' -> ('a/000017', 'seg.png').
+
+    Of what belongs to no sample, the key is "": folders, names without an ending, hidden files (macOS packs a "._x" for
+    each x), and files about the archive itself.
+    """
+    folder, slash, name = file.name.rpartition("/")
+    key, dot, ending = name.partition(".")
+    is_sample = (file.isfile() or file.issym() or file.islnk()) and key and dot and not _META.match(file.name)
+    return (f"{folder}{slash}{key}", ending) if is_sample else ("", "")
 
 
 def _scan(path: Path, name: str) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """Find the offset of each sample's first header, and the end of the last: (N+1,)."""
     starts: list[int] = []
-    last_key, end = None, 0
+    seen: set[str] = set()
+    last_key, end = "", 0
     try:
         with tarfile.open(path, mode="r:") as archive:
             for member in archive:
-                key, _ = _split(member.name)
-                if member.isfile() and key != last_key:
+                key, _ = _split(member)
+                if key and key != last_key:
+                    if key in seen:
+                        reason = "the files of this sample lie apart, or it is there twice. Pack with tar --sort=name."
+                        raise DataError(reason, f"{name}:{key}")
+                    seen.add(key)
                     starts.append(member.offset)
                     last_key = key
                 end = member.offset_data + (member.size + 511) // 512 * 512

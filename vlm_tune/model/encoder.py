@@ -8,7 +8,8 @@ from transformers import CONFIG_MAPPING, PreTrainedTokenizerBase
 
 from vlm_tune.config.schema import Config, ModelConfig, TileRule, TooLong
 from vlm_tune.data.chat_template import choose_template
-from vlm_tune.data.encode import Encoder, EncoderSettings
+from vlm_tune.data.encode import Encoder
+from vlm_tune.data.fit import EncoderSettings
 from vlm_tune.data.positions import Positions
 from vlm_tune.errors import ConfigError
 from vlm_tune.model.folders import LLAVA_ORIGINAL, find_folder, model_kind, read_json, read_parts

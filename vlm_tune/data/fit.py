@@ -1,0 +1,138 @@
+"""How a sample fits: the tiles of its pictures, the limit of its tokens, and what data.on_too_long does beyond it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from vlm_tune.config.schema import TooLong
+from vlm_tune.data.anyres import Spread, count_tokens
+from vlm_tune.data.long_rows import Beginning
+from vlm_tune.data.positions import UNLIMITED, Limit, Positions
+from vlm_tune.data.sample import Sample
+from vlm_tune.errors import DataError
+
+Tiling = Callable[[int], Sequence[int] | Sequence[Spread]]
+"""Tiles of each picture of a sample, in the order of the text, when the sample may have that many in all.
+
+A Spread also says how they lie, which decides the number of tokens where rows end with a newline.
+"""
+
+
+def no_pictures(max_tiles: int) -> tuple[int, ...]:
+    """Be the tiling of a sample without pictures."""
+    return ()
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderSettings:
+    """Say how pictures stand in the token sequence, and how long that may be."""
+
+    image_start: str = "<img>"  # "" = none (LLaVA: the image token alone, repeated)
+    image_context: str = "<IMG_CONTEXT>"  # replaced by one feature each; "" = the model takes no pictures
+    image_end: str = "</img>"
+    tokens_per_tile: int = 256
+    newline: bool = False  # any-resolution pictures lie unpadded, each row with a newline token (LLaVA-NeXT)
+    max_tiles: int = 12
+    max_length: int = 8192
+    positions: Positions = UNLIMITED  # of the language model: where they end, a sample ends
+    on_too_long: TooLong = TooLong.error
+    system: str | None = None  # system prompt where the row has none; None = the template's own
+    add_bos: bool | None = None  # None = what the tokenizer itself does
+    markup: tuple[str, ...] | None = None  # added tokens that texts may write; None = all that control nothing
+    reasoning_loss: bool = True  # the reasoning before an answer is supervised too
+
+    @property
+    def limit(self) -> Limit:
+        """The most tokens that a sample may have."""
+        return self.positions.limit(self.max_length)
+
+
+class SkippedSample(DataError):
+    """Report a row that data.on_too_long=skip leaves out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """The tiles of a sample that fits into max_length, or `is_long` where its text must be trimmed."""
+
+    num_tiles: tuple[int, ...]
+    num_tokens: tuple[int, ...]  # of each picture
+    spreads: tuple[Spread, ...]
+    max_tiles: int
+    note: str = ""
+    is_long: bool = False
+
+    def first(self, num_pictures: int) -> "Fit":
+        """Keep the first pictures."""
+        kept = slice(num_pictures)
+        parts = self.num_tiles[kept], self.num_tokens[kept], self.spreads[kept]
+        return replace(self, num_tiles=parts[0], num_tokens=parts[1], spreads=parts[2])
+
+
+def fit_pictures(sample: Sample, num_fixed: int, tiling: Tiling, settings: EncoderSettings) -> Fit:
+    """Choose the tiles of each picture so that a sample of `num_fixed` other tokens fits, as data.on_too_long says.
+
+    Raises DataError for a sample that is too long, SkippedSample where the policy is `skip`.
+    """
+    fit = _tile(sample, tiling, settings.max_tiles, settings)
+    room = settings.limit.tokens - num_fixed
+    if sum(fit.num_tokens) <= room:
+        return fit
+    if settings.on_too_long is TooLong.trim_text:
+        return replace(fit, is_long=True)
+    if settings.on_too_long is TooLong.skip:
+        num_tokens = f"{least_of(sample)}{num_fixed + sum(fit.num_tokens)}"
+        raise SkippedSample(
+            f"left out: {num_tokens} tokens, {settings.limit.name}, data.on_too_long=skip",
+            sample.where,
+            sample.id,
+        )
+    least = fit
+    if settings.on_too_long is TooLong.fewer_tiles and fit.num_tiles:
+        for max_tiles in range(settings.max_tiles - 1, 0, -1):
+            fewer = _tile(sample, tiling, max_tiles, settings)
+            if sum(fewer.num_tokens) <= room:
+                note = f"fewer_tiles: {sum(fit.num_tiles)} -> {sum(fewer.num_tiles)} tiles"
+                return replace(fewer, note=note)
+            least = min(least, fewer, key=lambda each: sum(each.num_tokens))
+    raise too_long(sample, num_fixed, least, settings)
+
+
+def _tile(sample: Sample, tiling: Tiling, max_tiles: int, settings: EncoderSettings) -> Fit:
+    num_pictures = len(sample.pictures)
+    if num_pictures and not settings.image_context:
+        raise fault_of(sample, f"{num_pictures} pictures in the row, but this model takes none: remove them")
+    tiled: tuple[int | Spread, ...] = tuple(tiling(max_tiles))
+    if isinstance(sample, Beginning):
+        tiled = tiled[:num_pictures]
+    per_tile = settings.tokens_per_tile
+    assert len(tiled) == num_pictures, f"the tiling gives {len(tiled)} pictures, the row has {num_pictures}"
+    num_tiles = tuple(each if isinstance(each, int) else each.num_tiles for each in tiled)
+    if not settings.newline:
+        return Fit(num_tiles, tuple(per_tile * number for number in num_tiles), (), max_tiles)
+    spreads = tuple(each for each in tiled if isinstance(each, Spread))
+    assert len(spreads) == num_pictures, "a picture whose rows end with a newline has a Spread"
+    return Fit(num_tiles, tuple(count_tokens(spread, per_tile) for spread in spreads), spreads, max_tiles)
+
+
+def too_long(sample: Sample, num_fixed: int, fit: Fit, settings: EncoderSettings) -> DataError:
+    """Return the error to raise for a sample that is too long even so: its tokens, the limit, and the ways out."""
+    num_image = sum(fit.num_tokens)
+    pictures = f" ({num_fixed} of text, {num_image} of {sum(fit.num_tiles)} tiles)" if num_image else ""
+    lower = ", lower model.tiles.max" if num_image else ""
+    useless = {TooLong.error, settings.on_too_long} | (set() if num_image else {TooLong.fewer_tiles})
+    policies = " or ".join(policy.value for policy in TooLong if policy not in useless)
+    return fault_of(
+        sample,
+        f"{least_of(sample)}{num_fixed + num_image} tokens{pictures}, but {settings.limit.name}: "
+        f"{settings.limit.remedy}{lower}, or set data.on_too_long={policies}",
+    )
+
+
+def least_of(sample: Sample) -> str:
+    """Say of a number of tokens that it was counted in a beginning alone."""
+    return "at least " if isinstance(sample, Beginning) else ""
+
+
+def fault_of(sample: Sample, reason: str) -> DataError:
+    """Return the error to raise for a sample: file, line, id, reason."""
+    return DataError(reason, sample.where, sample.id)
