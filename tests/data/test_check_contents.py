@@ -94,6 +94,10 @@ def test_long_answers_and_unsupervised_ones_are_not_weighed(check):
     assert (found.report["answers"]["short"], found.report["answers"]["long"]) == (1, 1)
 
 
+def test_plain_text_answers_nothing(check):
+    assert check([{"text": "The wok."}] * 9, "repeated_ids=allow").report["answers"]["short"] == 0
+
+
 def test_counting_answers_takes_bounded_memory():
     total, part = Answers(), Answers()
     part.short = Counter({"yes": 5})
