@@ -169,6 +169,13 @@ def test_nothing_is_compared_where_nothing_is_held_out(check):
     assert check([row("0.bmp")], "data.val=none", val=[row("0.bmp")]).report["shared"] == []
 
 
+@pytest.mark.parametrize(("second", "others"), [("0.bmp", ", and other rows show the same pictures"), ("1.bmp", "")])
+def test_rows_that_are_put_aside_may_share_their_pictures(check, second, others):
+    found = check([row("0.bmp"), row(second, "Other?")])
+    assert f"validation no file for it: 2% of the rows are put aside{others} " in found.words + " "
+    assert ("other rows show" in found.words) == bool(others)
+
+
 def test_held_out_rows_that_cannot_be_read_are_told(check):
     found = check([row("0.bmp")], val=["{", row("gone.bmp"), row("1.bmp")], test=["", ""])
     assert "3 rows compared, 2 of them cannot be read: check that file too" in found.words
