@@ -94,6 +94,10 @@ def test_long_answers_and_unsupervised_ones_are_not_weighed(check):
     assert (found.report["answers"]["short"], found.report["answers"]["long"]) == (1, 1)
 
 
+def test_plain_text_answers_nothing(check):
+    assert check([{"text": "The wok."}] * 9, "repeated_ids=allow").report["answers"]["short"] == 0
+
+
 def test_counting_answers_takes_bounded_memory():
     total, part = Answers(), Answers()
     part.short = Counter({"yes": 5})
@@ -163,6 +167,13 @@ def test_the_training_file_as_validation_is_seen(check, folder):
 
 def test_nothing_is_compared_where_nothing_is_held_out(check):
     assert check([row("0.bmp")], "data.val=none", val=[row("0.bmp")]).report["shared"] == []
+
+
+@pytest.mark.parametrize(("second", "others"), [("0.bmp", ", and other rows show the same pictures"), ("1.bmp", "")])
+def test_rows_that_are_put_aside_may_share_their_pictures(check, second, others):
+    found = check([row("0.bmp"), row(second, "Other?")])
+    assert f"validation no file for it: 2% of the rows are put aside{others} " in found.words + " "
+    assert ("other rows show" in found.words) == bool(others)
 
 
 def test_held_out_rows_that_cannot_be_read_are_told(check):

@@ -22,7 +22,9 @@ class Answers:
     sums: Counter[str] = field(default_factory=Counter)  # short, long
 
     def add(self, sample: Sample) -> None:
-        """Count the answers of a row, each under the question before it."""
+        """Count the answers of a row, each under the question before it; plain text answers nothing."""
+        if sample.is_plain:
+            return
         question = ""
         for message in sample.messages:
             text = message.text.strip()

@@ -59,6 +59,7 @@ def summarise(found: Findings, config: Config, settings: EncoderSettings) -> dic
             "limit": settings.limit.name,
             "on_too_long": data.on_too_long.value,
             "format": data.format,
+            "val_share": data.val_share if data.val == "auto" else 0.0,
         },
         "version": __version__,
     }
@@ -159,7 +160,11 @@ def facts(report: dict[str, Any]) -> dict[str, str]:
     told["repeated"] = ", ".join(f"{count:,} {name}{'s' * (count > 1)}" for count, name in same if count) or "none"
     if report["answers"]["short"]:
         told["short answers"] = answers_in_words(report["answers"])
-    return told | {Path(held["path"]).name: shared_in_words(held) for held in report["shared"]}
+    told |= {Path(held["path"]).name: shared_in_words(held) for held in report["shared"]}
+    if settings["val_share"] and all(held["part"] != "val" for held in report["shared"]):
+        others = "" if images["distinct"] == images["found"] else ", and other rows show the same pictures"
+        told["validation"] = f"no file for it: {settings['val_share']:.0%} of the rows are put aside{others}"
+    return told
 
 
 def answers_in_words(answers: dict[str, Any]) -> str:
