@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from vlm_tune.data.formats import parse_record
 from vlm_tune.data.rows import Rows, open_rows
 from vlm_tune.errors import DataError
 
@@ -55,6 +56,22 @@ def test_the_rows_own_order_of_its_pictures_rules(tmp_path: Path, fields: dict[s
 
 def test_a_row_may_name_some_of_the_pictures_and_one_of_them_twice(tmp_path: Path) -> None:
     assert of_row(tmp_path, {"images": ["0.red.png", "0.red.png"]}) == ["0.red.png", "0.red.png"]
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        [{"type": "image", "image": "0.red.png"}, {"type": "image", "path": "green.png"}],
+        [{"type": "image_url", "image_url": {"url": f"photos/0.{color}.png"}} for color in ("red", "green")],
+    ],
+)
+def test_the_parts_of_a_message_may_name_the_pictures(tmp_path: Path, sources: list[dict[str, object]]) -> None:
+    content = [*sources, {"type": "text", "text": "Colours?"}]
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "red, green"}]
+    members = [(name, name.encode()) for name in GREEN_FIRST]
+    rows = shard(tmp_path, [*members, ("0.json", json.dumps({"messages": turns}).encode())])
+    sample = parse_record(rows[0], "openai", rows.where(0), 0)
+    assert [picture.content for picture in sample.pictures] == [b"0.red.png", b"0.green.png"]
 
 
 @pytest.mark.parametrize("fields", [{}, {"images": None}, {"images": []}])

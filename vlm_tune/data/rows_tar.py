@@ -37,6 +37,10 @@ class Member:
         """Tell by the last ending."""
         return self.ending.rsplit(".", 1)[-1] in _PICTURES
 
+    def as_picture(self) -> dict[str, object]:
+        """Give the file as a row holds a picture."""
+        return {"bytes": self.content, "path": self.name}
+
     def answers_to(self, written: str) -> bool:
         """Say whether a row may mean this file: by its whole name, its name without folders, or its ending."""
         return written in (self.name, self.ending) or written.rpartition("/")[2] == self.name.rpartition("/")[2]
@@ -74,10 +78,10 @@ class TarRows:
                     reason = f'".{member.ending}" and another file give different captions. Keep one of them.'
                     raise DataError(reason, self.where(index))
         pictures = [member for member in members if member.is_picture]
-        if pictures:
+        if pictures and not _fill_parts(record.get("messages"), pictures):
             written = _written(record.pop("image", None)) or _written(record.get("images"))
             chosen = self._in_order(index, pictures, written)
-            record["images"] = [{"bytes": member.content, "path": member.name} for member in chosen]
+            record["images"] = [member.as_picture() for member in chosen]
         return record
 
     def _in_order(self, index: int, pictures: list[Member], written: Sequence[str]) -> list[Member]:
@@ -85,7 +89,7 @@ class TarRows:
 
         One name for one picture needs no likeness: it may be a path from before the picture was put into the shard.
         """
-        found = [next((each for each in pictures if each.answers_to(name)), None) for name in written]
+        found = [_find(pictures, name) for name in written]
         named = [each for each in found if each is not None]
         if named and len(named) == len(found):
             return named
@@ -153,6 +157,27 @@ class TarRows:
         if not isinstance(fields, dict):
             raise DataError("the sample's .json is not an object. It must be {...}.", self.where(index))
         return fields
+
+
+def _find(pictures: list[Member], written: object) -> Member | None:
+    """Return the picture that a row may mean by what it writes."""
+    if not isinstance(written, str):
+        return None
+    return next((each for each in pictures if each.answers_to(written)), None)
+
+
+def _fill_parts(turns: object, pictures: list[Member]) -> bool:
+    """Put the pictures into the image parts of OpenAI messages that name them; say whether one did."""
+    is_named = False
+    for turn in turns if isinstance(turns, list) else []:
+        parts = turn.get("content") if isinstance(turn, dict) else None
+        for part in parts if isinstance(parts, list) else []:
+            for key in ("image_url", "image", "path", "url") if isinstance(part, dict) else ():
+                source = part.get(key)
+                found = _find(pictures, source.get("url") if isinstance(source, dict) else source)
+                if found is not None:
+                    part[key], is_named = found.as_picture(), True
+    return is_named
 
 
 def _written(value: object) -> list[str]:
