@@ -237,3 +237,32 @@ def test_the_report_lies_beside_the_runs_under_the_name_of_the_data(run_cli, par
         "check_dishes_train",
         "inspect_dishes_train_0.html",
     }
+
+
+# ---------------------------------------------------------------------------------------- tokens and fields of the text
+
+
+def test_tokens_that_belong_to_the_texts_are_counted(check):
+    rows = [row("0.bmp", "Where is <ref>it</ref>?", f"<box>[[{number}, 2, 3, 4]]</box>") for number in range(3)]
+    found = check([*rows, row(None, "Hi", "<|im_end|>")])
+    assert found.report["markup"] == {"<ref>": 3, "</ref>": 3, "<box>": 3, "</box>": 3}
+    assert "markup <ref> 3, </ref> 3, <box> 3, </box> 3: one token each" in found.words
+
+
+@pytest.mark.parametrize(
+    ("fields", "more", "kinds"),
+    [
+        ({"price": 3}, (), ["field not read"]),
+        ({"price": 3}, ("data.ignore_fields=[price]",), []),
+        ({"price": 3, "id": "a"}, ("data.ignore_fields=[id]",), ["field not read"]),
+    ],
+)
+def test_fields_are_refused_and_ignored_as_in_training(check, fields, more, kinds):
+    found = check([row("0.bmp", **fields)], *more)
+    assert [bad["kind"] for bad in found.report["bad_rows"]] == kinds
+
+
+def test_answers_that_are_thought_out_otherwise_are_no_repetition(check):
+    turns = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Three."}]
+    rows = [{"messages": [turns[0], turns[1] | {"reasoning_content": why}]} for why in ("One and two.", "I count.")]
+    assert check(rows).report["same_content"] == []

@@ -46,6 +46,7 @@ def summarise(found: Findings, config: Config, settings: EncoderSettings) -> dic
         "stretched_rows": [place(long.where) | asdict(long) for long in found.stretched_rows],
         "same_id": [place(where) | {"where": where, "first": first} for where, first in found.same_id],
         "same_content": [place(where) | {"where": where, "first": first} for where, first in found.same_content],
+        "markup": dict(found.markup.most_common()),
         "answers": found.answers.summary(),
         "bad_rows": bad_rows,
         "settings": {
@@ -149,6 +150,8 @@ def facts(report: dict[str, Any]) -> dict[str, str]:
     if trained["rows"]:
         share = f"{report['supervised_share']:.1%} of {trained['tokens']:,} tokens supervised"
         told["trained on"] = f"{trained['rows']:,} rows, {share}"
+    if report["markup"]:
+        told["markup"] = ", ".join(f"{name} {count:,}" for name, count in report["markup"].items()) + ": one token each"
     policy = settings["on_too_long"]
     told["too long"] = f"{len(report['long_rows']):,}, data.on_too_long={policy}" if report["long_rows"] else "none"
     if report["stretched_rows"]:

@@ -16,7 +16,7 @@ from vlm_tune.data.check_shared import Contents, HeldOut, Shared, merge_shared
 from vlm_tune.data.dataset import Conversations, Tiling
 from vlm_tune.data.encode import Encoder, Lengths
 from vlm_tune.data.fit import EncoderSettings, SkippedSample
-from vlm_tune.data.formats import parse_record, recognise
+from vlm_tune.data.formats import recognise
 from vlm_tune.data.images import CheckedPictures
 from vlm_tune.data.positions import UNLIMITED
 from vlm_tune.data.rows_cache import hashed
@@ -43,6 +43,7 @@ ROW_KINDS = {
     "marks and images differ": r'"<(image|video)>" marks? but|belong to no image part|an image without a source',
     "no supervised token": r"nothing to train on|no supervised token",
     "too long": r"but data\.max_length=|but the language model's max_position",
+    "field not read": r'" (is|are) not read in |^the text names a file in',
     "no answer": r"no answer|the answer is empty|<nooutput>",
     "wrong size declared": r"^width or height is|^\d+ widths and",
     "video": r'^video "|^the video cannot|^"clip"',
@@ -100,6 +101,7 @@ class Findings:
     stretched_rows: list[LongRow] = field(default_factory=list)  # beyond max_position_embeddings, by rope scaling
     same_id: list[tuple[str, str]] = field(default_factory=list)  # (where, where the same id stood before)
     same_content: list[tuple[str, str]] = field(default_factory=list)  # the same for whole conversations
+    markup: Counter[str] = field(default_factory=Counter)  # tokens that belong to the texts (<box>) -> how often
     answers: Answers = field(default_factory=Answers)
     shared: dict[str, Shared] = field(default_factory=dict)  # "val", "test" -> what stands in that file too
     ids: list[Hashes] = field(default_factory=list)  # one a row, 0 = none
@@ -109,7 +111,7 @@ class Findings:
     def merge(self, other: "Findings") -> None:
         """Add what was found in later rows."""
         self.num_rows += other.num_rows
-        for name in ("dialects", "images", "tiles", "tokens", "trained"):
+        for name in ("dialects", "images", "tiles", "tokens", "trained", "markup"):
             getattr(self, name).update(getattr(other, name))
         self.answers.merge(other.answers)
         merge_shared(self.shared, other.shared)
@@ -136,6 +138,8 @@ class RowCheck(Dataset[Findings]):
         # Measured without a limit first, so that the histogram holds the rows that are too long as well.
         settings = replace(data.encoder.settings, max_length=ENDLESS, positions=UNLIMITED)
         self.endless = with_settings(data.encoder, settings)
+        markup = sorted(data.encoder.markup, key=len, reverse=True)
+        self.markup = re.compile("|".join(map(re.escape, markup))) if markup else None
         self.tiles = {rule: replace(data.pictures.tiles, rule=rule) for rule in RULES}
         self.checked = CheckedPictures(data.reader)
 
@@ -158,6 +162,8 @@ class RowCheck(Dataset[Findings]):
                 contents[place] = hashed(content_of(sample))
                 pictures.update(hashed([name_of(picture)]) for picture in sample.pictures)
                 found.answers.add(sample)
+                if self.markup is not None:
+                    found.markup.update(name for text in texts_of(sample) for name in self.markup.findall(text))
                 tiling = self._look(row, sample, found)
                 if tiling is not None:
                     for held in self.held:
@@ -178,7 +184,7 @@ class RowCheck(Dataset[Findings]):
             add_fault(found, row, error, ROW_KINDS)
             return None, error.sample_id
         try:
-            sample = parse_record(record, data.format, data.rows.where(row), row, data.root)
+            sample = data.parse(record, row)
         except DataError as error:
             kind = add_fault(found, row, error, ROW_KINDS)
             found.dialects[dialect_of(record) if kind == UNKNOWN_DIALECT else data.format] += 1
@@ -276,10 +282,18 @@ def name_of(picture: Picture) -> bytes:
     return picture.content or f"{picture.path}{frame}".encode("utf-8", "surrogatepass")
 
 
+def texts_of(sample: Sample) -> Iterator[str]:
+    """Yield all that is said, reasoning too."""
+    for message in sample.messages:
+        yield message.reasoning
+        yield from (part for part in message.parts if isinstance(part, str))
+
+
 def content_of(sample: Sample) -> Iterator[bytes]:
     """Yield what makes a conversation the same as another: all but its id."""
     for message in sample.messages:
         yield message.role.encode()
+        yield message.reasoning.encode("utf-8", "surrogatepass")
         for part in message.parts:
             yield name_of(part) if isinstance(part, Picture) else part.encode("utf-8", "surrogatepass")
 

@@ -68,8 +68,12 @@ class Conversations:
         return self, row
 
     def sample(self, row: int) -> Sample:
-        """Parse one row."""
-        return parse_record(self.rows[row], self.format, self.rows.where(row), row, self.root, self.ignored)
+        """Read one row."""
+        return self.parse(self.rows[row], row)
+
+    def parse(self, record: object, row: int) -> Sample:
+        """Turn the record of a row into a Sample."""
+        return parse_record(record, self.format, self.rows.where(row), row, self.root, self.ignored)
 
     def encode(self, row: int) -> Example:
         """Encode one row; its pictures' sizes come from their headers alone."""
