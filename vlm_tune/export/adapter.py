@@ -10,13 +10,13 @@ from peft import get_peft_model
 from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from vlm_tune.config.schema import Config, Train
 from vlm_tune.errors import ConfigError
 from vlm_tune.export.merge import take_adapters
 from vlm_tune.export.parity import Parity
-from vlm_tune.export.plain import load_adapter, measure, read
+from vlm_tune.export.plain import measure, read
 from vlm_tune.model.build import Model
 from vlm_tune.model.checkpoint import find_checkpoint, run_config, start_of
 from vlm_tune.model.folders import find_folder, model_kind
@@ -27,6 +27,7 @@ from vlm_tune.model.layouts.parts import PROJECTOR
 from vlm_tune.model.layouts.processor import save_processor
 from vlm_tune.model.lora import ADAPTER
 from vlm_tune.model.parts import PARTS, peft_config
+from vlm_tune.model.pretrained import load_peft
 from vlm_tune.model.vision import whole_weights
 from vlm_tune.model.vlm import VisionLanguageModel
 
@@ -114,12 +115,12 @@ def write_adapter(model: Model, config: Config, goal: Goal, prompts: list[Prompt
     save_side_files(model, config, goal)
     vlm.float()
     tell(goal, base)
-    return measure(load_adapter(read_base(base), goal.partial), model, prompts), base.name
+    return measure(load_peft(read_base(base), goal.partial), model, prompts), base.name
 
 
 def read_base(base: Base) -> PreTrainedModel:
     """Load the plain model of a base."""
-    return read(base.folder, AutoConfig.from_pretrained(base.folder))
+    return read(base.folder)
 
 
 def find_base(config: Config, goal: Goal) -> Base | None:

@@ -14,6 +14,7 @@ from vlm_tune.model.folders import LLAVA_ORIGINAL, find_folder, model_kind
 from vlm_tune.model.isolation import check_rope
 from vlm_tune.model.layouts import internvl_hf, internvl_official, llava_hf, llava_original, parts
 from vlm_tune.model.layouts.loaded import Loaded
+from vlm_tune.model.pretrained import reading
 from vlm_tune.model.vlm import VisionLanguageModel
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
@@ -57,7 +58,8 @@ def load_weights(model: ModelConfig, dtype: torch.dtype, quantize: Quantize) -> 
                 f"model.path={folder}: a folder of type {kind}, which is not read. There are: {', '.join(LAYOUTS)}. "
                 "A vision encoder and a language model also join as parts: set model.vision.path and model.llm.path"
             )
-        return LAYOUTS[kind](folder, model, dtype, quantize)
+        with reading(folder):
+            return LAYOUTS[kind](folder, model, dtype, quantize)
     vision = find_folder(str(model.vision.path), "model.vision.path")
     return parts.join(vision, find_folder(str(model.llm.path), "model.llm.path"), model, dtype, quantize)
 

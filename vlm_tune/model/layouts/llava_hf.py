@@ -26,6 +26,7 @@ from vlm_tune.model.layouts.internvl_hf import OTHER_PARTS, as_causal_lm, genera
 from vlm_tune.model.layouts.loaded import Loaded
 from vlm_tune.model.llava import CLASS_TOKENS, TOKENS, read_hub
 from vlm_tune.model.llm import guard_4bit, load_tokenizer, quantization
+from vlm_tune.model.pretrained import load_pretrained
 from vlm_tune.model.projector import Projector
 from vlm_tune.model.vision import VisionEncoder, resample_positions, whole_weights
 from vlm_tune.model.vlm import View, VisionLanguageModel
@@ -61,7 +62,8 @@ def _load_native(folder: Path, is_next: bool, dtype: torch.dtype, quantize: Quan
     if quantize is not Quantize.none:
         options["quantization_config"] = quantization(quantize, dtype, OTHER_PARTS)
     kind: Any = LlavaNextForConditionalGeneration if is_next else LlavaForConditionalGeneration
-    native, found = kind.from_pretrained(
+    native, found = load_pretrained(
+        kind,
         folder,
         dtype=dtype,
         attn_implementation=attention.NAME,
