@@ -80,14 +80,14 @@ def compare(trained: Parity, exported: Parity, dtype: str) -> ParityReport:
     largest = max((float(difference.max()) for difference in differences), default=0.0)
     mean = float(torch.stack([difference.mean() for difference in differences]).mean()) if differences else 0.0
     pairs = list(zip(trained.answers, exported.answers, strict=True))
-    agreement = sum(map(_agreement, *zip(*pairs, strict=True))) / len(pairs) if pairs else 1.0
+    agreed = sum(map(agreement, *zip(*pairs, strict=True))) / len(pairs) if pairs else 1.0
     # 8 bits are asked for, and move logits by more than 16 do: their answers must stay
     is_close = largest <= FLOAT32_BOUND if dtype == "fp32" else mean <= MEAN_BOUND or dtype == "q8_0"
-    passed = is_close and (dtype == "fp32" or agreement >= AGREEMENT_BOUND)
-    return ParityReport(len(differences), largest, mean, agreement, passed)
+    passed = is_close and (dtype == "fp32" or agreed >= AGREEMENT_BOUND)
+    return ParityReport(len(differences), largest, mean, agreed, passed)
 
 
-def _agreement(first: list[int], second: list[int]) -> float:
+def agreement(first: list[int], second: list[int]) -> float:
     """Share of equal tokens before the first that differs."""
     unequal = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
     equal = next(unequal, min(len(first), len(second)))

@@ -33,6 +33,7 @@ TOKENIZER = (
 )
 PREFIX = "base_model.model."  # peft's, before each name
 WHOLE_TABLES = ("weight", "base_layer.weight", "original_module.weight")  # that hold a table's rows
+DELTA = "trainable_tokens_delta"  # the rows of single tokens
 COPY = ".modules_to_save.weight"
 
 
@@ -154,8 +155,11 @@ def rows_after(adapter: PeftFolder, weights: dict[str, Tensor], tables: list[str
     whole = {name: max(counts.get((name, leaf), 0) for leaf in WHOLE_TABLES) for name in tables}
     if getattr(adapter.config, "ensure_weight_tying", False):
         whole = dict.fromkeys(tables, max(whole.values(), default=0))
+    if set(range(rows, most)) <= set(indices):
+        singly = {name for name in tables for stored in weights if stored.startswith(f"{name}.") and DELTA in stored}
+        whole |= dict.fromkeys(singly, most)
     lacking = [name for name, count in whole.items() if count < most]
-    if most > rows and lacking and not set(range(rows, most)) <= set(indices):
+    if most > rows and lacking:
         raise CheckpointError(
             f"adapter={adapter.folder}: its vocabulary has {most} tokens, the base {rows} rows, and the adapter holds "
             f"no rows of {' and '.join(lacking)} for the new ones. Name the base whose tables were resized, or train "

@@ -48,14 +48,23 @@ def wrap(model: nn.Module, config: PeftConfig, weights: dict[str, Tensor], folde
             f"adapter={folder}: it does not fit this base ({error}). Name the base it was made for"
         ) from error
     else:
-        own = [name.replace(f".{ADAPTER}", "") for name in found.missing_keys if f".{ADAPTER}" in name]
-        problems = [f"{name.replace(f'.{ADAPTER}', '')}: matches nothing in the base" for name in found.unexpected_keys]
-        problems += [f"{name}: missing in the adapter" for name in own]
+        places = {stored_name(name): each for name, each in wrapped.named_parameters(remove_duplicate=False)}
+        strange = {stored_name(name) for name in found.unexpected_keys}
+        lacking = {stored_name(name) for name in found.missing_keys if f".{ADAPTER}" in name}
+        # a weight that two modules share is loaded once, and is right in both
+        shared = {n for n in strange & lacking if places[n].equal(weights[n.removeprefix(PREFIX)].to(places[n].dtype))}
+        problems = [f"{name}: matches nothing in the base" for name in sorted(strange - shared)]
+        problems += [f"{name}: missing in the adapter" for name in sorted(lacking - shared)]
     if problems:
         raise CheckpointError(
             f"adapter={folder}: it does not fit this base\n  {listed(problems)}\n  Name the base it was made for"
         )
     return wrapped.eval()
+
+
+def stored_name(name: str) -> str:
+    """Name a weight of a model that wears an adapter as peft's files do."""
+    return name.replace(f".{ADAPTER}", "")
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from vlm_tune.config.schema import Config, ModelConfig, Precision, Quantize
 from vlm_tune.data.encode import Encoder
@@ -44,7 +44,19 @@ def build_model(config: Config) -> Model:
     vlm, tokenizer, tokens = load_weights(config.model, dtype, config.stage.quantize)
     check_rope(vlm.llm, config)
     num_patches = vlm.vision.num_patches(config.model.tiles.size)
-    return Model(vlm, tokenizer, make_encoder(config, tokenizer, tokens, num_patches))
+    encoder = make_encoder(config, tokenizer, tokens, num_patches)
+    vlm.llm.generation_config = answer_settings(encoder.stop_ids)  # type: ignore[assignment]
+    return Model(vlm, tokenizer, encoder)
+
+
+def answer_settings(stop_ids: tuple[int, ...]) -> GenerationConfig:
+    """Describe how the model answers, here and from an exported folder: greedily, until a token that ends an answer.
+
+    Nothing of the settings that a folder came with is left: transformers would lay a repetition penalty, beams or a
+    least length over a greedy answer too.
+    """
+    ends = list(stop_ids) or None
+    return GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=ends and ends[0], use_cache=True)
 
 
 def load_weights(model: ModelConfig, dtype: torch.dtype, quantize: Quantize) -> Loaded:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from vlm_tune.data.encode import Example
-from vlm_tune.model.build import Model
+from vlm_tune.model.build import Model, answer_settings
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -57,10 +57,9 @@ def answer_ids(model: Model, prompts: list[Prompt], max_new_tokens: int) -> Tens
 
 def greedy(model: Model, max_new_tokens: int) -> GenerationConfig:
     """Describe greedy answers that end where the model's conversations do."""
-    ends = list(model.encoder.stop_ids)
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=ends[0], use_cache=True
-    )
+    settings = answer_settings(model.encoder.stop_ids)
+    settings.max_new_tokens = max_new_tokens
+    return settings
 
 
 def embed_prompts(model: Model, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:

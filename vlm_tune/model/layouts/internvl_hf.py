@@ -5,7 +5,6 @@ folder; plain transformers loads it with no code of ours.
 """
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import (
@@ -113,14 +112,5 @@ def save(vlm: VisionLanguageModel, folder: Path, shard: str = "2GB") -> None:
     shell = native.model.multi_modal_projector.to_empty(device=vlm.device).to(vlm.projector.linear_1.weight.dtype)
     shell.load_state_dict(vlm.projector.state_dict())
     native.config.dtype = vlm.llm.dtype
-    native.generation_config = generation_settings(vlm)
+    native.generation_config = vlm.llm.generation_config
     native.save_pretrained(folder, max_shard_size=shard)
-
-
-def generation_settings(vlm: VisionLanguageModel) -> Any:
-    """Greedy by default, as the trainer's own answers are."""
-    settings = vlm.llm.generation_config
-    settings.do_sample = False
-    settings.temperature = settings.top_p = settings.top_k = None
-    settings.use_cache = True
-    return settings

@@ -146,6 +146,7 @@ def save(
         }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
+    vlm.llm.generation_config.save_pretrained(folder)
     _write_pictures(model, folder)
     _write_weights(vlm, config, base, folder, shard)
     Console().print(
