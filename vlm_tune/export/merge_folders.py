@@ -14,7 +14,7 @@ from vlm_tune.export.merge_stored import KINDS, is_llava, merge_stored
 from vlm_tune.export.parity import FLOAT32_BOUND
 from vlm_tune.export.peft_folder import HOLDS_WEIGHTS, TOKENIZER, WHOLE, PeftFolder, read_peft_folder
 from vlm_tune.model.folder_files import read_object
-from vlm_tune.model.folders import ADAPTER_SETTINGS, model_kind, read_json
+from vlm_tune.model.folders import ADAPTER_SETTINGS, PARTS_SETTINGS, model_kind, read_json
 from vlm_tune.model.llm import load_tokenizer
 from vlm_tune.model.tokenizer import needs_building
 
@@ -51,13 +51,17 @@ def merge(base: str, adapter: str, out: str) -> Path:
 def find(path: str, key: str, file: str) -> Path:
     """Return a local folder that holds a file; raise ConfigError when there is none."""
     folder = Path(path).expanduser()
-    if not (folder / file).is_file():
+    if not any((folder / name).is_file() for name in (file, *((PARTS_SETTINGS,) if key == "base" else ()))):
         raise ConfigError(f"{key}={path}: there is no {file} in it. Name a local folder: {key}=FOLDER")
     return folder
 
 
 def refuse_base(base: str, folder: Path) -> None:
     """Raise ConfigError for packed weights, and for weights beside the base that change what it is."""
+    if model_kind(folder) == "parts":
+        raise ConfigError(
+            f"base={base}: parts side by side. Name the folder of the part that the adapter belongs to: base={base}/llm"
+        )
     if read_json(folder).get("quantization_config"):
         raise ConfigError(
             f"base={base}: its weights are packed, and nothing is merged into those. Name the 16-bit base"
@@ -79,8 +83,9 @@ def copy_beside(base: Path, adapter: PeftFolder, out: Path) -> None:
         is_weights = file.name.endswith((*HOLDS_WEIGHTS, ".index.json"))
         if file.is_file() and not is_weights and file.name not in left_out and not (out / file.name).exists():
             shutil.copy(file, out / file.name)
-    if (base / "vision_tower").is_dir():  # an encoder of its own, that a LLaVA's config.json names
-        shutil.copytree(base / "vision_tower", out / "vision_tower")
+    tower = Path(str(read_json(out).get("mm_vision_tower")))  # a LLaVA's encoder may be a folder inside its own
+    if len(tower.parts) == 1 and (base / tower / "config.json").is_file():
+        shutil.copytree(base / tower, out / tower)
     for file in adapter.tokenizer_files:
         shutil.copy(file, out / file.name)
     source = base if theirs is None else adapter.folder
