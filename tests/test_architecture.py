@@ -1,7 +1,6 @@
 """The shape of the code is a tested promise: layers point down, no cycles, small files, and nothing that runs data."""
 
 import ast
-import re
 import subprocess
 import sys
 from collections.abc import Iterator

@@ -56,9 +56,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _false_sizes(config: dict[str, Any], prefix: str = "") -> Any:
     for key, value in config.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and key not in LARGEST:
             yield from _false_sizes(value, f"{prefix}{key}.")
-        elif key in LARGEST and value is not None:
+        elif key in LARGEST and (value is not None or key in FRACTIONS):
             kinds = (int, float) if key in FRACTIONS else (int,)
             for size in value if isinstance(value, list) else [value]:
                 if isinstance(size, bool) or not isinstance(size, kinds) or not 0 < size <= LARGEST[key]:

@@ -18,7 +18,7 @@ from vlm_tune.config.schema import Quantize
 from vlm_tune.model import attention, tokenizer
 from vlm_tune.model.folders import check_part
 from vlm_tune.model.isolation import check_language_model
-from vlm_tune.model.pretrained import load_pretrained, read_settings
+from vlm_tune.model.pretrained import load_pretrained, read_settings, reading
 
 
 def load_llm(folder: Path, dtype: torch.dtype, quantize: Quantize = Quantize.none) -> PreTrainedModel:
@@ -84,10 +84,18 @@ def dequantize(llm: PreTrainedModel) -> int:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load a folder's tokenizer; no code comes out of the folder."""
+    """Load a folder's tokenizer; no code comes out of the folder.
+
+    Raises CheckpointError for one that cannot be read, or splits no text.
+    """
+    loaded: PreTrainedTokenizerBase
     if tokenizer.brings_code(folder) or tokenizer.needs_building(folder):
-        return tokenizer.load_without_code(folder)
-    loaded: PreTrainedTokenizerBase = read_settings(AutoTokenizer, folder)
+        with reading(folder):
+            loaded = tokenizer.load_without_code(folder)
+    else:
+        loaded = read_settings(AutoTokenizer, folder)
+    with reading(folder):
+        loaded("a text")
     return loaded
 
 
