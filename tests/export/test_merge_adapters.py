@@ -309,3 +309,27 @@ def test_settings_that_do_not_fit_are_said_in_peft_s_own_words(vlms, tmp_path, r
     done = merge(run_cli, vlms / "llava", tmp_path / "adapter", tmp_path / "out")
     assert done.code == 2
     assert said in done.err
+
+
+@pytest.mark.parametrize("layout", ["adapter", "adapter_and_base"])
+def test_our_own_adapters_merge_into_what_the_run_exports(toys, tmp_path, run_cli, layout):
+    runs = toys.arguments("stage.init_from=none", "stage.evaluate=false", "stage.max_steps=2", runs=tmp_path / "runs")
+    assert run_cli("stage=finetune", *runs).code == 0
+    run = f"ckpt={tmp_path / 'runs' / 'latest'}"
+    for name, given in (("hf", "hf"), ("adapter", layout)):
+        assert run_cli("export", run, f"out={tmp_path / name}", f"layout={given}").code == 0
+    done = merge(run_cli, tmp_path / "adapter" / "base", tmp_path / "adapter", tmp_path / "out")
+    assert done.code == 0, done.err
+    merged, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "hf"))
+    assert merged.keys() == whole.keys()
+    for name, weight in merged.items():
+        torch.testing.assert_close(weight, whole[name], atol=1e-6, rtol=0)
+
+
+def test_answers_end_at_the_adapter_s_end_token_too(llms, tmp_path, run_cli):
+    with_new_tokens(llms / "untied", tmp_path / "adapter", TOKENS["modules to save"])
+    change = json.loads((tmp_path / "adapter" / "tokenizer_config.json").read_text()) | {"eos_token": "</box>"}
+    (tmp_path / "adapter" / "tokenizer_config.json").write_text(json.dumps(change))
+    assert merge(run_cli, llms / "untied", tmp_path / "adapter", tmp_path / "out").code == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert merged.generation_config.eos_token_id == [ROWS + 1, 5]

@@ -213,21 +213,41 @@ def test_a_base_of_parts_names_the_part(tmp_path, run_cli):
 # ----------------------------------------------------------------------------------------- sentencepiece models alone
 
 
+def with_sentencepiece_alone(folder, legacy):
+    """Put a sentencepiece model in the place of a folder's tokenizer."""
+    for file in folder.glob("*token*"):
+        file.unlink()
+    train(folder, SETTINGS["llama"])
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | named))
+
+
+def assert_splits_as(tokenizer, folder, legacy):
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    for text in ("dog", " a  dog", "two  spaces ", "\n", "红 dog"):
+        assert tokenizer(text)["input_ids"] == [1, *reference.encode(text)]
+    after = ["▁dog"] if legacy else reference.encode("<unk>dog", out_type=str)[-2:]  # Llama's newer rule
+    ids = tokenizer("a</s>dog")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids[ids.index(2) + 1 :]) == after
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_an_export_s_tokenizer_splits_as_the_sentencepiece_model_of_its_base(toys, tmp_path, run_cli, legacy):
+    save_llm(tmp_path / "llm", tie_word_embeddings=False)
+    with_sentencepiece_alone(tmp_path / "llm", legacy)
+    given = ("stage.max_steps=1", f"model.llm.path={tmp_path / 'llm'}", "model.template=v1", "stage.evaluate=false")
+    assert run_cli("stage=pretrain", *toys.arguments(*given, "stage.pack_length=512", runs=tmp_path / "runs")).code == 0
+    done = run_cli("export", f"ckpt={tmp_path / 'runs' / 'latest'}", f"out={tmp_path / 'out'}")
+    assert done.code == 0, done.err
+    assert_splits_as(AutoTokenizer.from_pretrained(tmp_path / "out"), tmp_path / "llm", legacy)
+
+
 @pytest.mark.parametrize("legacy", [True, False])
 def test_a_sentencepiece_model_alone_leaves_a_tokenizer_that_splits_as_it_does(tmp_path, run_cli, legacy):
     save_llm(tmp_path / "base", tie_word_embeddings=False)
-    for file in (tmp_path / "base").glob("*token*"):
-        file.unlink()
-    train(tmp_path / "base", SETTINGS["llama"])
-    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_bos_token": True}
-    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(settings | named))
+    with_sentencepiece_alone(tmp_path / "base", legacy)
     write_adapter(tmp_path / "base", tmp_path / "adapter", ["model.layers.0.self_attn.q_proj"])
     assert merge(run_cli, tmp_path / "base", tmp_path / "adapter", tmp_path / "out").code == 0
-    reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "base" / "tokenizer.model"))
     for tokenizer in (load_tokenizer(tmp_path / "base"), AutoTokenizer.from_pretrained(tmp_path / "out")):
-        for text in ("dog", " a  dog", "two  spaces ", "\n", "红 dog"):
-            assert tokenizer(text)["input_ids"] == [1, *reference.encode(text)]
-        after = ["▁dog"] if legacy else reference.encode("<unk>dog", out_type=str)[-2:]  # Llama's newer rule
-        ids = tokenizer("a</s>dog")["input_ids"]
-        assert tokenizer.convert_ids_to_tokens(ids[ids.index(2) + 1 :]) == after
+        assert_splits_as(tokenizer, tmp_path / "base", legacy)

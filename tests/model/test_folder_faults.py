@@ -162,6 +162,16 @@ def test_a_bin_file_that_holds_no_weights_is_refused(copy, refused, tmp_path, wh
     assert not (tmp_path / "was_run").exists()
 
 
+def test_a_bin_file_of_the_older_form_is_read(folders, toys, tmp_path):
+    folder = shutil.copytree(folders / "native", tmp_path / "native")
+    weights = load_file(folder / WEIGHTS)
+    torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    (folder / WEIGHTS).unlink()
+    whole = (f"model.path={folder}", "model.vision.path=null", "model.llm.path=null")
+    table = next(weight for name, weight in weights.items() if name.endswith("embed_tokens.weight"))
+    assert torch.equal(toys.model(*whole).vlm.llm.get_input_embeddings().weight, table)
+
+
 SMALL_FILES = {"cut off": "{", "empty": "", "a list": "[1]", "bytes": "\x00\x01", "twice": '{"a": 1, "a": 2}'}
 
 

@@ -79,14 +79,14 @@ def require_adapters(layout: str, ckpt: str, overrides: list[str]) -> None:
         )
 
 
-def require_language_model(ckpt: str, overrides: list[str]) -> None:
+def require_language_model(layout: str, ckpt: str, overrides: list[str]) -> None:
     """Raise ConfigError for a trained encoder of a model without a class: a peft folder has no place for it."""
     checkpoint: Path | None = find_checkpoint(ckpt)
     while checkpoint is not None:
         stage = run_config(checkpoint, overrides).stage
         if stage.train.vision is not Train.frozen:
             raise ConfigError(
-                f"layout=adapter: transformers has no class of this model's parts together, so the folder is the "
+                f"layout={layout}: transformers has no class of this model's parts together, so the folder is the "
                 f"language model's alone, but stage {stage.name} trains vision={stage.train.vision.value}. Use "
                 "layout=parts"
             )

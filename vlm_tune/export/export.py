@@ -86,7 +86,7 @@ def export(ckpt: str, out: str, wanted: Wanted, overrides: list[str]) -> Path:
     if layout in ADAPTERS:
         kind = choose_layout(model, config, "auto")
         if kind not in NATIVE:
-            require_language_model(ckpt, overrides)
+            require_language_model(layout, ckpt, overrides)
         goal = Goal(kind, partial, folder, DTYPES[dtype], wanted.shard, layout)
         plain, report["base_model"] = write_adapter(model, config, goal)
         after = measure(plain, model, prompts)

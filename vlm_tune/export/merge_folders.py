@@ -98,7 +98,7 @@ def copy_beside(base: Path, adapter: PeftFolder, out: Path) -> None:
 def add_stop(path: Path, stop: Any) -> None:
     """Let answers end at the end token of the adapter's tokenizer too: it was trained with that one."""
     settings = read_object(path) if path.is_file() else {}
-    ends = settings.get("eos_token_id")
+    ends = settings.get("eos_token_id", read_json(path.parent).get("eos_token_id"))
     known = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if isinstance(stop, int) and stop not in known:
         settings["eos_token_id"] = [stop, *known]

@@ -14,7 +14,8 @@ from vlm_tune.errors import CheckpointError, VlmTuneError
 from vlm_tune.model.folders import model_kind, read_json
 from vlm_tune.model.layouts.weights import Shards
 
-OURS = (VlmTuneError, AssertionError, ImportError, MemoryError, torch.OutOfMemoryError)  # not the folder's fault
+MACHINE = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
+OURS = (VlmTuneError, AssertionError, ImportError, *MACHINE)  # not the folder's fault
 
 
 def load_pretrained(kind: Any, folder: Path, **options: Any) -> Any:

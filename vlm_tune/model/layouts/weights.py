@@ -1,6 +1,7 @@
 """Weights on disk: read tensor by tensor, with little memory beside the model, and written shard by shard."""
 
 import json
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -182,9 +183,9 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
-    """Read a .bin file; its pages are mapped, so that only what is used comes into memory."""
+    """Read a .bin file; its pages are mapped, so that only what is used comes into memory, where its age allows it."""
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
         reason = (str(error) or "the file ends too early").splitlines()[0]
         raise CheckpointError(f"{path}: not read ({reason}). Save the weights as safetensors") from error
