@@ -296,6 +296,9 @@ def test_weights_that_belong_over_a_base_are_refused(vlms, tmp_path, run_cli, na
         ({"peft_type": "NOT_YET"}, "peft_type=NOT_YET, which the installed peft does not know"),
         ({"megatron_config": {"a": 1}}, "an adapter of Megatron's layers, whose module is not imported"),
         ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}, "is a prompt, which no weight can take in"),
+        ({"peft_type": []}, "peft_type=[], which the installed peft does not know"),
+        ({"modules_to_save": "(["}, "missing ), unterminated subpattern"),
+        ({"trainable_token_indices": "x"}, "adapter: its files cannot be read as a model's"),
         ({"r": 8}, "size mismatch for base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A"),
         ({"target_modules": ["nowhere"]}, "Target modules {'nowhere'} not found in the base model"),
     ],
@@ -333,3 +336,14 @@ def test_answers_end_at_the_adapter_s_end_token_too(llms, tmp_path, run_cli):
     assert merge(run_cli, llms / "untied", tmp_path / "adapter", tmp_path / "out").code == 0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert merged.generation_config.eos_token_id == [ROWS + 1, 5]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"a": 1, "a": 2}'])
+@pytest.mark.parametrize("place", ["adapter/adapter_config.json", "base/generation_config.json", "base/config.json"])
+def test_small_files_that_are_damaged_are_named(llms, tmp_path, run_cli, place, text):
+    shutil.copytree(llms / "untied", tmp_path / "base")
+    with_new_tokens(llms / "untied", tmp_path / "adapter", TOKENS["modules to save"])
+    (tmp_path / place).write_text(text)
+    done = merge(run_cli, tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert done.code == 2
+    assert f"{tmp_path / place}: " in done.err

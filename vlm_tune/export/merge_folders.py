@@ -16,6 +16,7 @@ from vlm_tune.export.peft_folder import HOLDS_WEIGHTS, TOKENIZER, WHOLE, PeftFol
 from vlm_tune.model.folder_files import read_object
 from vlm_tune.model.folders import ADAPTER_SETTINGS, PARTS_SETTINGS, model_kind, read_json
 from vlm_tune.model.llm import load_tokenizer
+from vlm_tune.model.pretrained import reading
 from vlm_tune.model.tokenizer import needs_building
 
 OTHERS = (WHOLE, "mm_projector.bin")  # of LLaVA's trainer: weights that belong over those of the folder
@@ -29,13 +30,14 @@ def merge(base: str, adapter: str, out: str) -> Path:
     folder = empty_folder(out)
     base_folder, adapter_folder = find(base, "base", "config.json"), find(adapter, "adapter", ADAPTER_SETTINGS)
     refuse_base(base, base_folder)
-    read = read_peft_folder(adapter_folder)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    is_stored = model_kind(base_folder) in KINDS or is_llava(read)
-    report = (merge_stored if is_stored else merge_plain)(base_folder, read, partial)
-    copy_beside(base_folder, read, partial)
+    with reading(adapter_folder):  # the base's files have errors of their own
+        read = read_peft_folder(adapter_folder)
+        is_stored = model_kind(base_folder) in KINDS or is_llava(read)
+        report = (merge_stored if is_stored else merge_plain)(base_folder, read, partial)
+        copy_beside(base_folder, read, partial)
     (partial / "parity.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     what = "outputs of its layers" if is_stored else "logits"
     summary = (
@@ -57,7 +59,7 @@ def find(path: str, key: str, file: str) -> Path:
 
 
 def refuse_base(base: str, folder: Path) -> None:
-    """Raise ConfigError for packed weights, and for weights beside the base that change what it is."""
+    """Raise ConfigError for packed weights, and weights beside the base that change what it is."""
     if model_kind(folder) == "parts":
         raise ConfigError(
             f"base={base}: parts side by side. Name the folder of the part that the adapter belongs to: base={base}/llm"
@@ -66,6 +68,8 @@ def refuse_base(base: str, folder: Path) -> None:
         raise ConfigError(
             f"base={base}: its weights are packed, and nothing is merged into those. Name the 16-bit base"
         )
+    if (folder / GENERATION).is_file():
+        read_object(folder / GENERATION)  # transformers would pass over one that is damaged
     if found := [name for name in OTHERS if (folder / name).is_file()]:
         raise ConfigError(
             f"base={base}: {', '.join(found)} beside its weights, which would have to be put in first. Name a whole "

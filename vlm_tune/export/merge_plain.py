@@ -13,7 +13,6 @@ from vlm_tune.export.plain import read, wrap
 from vlm_tune.export.plain_names import KINDS, rename, today
 from vlm_tune.model.folders import model_kind, read_json
 from vlm_tune.model.layouts.weights import listed
-from vlm_tune.model.pretrained import reading
 
 GENERATION = "generation_config.json"
 NUM_TOKENS = 64  # of the random text on which models are compared
@@ -36,8 +35,7 @@ def merge_plain(base: Path, adapter: PeftFolder, out: Path) -> dict[str, Any]:
         model.resize_token_embeddings(rows, mean_resizing=False)  # the adapter holds what stands in the new rows
     wrapped = wrap(model, config, weights, adapter.folder)
     before = logits(wrapped, ids)
-    with reading(adapter.folder):  # peft refuses weights that are no numbers
-        merged: Any = wrapped.merge_and_unload(safe_merge=True)
+    merged: Any = wrapped.merge_and_unload(safe_merge=True)  # weights that are no numbers are refused
     after = logits(merged, ids)
     untie(merged)
     dtype = stored_dtype(base)

@@ -19,7 +19,6 @@ from vlm_tune.export.plain import wrap
 from vlm_tune.model.folders import LLAVA_ORIGINAL, model_kind, read_json
 from vlm_tune.model.layouts.official_config import KIND
 from vlm_tune.model.layouts.weights import Shards, listed, write_shards
-from vlm_tune.model.pretrained import reading
 
 KINDS = (KIND, "internlm2", LLAVA_ORIGINAL)
 TABLES, HEADS = ("embed_tokens", "tok_embeddings"), ("lm_head", "output")
@@ -40,8 +39,7 @@ def merge_stored(base: Path, adapter: PeftFolder, out: Path) -> dict[str, Any]:
     tree = layers({key: tensor.float() for key, tensor in stored.items()})
     wrapped = wrap(tree, adapter.config, adapter.weights, adapter.folder)
     plain, before = outputs(wrapped, is_base=True), outputs(wrapped)
-    with reading(adapter.folder):  # peft refuses weights that are no numbers
-        merged: Any = wrapped.merge_and_unload(safe_merge=True)
+    merged: Any = wrapped.merge_and_unload(safe_merge=True)  # weights that are no numbers are refused
     after = {name: run(merged.get_submodule(name)) for name in before}
     weights = {key: weight.detach() for key, weight in merged.state_dict().items()}
     if strange := sorted(weights.keys() ^ stored.keys()):

@@ -94,7 +94,7 @@ def read_config(folder: Path) -> PeftConfig:
     """Read adapter_config.json; raise CheckpointError for what the installed peft would leave out, or import."""
     path = folder / ADAPTER_SETTINGS
     settings = read_object(path)
-    kind = PEFT_TYPE_TO_CONFIG_MAPPING.get(settings.get("peft_type"))
+    kind = PEFT_TYPE_TO_CONFIG_MAPPING.get(str(settings.get("peft_type")))
     if kind is None:
         raise CheckpointError(f"{path}: peft_type={settings.get('peft_type')}, which the installed peft does not know")
     known = {field.name for field in fields(kind)} | {"peft_version"}
