@@ -1,7 +1,6 @@
 """The shape of the code is a tested promise: layers point down, no cycles, small files, and nothing that runs data."""
 
 import ast
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -32,6 +31,7 @@ YAMLS = sorted((ROOT / "conf").rglob("*.yaml"))
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "base"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "print", "breakpoint"}
 FORBIDDEN_IMPORTS = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "importlib.machinery"}
+DOOR = "model/pretrained.py"  # where transformers reads folders
 HYDRA_READERS = {"config/parse.py", "cli.py"}  # everything else sees plain dataclasses
 
 
@@ -168,9 +168,32 @@ def test_weights_are_loaded_as_weights_only(path):
             assert options.get("weights_only") == "True", f"line {call.lineno}"
 
 
-@pytest.mark.parametrize("path", [*FILES, *YAMLS], ids=short)
+@by_path
+def test_folders_of_others_come_in_by_one_door(path):
+    taken = [(node.attr, node.lineno) for node in ast.walk(TREES[path]) if isinstance(node, ast.Attribute)]
+    wrong = [each for each in taken if each[0] in ("from_pretrained", "from_config")]
+    assert not wrong or path.relative_to(PACKAGE).as_posix() == DOOR, f"call vlm_tune/{DOOR}: {wrong}"
+
+
+@by_path
 def test_no_code_comes_out_of_a_checkpoint(path):
-    assert not re.search(r"trust_remote_code\s*[=:]", path.read_text(encoding="utf-8"))
+    options = [keyword for call in called(TREES[path]) for keyword in call.keywords]
+    given = {ast.unparse(keyword.value) for keyword in options if keyword.arg == "trust_remote_code"}
+    assert given == ({"False"} if path.relative_to(PACKAGE).as_posix() == DOOR else set())
+
+
+def test_the_door_says_of_each_folder_that_its_code_is_not_run():
+    tree = TREES[PACKAGE / DOOR]
+    calls = [call for call in called(tree) if ast.unparse(call.func) in ("kind.from_pretrained", "kind.from_config")]
+    open_calls = [call for call in calls if ast.unparse(call.args[0]) != "None"]  # None: no folder, weights in memory
+    assert len(open_calls) >= 3
+    for call in open_calls:
+        assert "trust_remote_code" in {keyword.arg for keyword in call.keywords}, f"line {call.lineno}"
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=short)
+def test_no_yaml_asks_for_code_of_a_checkpoint(path):
+    assert "trust_remote_code" not in path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=short)

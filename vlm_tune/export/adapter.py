@@ -10,23 +10,24 @@ from peft import get_peft_model
 from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from vlm_tune.config.schema import Config, Train
 from vlm_tune.errors import ConfigError
 from vlm_tune.export.merge import take_adapters
-from vlm_tune.export.parity import Parity
-from vlm_tune.export.plain import load_adapter, measure, read
+from vlm_tune.export.merge_plain import GENERATION
+from vlm_tune.export.plain import read
 from vlm_tune.model.build import Model
 from vlm_tune.model.checkpoint import find_checkpoint, run_config, start_of
+from vlm_tune.model.folder_files import read_object
 from vlm_tune.model.folders import find_folder, model_kind
-from vlm_tune.model.generate import Prompt
 from vlm_tune.model.layouts import internvl_hf, llava_hf
 from vlm_tune.model.layouts.llava_processor import save_llava_processor
 from vlm_tune.model.layouts.parts import PROJECTOR
 from vlm_tune.model.layouts.processor import save_processor
 from vlm_tune.model.lora import ADAPTER
 from vlm_tune.model.parts import PARTS, peft_config
+from vlm_tune.model.pretrained import load_peft
 from vlm_tune.model.vision import whole_weights
 from vlm_tune.model.vlm import VisionLanguageModel
 
@@ -44,6 +45,7 @@ class Goal:
     folder: Path  # its name in the end
     dtype: torch.dtype
     shard: str
+    layout: str = "adapter"  # or adapter_and_base: LoRA alone, over a base that holds all else
 
     @property
     def is_native(self) -> bool:
@@ -59,7 +61,7 @@ class Base:
     folder: Path
 
 
-def require_adapters(ckpt: str, overrides: list[str]) -> None:
+def require_adapters(layout: str, ckpt: str, overrides: list[str]) -> None:
     """Raise ConfigError for a stage whose training is not in adapters and projector alone."""
     stage = run_config(find_checkpoint(ckpt), overrides).stage
     how = {part: getattr(stage.train, part) for part in PARTS}
@@ -67,40 +69,40 @@ def require_adapters(ckpt: str, overrides: list[str]) -> None:
     full = [part for part, each in how.items() if each is Train.full and part != "projector"]
     if full:
         raise ConfigError(
-            f"layout=adapter: stage {stage.name} trains every weight of {' and '.join(full)} ({told}), which is no "
+            f"layout={layout}: stage {stage.name} trains every weight of {' and '.join(full)} ({told}), which is no "
             "adapter. Use layout=auto, which writes the whole model"
         )
     if Train.lora not in how.values():
         raise ConfigError(
-            f"layout=adapter: stage {stage.name} trains no adapter ({told}). Use layout=auto, which writes the whole "
+            f"layout={layout}: stage {stage.name} trains no adapter ({told}). Use layout=auto, which writes the whole "
             "model"
         )
 
 
-def require_language_model(ckpt: str, overrides: list[str]) -> None:
+def require_language_model(layout: str, ckpt: str, overrides: list[str]) -> None:
     """Raise ConfigError for a trained encoder of a model without a class: a peft folder has no place for it."""
     checkpoint: Path | None = find_checkpoint(ckpt)
     while checkpoint is not None:
         stage = run_config(checkpoint, overrides).stage
         if stage.train.vision is not Train.frozen:
             raise ConfigError(
-                f"layout=adapter: transformers has no class of this model's parts together, so the folder is the "
+                f"layout={layout}: transformers has no class of this model's parts together, so the folder is the "
                 f"language model's alone, but stage {stage.name} trains vision={stage.train.vision.value}. Use "
                 "layout=parts"
             )
         checkpoint, overrides = start_of(checkpoint), []
 
 
-def write_adapter(model: Model, config: Config, goal: Goal, prompts: list[Prompt]) -> tuple[Parity, str]:
-    """Write the folder, load it back by plain transformers and peft, and ask it the prompts.
+def write_adapter(model: Model, config: Config, goal: Goal) -> tuple[Any, str]:
+    """Write the folder and load it back by plain transformers and peft; return the plain model and its base's name.
 
-    Returns what it says, and the name of its base. The model has no adapters left afterwards.
+    The model has no adapters left afterwards.
     """
     vlm, stage = model.vlm, config.stage
     adapters = {plain_name(vlm, goal, name): weight for name, weight in take_adapters(vlm).items()}
-    base = find_base(config, goal)
+    base = find_base(config, goal) if goal.layout == "adapter" else None
     differing = None if base is None else differences(read_base(base), plain_weights(vlm, goal))
-    carries = goal.is_native and (stage.train.projector is Train.full or bool(differing))
+    carries = goal.is_native and goal.layout == "adapter" and (stage.train.projector is Train.full or bool(differing))
     if differing is not None:
         differing = {name for name in differing if not (goal.is_native and name.startswith(PLAIN_PROJECTOR))}
     for parameter in vlm.parameters():  # buffers (the rotary frequencies) stay in float32
@@ -113,13 +115,16 @@ def write_adapter(model: Model, config: Config, goal: Goal, prompts: list[Prompt
     save_adapter(read_base(base), config, adapters | projector_weights(vlm, carries), (goal, base))
     save_side_files(model, config, goal)
     vlm.float()
-    tell(goal, base)
-    return measure(load_adapter(read_base(base), goal.partial), model, prompts), base.name
+    tell(model, goal, base)
+    plain = load_peft(read_base(base), goal.partial)
+    # the base of others may end its answers elsewhere: the folder says how (`tell` names the way)
+    plain.get_base_model().generation_config = GenerationConfig.from_dict(read_object(goal.partial / GENERATION))
+    return plain, base.name
 
 
 def read_base(base: Base) -> PreTrainedModel:
     """Load the plain model of a base."""
-    return read(base.folder, AutoConfig.from_pretrained(base.folder))
+    return read(base.folder)
 
 
 def find_base(config: Config, goal: Goal) -> Base | None:
@@ -199,7 +204,8 @@ def write_base(model: Model, config: Config, goal: Goal) -> Base:
 
 
 def save_side_files(model: Model, config: Config, goal: Goal) -> None:
-    """Write the tokenizer beside the adapter, and the processor where there is one."""
+    """Write the tokenizer beside the adapter, how answers are generated, and the processor where there is one."""
+    model.vlm.llm.generation_config.save_pretrained(goal.partial)
     if goal.kind == "hf":
         save_processor(model.tokenizer, model.encoder, config.model, goal.partial)
     elif goal.kind == "llava_hf":
@@ -232,10 +238,24 @@ def save_adapter(plain: Any, config: Config, weights: dict[str, Tensor], place: 
     (goal.partial / "README.md").unlink(missing_ok=True)  # peft's form of a model card, with nothing filled in
 
 
-def tell(goal: Goal, base: Base) -> None:
+def tell(model: Model, goal: Goal, base: Base) -> None:
     """Say which base the adapter needs, and what the folder cannot do."""
     say = Console().print
-    if base.folder == goal.partial / BASE:
+    theirs, ours = base.folder / GENERATION, model.vlm.llm.generation_config
+    settings = read_object(theirs) if theirs.is_file() else {}
+    if settings.get("eos_token_id") != ours.eos_token_id or settings.get("do_sample"):
+        say(
+            f"answers end at the tokens {ours.eos_token_id}, greedily; the base's {GENERATION} says otherwise: "
+            "generate(..., generation_config=GenerationConfig.from_pretrained(FOLDER)) takes those of the adapter",
+            highlight=False,
+            markup=False,
+        )
+    if goal.layout != "adapter":
+        say(
+            f"the trained projector is in the base, {goal.folder / BASE}, and LoRA alone in the adapter",
+            highlight=False,
+        )
+    elif base.folder == goal.partial / BASE:
         say(
             f"no folder holds the base of this adapter as plain transformers loads it (parts that were joined, tokens "
             f"or weights that earlier stages added): it is written to {goal.folder / BASE}",

@@ -13,7 +13,6 @@ from rich.console import Console
 
 from vlm_tune.config.schema import Config, Precision, Quantize
 from vlm_tune.errors import ConfigError
-from vlm_tune.evaluation.evaluate import open_test, prompt_of, read_questions
 from vlm_tune.export.adapter import (
     NATIVE,
     Goal,
@@ -23,16 +22,18 @@ from vlm_tune.export.adapter import (
     write_native,
 )
 from vlm_tune.export.merge import merge_adapters
-from vlm_tune.export.parity import Parity, compare
+from vlm_tune.export.parity import AGREEMENT_BOUND, Parity, compare
+from vlm_tune.export.plain import measure, read
+from vlm_tune.export.stranger import Questions, plain_agreement
 from vlm_tune.model.build import Model, build_model
 from vlm_tune.model.checkpoint import find_checkpoint, run_config
-from vlm_tune.model.generate import Prompt
 from vlm_tune.model.layouts import internvl_hf, internvl_official, llava_hf, parts
 from vlm_tune.model.layouts.internvl_hf import OTHER_PARTS
 from vlm_tune.model.trained import open_trained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LAYOUTS = ("hf", "official", "llava_hf", "parts", "gguf", "adapter")
+ADAPTERS = ("adapter", "adapter_and_base")
+LAYOUTS = ("hf", "official", "llava_hf", "parts", "gguf", *ADAPTERS)
 GGUF_DTYPES = {"f32": "fp32", "fp32": "fp32", "f16": "fp16", "fp16": "fp16", "q8_0": "q8_0"}
 BASES = ("trained", "original")
 BACKEND = (
@@ -67,8 +68,8 @@ def export(ckpt: str, out: str, wanted: Wanted, overrides: list[str]) -> Path:
     """Write the merged model of a run, or its adapter; fail when it does not answer as the trained one does."""
     wanted.check()
     folder = empty_folder(out)
-    if wanted.layout == "adapter":
-        require_adapters(ckpt, overrides)
+    if wanted.layout in ADAPTERS:
+        require_adapters(wanted.layout, ckpt, overrides)
     quantized = measure_quantized(ckpt, overrides)
     model, config = open_for_merging(ckpt, overrides, wanted)
     layout = choose_layout(model, config, wanted.layout)
@@ -77,28 +78,38 @@ def export(ckpt: str, out: str, wanted: Wanted, overrides: list[str]) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
 
-    prompts = sample_prompts(model, config)
+    questions = Questions(model, config)
+    prompts = questions.prompts
     before = Parity.measure(model, prompts)
     report: dict[str, Any] = {"layout": layout, "dtype": dtype}
-    if layout == "adapter":
+    plain: Any = None
+    if layout in ADAPTERS:
         kind = choose_layout(model, config, "auto")
         if kind not in NATIVE:
-            require_language_model(ckpt, overrides)
-        goal = Goal(kind, partial, folder, DTYPES[dtype], wanted.shard)
-        after, report["base_model"] = write_adapter(model, config, goal, prompts)
+            require_language_model(layout, ckpt, overrides)
+        goal = Goal(kind, partial, folder, DTYPES[dtype], wanted.shard, layout)
+        plain, report["base_model"] = write_adapter(model, config, goal)
+        after = measure(plain, model, prompts)
     else:
         merge_adapters(model.vlm)
+        kind = layout
         after = Parity.measure(write(layout, model, config, partial, replace(wanted, dtype=dtype)), prompts)
     result = compare(before, after, dtype)
     report |= asdict(result)
+    passed, summary = result.passed, result.summary
+    if kind in NATIVE and prompts:
+        alone = plain_agreement(plain or read(partial), partial, questions, before.answers)
+        report["from_the_folder_alone"] = alone
+        passed = passed and alone >= AGREEMENT_BOUND
+        summary += f", {alone:.0%} of those that transformers generates from the folder alone"
     console = Console()
-    console.print(f"{layout} folder, {dtype}: {result.summary}", highlight=False)
+    console.print(f"{layout} folder, {dtype}: {summary}", highlight=False)
     if quantized is not None:
         distance = compare(quantized, after, dtype)
-        report |= {"base": "original" if layout == "adapter" else wanted.base, "to_quantized_run": asdict(distance)}
+        report |= {"base": "original" if layout in ADAPTERS else wanted.base, "to_quantized_run": asdict(distance)}
         console.print(f"beside the quantized run in its own arithmetic: {distance.summary}", highlight=False)
     (partial / "parity.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-    return settle(partial, folder, result.passed, result.summary)
+    return settle(partial, folder, passed, summary)
 
 
 def empty_folder(out: str) -> Path:
@@ -116,7 +127,7 @@ def measure_quantized(ckpt: str, overrides: list[str]) -> Parity | None:
     if run_config(find_checkpoint(ckpt), overrides).stage.quantize is Quantize.none:
         return None
     model, config = open_trained(ckpt, overrides)
-    return Parity.measure(model, sample_prompts(model, config))
+    return Parity.measure(model, Questions(model, config).prompts)
 
 
 def open_for_merging(ckpt: str, overrides: list[str], wanted: Wanted) -> tuple[Model, Config]:
@@ -128,7 +139,7 @@ def open_for_merging(ckpt: str, overrides: list[str], wanted: Wanted) -> tuple[M
     quantize = run_config(find_checkpoint(ckpt), overrides).stage.quantize
     if quantize is Quantize.none:
         return open_trained(ckpt, overrides, Precision.fp32)
-    if wanted.layout == "adapter":
+    if wanted.layout in ADAPTERS:
         notice = (
             f"the adapter was trained on a {quantize.value} base and is compared on the original one. For the model as "
             f"trained load the base quantized: BitsAndBytesConfig(..., llm_int8_skip_modules={OTHER_PARTS})"
@@ -172,12 +183,6 @@ def choose_layout(model: Model, config: Config, layout: str) -> str:
             describe()
             return name
     return "parts"
-
-
-def sample_prompts(model: Model, config: Config, count: int = 4) -> list[Prompt]:
-    """Take a few real questions with pictures; without a test file, none."""
-    test = open_test(config, model)
-    return [prompt_of(test, question.sample) for question in read_questions(test, count)] if test else []
 
 
 def write(layout: str, model: Model, config: Config, folder: Path, wanted: Wanted) -> Model:

@@ -5,18 +5,21 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from torch import Tensor
-from transformers import AutoConfig
 
 from vlm_tune.errors import ConfigError
 from vlm_tune.export.export import empty_folder, settle
+from vlm_tune.export.merge_plain import GENERATION, merge_plain
+from vlm_tune.export.merge_stored import KINDS, is_llava, merge_stored
 from vlm_tune.export.parity import FLOAT32_BOUND
-from vlm_tune.export.plain import load_adapter, read
+from vlm_tune.export.peft_folder import HOLDS_WEIGHTS, TOKENIZER, WHOLE, PeftFolder, read_peft_folder
+from vlm_tune.model.folder_files import read_object
+from vlm_tune.model.folders import ADAPTER_SETTINGS, PARTS_SETTINGS, model_kind, read_json
+from vlm_tune.model.llm import load_tokenizer
+from vlm_tune.model.pretrained import reading
+from vlm_tune.model.tokenizer import needs_building
 
-WEIGHTS = (".safetensors", ".bin", ".index.json", ".gguf")
-NUM_TOKENS = 64  # of the random text on which both are compared
+OTHERS = (WHOLE, "mm_projector.bin")  # of LLaVA's trainer: weights that belong over those of the folder
 
 
 def merge(base: str, adapter: str, out: str) -> Path:
@@ -25,56 +28,82 @@ def merge(base: str, adapter: str, out: str) -> Path:
     Raises ConfigError or CheckpointError for a folder that is none, a packed base, and weights that match nothing.
     """
     folder = empty_folder(out)
-    base_folder, adapter_folder = find(base, "base", "config.json"), find(adapter, "adapter", "adapter_config.json")
-    config = AutoConfig.from_pretrained(base_folder)
-    if getattr(config, "quantization_config", None):
-        raise ConfigError(
-            f"base={base}: its weights are packed, and nothing is merged into those. Name the 16-bit base"
-        )
-    model = read(base_folder, config)
-    dtype = getattr(torch, str(config.dtype).removeprefix("torch.")) if config.dtype else torch.float32
-    ids = torch.randint(
-        config.get_text_config().vocab_size, (1, NUM_TOKENS), generator=torch.Generator().manual_seed(0)
-    )
-    plain = logits(model, ids)
-    wrapped = load_adapter(model, adapter_folder)
-    before = logits(wrapped, ids)
-    merged = wrapped.merge_and_unload(safe_merge=True)
-    exact = float((logits(merged, ids) - before).abs().max())
-
+    base_folder, adapter_folder = find(base, "base", "config.json"), find(adapter, "adapter", ADAPTER_SETTINGS)
+    refuse_base(base, base_folder)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    merged.to(dtype).save_pretrained(partial)
-    for file in base_folder.iterdir():
-        if file.is_file() and not file.name.endswith(WEIGHTS) and not (partial / file.name).exists():
-            shutil.copy(file, partial / file.name)
-    after = logits(read(partial, config), ids)
-    report = {
-        "merged_in_float32": exact,
-        "as_stored": float((after - before).abs().max()),
-        "dtype": str(dtype).removeprefix("torch."),
-        "adapter_changes": float((before - plain).abs().max()),
-    }
+    with reading(adapter_folder):  # the base's files have errors of their own
+        read = read_peft_folder(adapter_folder)
+        is_stored = model_kind(base_folder) in KINDS or is_llava(read)
+        report = (merge_stored if is_stored else merge_plain)(base_folder, read, partial)
+        copy_beside(base_folder, read, partial)
     (partial / "parity.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    what = "outputs of its layers" if is_stored else "logits"
     summary = (
-        f"logits differ by {exact:.1e} at most after merging in float32, by {report['as_stored']:.1e} as stored in "
-        f"{report['dtype']}; the adapter itself changes them by {report['adapter_changes']:.1e}"
+        f"{what} differ by {report['merged_in_float32']:.1e} at most after merging in float32, by "
+        f"{report['as_stored']:.1e} as stored in {report['dtype']}; the adapter itself changes them by "
+        f"{report['adapter_changes']:.1e}"
     )
     Console().print(summary, highlight=False)
-    return settle(partial, folder, exact <= FLOAT32_BOUND * max(1.0, float(before.abs().max())), summary)
+    bound = FLOAT32_BOUND * max(1.0, report["scale"])
+    return settle(partial, folder, max(report["merged_in_float32"], report["loaded_back"]) <= bound, summary)
 
 
 def find(path: str, key: str, file: str) -> Path:
     """Return a local folder that holds a file; raise ConfigError when there is none."""
     folder = Path(path).expanduser()
-    if not (folder / file).is_file():
+    if not any((folder / name).is_file() for name in (file, *((PARTS_SETTINGS,) if key == "base" else ()))):
         raise ConfigError(f"{key}={path}: there is no {file} in it. Name a local folder: {key}=FOLDER")
     return folder
 
 
-def logits(model: Any, ids: Tensor) -> Tensor:
-    """Run a text of random tokens: (L, V)."""
-    with torch.no_grad():
-        found: Tensor = model(input_ids=ids, use_cache=False).logits[0]
-    return found
+def refuse_base(base: str, folder: Path) -> None:
+    """Raise ConfigError for packed weights, and weights beside the base that change what it is."""
+    if model_kind(folder) == "parts":
+        raise ConfigError(
+            f"base={base}: parts side by side. Name the folder of the part that the adapter belongs to: base={base}/llm"
+        )
+    if read_json(folder).get("quantization_config"):
+        raise ConfigError(
+            f"base={base}: its weights are packed, and nothing is merged into those. Name the 16-bit base"
+        )
+    if (folder / GENERATION).is_file():
+        read_object(folder / GENERATION)  # transformers would pass over one that is damaged
+    if found := [name for name in OTHERS if (folder / name).is_file()]:
+        raise ConfigError(
+            f"base={base}: {', '.join(found)} beside its weights, which would have to be put in first. Name a whole "
+            "base, or move the file away"
+        )
+
+
+def copy_beside(base: Path, adapter: PeftFolder, out: Path) -> None:
+    """Copy what lies beside the base's weights; the adapter's tokenizer takes the place of the base's."""
+    theirs = adapter.tokenizer
+    left_out = set(TOKENIZER) if theirs is not None else set()
+    if theirs is not None and not theirs.chat_template:
+        left_out -= {name for name in TOKENIZER if name.startswith("chat_template")}
+    for file in base.iterdir():
+        is_weights = file.name.endswith((*HOLDS_WEIGHTS, ".index.json"))
+        if file.is_file() and not is_weights and file.name not in left_out and not (out / file.name).exists():
+            shutil.copy(file, out / file.name)
+    tower = Path(str(read_json(out).get("mm_vision_tower")))  # a LLaVA's encoder may be a folder inside its own
+    if len(tower.parts) == 1 and (base / tower / "config.json").is_file():
+        shutil.copytree(base / tower, out / tower)
+    for file in adapter.tokenizer_files:
+        shutil.copy(file, out / file.name)
+    source = base if theirs is None else adapter.folder
+    if needs_building(source):
+        (theirs or load_tokenizer(base)).save_pretrained(out)
+    if theirs is not None:
+        add_stop(out / GENERATION, theirs.eos_token_id)
+
+
+def add_stop(path: Path, stop: Any) -> None:
+    """Let answers end at the end token of the adapter's tokenizer too: it was trained with that one."""
+    settings = read_object(path) if path.is_file() else {}
+    ends = settings.get("eos_token_id", read_json(path.parent).get("eos_token_id"))
+    known = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if isinstance(stop, int) and stop not in known:
+        settings["eos_token_id"] = [stop, *known]
+        path.write_text(json.dumps(settings, indent=1), encoding="utf-8")

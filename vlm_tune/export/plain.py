@@ -6,48 +6,65 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftConfig, PeftModel
-from peft.utils import get_peft_model_state_dict
-from safetensors.torch import load_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from peft.utils import set_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from vlm_tune.data.anyres import Spread
 from vlm_tune.data.tiles import normalize
 from vlm_tune.errors import CheckpointError
 from vlm_tune.export.parity import NEW_TOKENS, Parity, precisely
+from vlm_tune.export.peft_folder import PREFIX
 from vlm_tune.model.build import Model
 from vlm_tune.model.generate import Prompt, answering, embed_prompts, greedy
+from vlm_tune.model.layouts.weights import listed
+from vlm_tune.model.lora import ADAPTER
+from vlm_tune.model.pretrained import load_pretrained, read_settings
 
 
-def read(folder: Path, config: Any) -> PreTrainedModel:
+def read(folder: Path) -> PreTrainedModel:
     """Load a causal LM or a vision-language model in float32, whichever the folder says it is."""
-    has_pictures = hasattr(config, "vision_config")
+    has_pictures = hasattr(read_settings(AutoConfig, folder), "vision_config")
     kind = AutoModelForImageTextToText if has_pictures else AutoModelForCausalLM
-    model: PreTrainedModel = kind.from_pretrained(folder, dtype=torch.float32)
+    model: PreTrainedModel = load_pretrained(kind, folder, dtype=torch.float32)
     return model.eval()
 
 
-def load_adapter(model: PreTrainedModel, folder: Path) -> Any:
-    """Put an adapter beside its layers; raise CheckpointError for weights that match nothing, or that are missing."""
+def wrap(model: nn.Module, config: PeftConfig, weights: dict[str, Tensor], folder: Path) -> PeftModel:
+    """Put an adapter beside a model's layers, strictly; `weights` bear the names of modules, without peft's prefix.
+
+    Raises CheckpointError with peft's whole reason where it does not fit, and with a list of weights that match nothing
+    or are missing.
+    """
+    config.inference_mode = True
+    problems: list[str] = []
     try:
-        wrapped = PeftModel.from_pretrained(model, folder, config=PeftConfig.from_pretrained(folder))
-    except (ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).splitlines()[0][:300]
+        wrapped = PeftModel(model, config)  # type: ignore[arg-type]
+        found = set_peft_model_state_dict(wrapped, {PREFIX + name: weight for name, weight in weights.items()})
+    except KeyError as error:  # of a module to save
+        problems = [f"{error.args[0]}: missing in the adapter"]
+    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"adapter={folder}: it does not fit this base ({reason}). Name the base it was made for"
+            f"adapter={folder}: it does not fit this base ({error}). Name the base it was made for"
         ) from error
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        raise CheckpointError(f"adapter={folder}: there is no adapter_model.safetensors in it. Save it as safetensors")
-    stored, wanted = set(load_file(file)), set(get_peft_model_state_dict(wrapped))
-    problems = [f"{name}: matches nothing in the base" for name in sorted(stored - wanted)]
-    problems += [f"{name}: missing in the adapter" for name in sorted(wanted - stored)]
+    else:
+        places = {stored_name(name): each for name, each in wrapped.named_parameters(remove_duplicate=False)}
+        strange = {stored_name(name) for name in found.unexpected_keys}
+        lacking = {stored_name(name) for name in found.missing_keys if f".{ADAPTER}" in name}
+        # a weight that two modules share is loaded once, and is right in both
+        shared = {n for n in strange & lacking if places[n].equal(weights[n.removeprefix(PREFIX)].to(places[n].dtype))}
+        problems = [f"{name}: matches nothing in the base" for name in sorted(strange - shared)]
+        problems += [f"{name}: missing in the adapter" for name in sorted(lacking - shared)]
     if problems:
-        listed = "\n  ".join(problems[:10]) + (f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else "")
         raise CheckpointError(
-            f"adapter={folder}: it does not fit this base\n  {listed}\n  Name the base it was made for"
+            f"adapter={folder}: it does not fit this base\n  {listed(problems)}\n  Name the base it was made for"
         )
-    return wrapped
+    return wrapped.eval()
+
+
+def stored_name(name: str) -> str:
+    """Name a weight of a model that wears an adapter as peft's files do."""
+    return name.replace(f".{ADAPTER}", "")
 
 
 @torch.no_grad()

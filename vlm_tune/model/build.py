@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from vlm_tune.config.schema import Config, ModelConfig, Precision, Quantize
 from vlm_tune.data.encode import Encoder
@@ -15,6 +15,7 @@ from vlm_tune.model.folders import LLAVA_ORIGINAL, find_folder, model_kind
 from vlm_tune.model.isolation import check_rope
 from vlm_tune.model.layouts import internvl_hf, internvl_official, llava_hf, llava_original, parts
 from vlm_tune.model.layouts.loaded import Loaded
+from vlm_tune.model.pretrained import reading
 from vlm_tune.model.vlm import VisionLanguageModel
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
@@ -45,7 +46,19 @@ def build_model(config: Config) -> Model:
     check_rope(vlm.llm, config)
     num_patches = vlm.vision.num_patches(config.model.tiles.size)
     positions = Positions.of(vlm.llm.config.get_text_config())
-    return Model(vlm, tokenizer, make_encoder(config, tokenizer, tokens, num_patches, positions))
+    encoder = make_encoder(config, tokenizer, tokens, num_patches, positions)
+    vlm.llm.generation_config = answer_settings(encoder.stop_ids)  # type: ignore[assignment]
+    return Model(vlm, tokenizer, encoder)
+
+
+def answer_settings(stop_ids: tuple[int, ...]) -> GenerationConfig:
+    """Describe how the model answers, here and from an exported folder: greedily, until a token that ends an answer.
+
+    Nothing of the settings that a folder came with is left: transformers would lay a repetition penalty, beams or a
+    least length over a greedy answer too.
+    """
+    ends = list(stop_ids) or None
+    return GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=ends and ends[0], use_cache=True)
 
 
 def load_weights(model: ModelConfig, dtype: torch.dtype, quantize: Quantize) -> Loaded:
@@ -59,7 +72,8 @@ def load_weights(model: ModelConfig, dtype: torch.dtype, quantize: Quantize) -> 
                 f"model.path={folder}: a folder of type {kind}, which is not read. There are: {', '.join(LAYOUTS)}. "
                 "A vision encoder and a language model also join as parts: set model.vision.path and model.llm.path"
             )
-        return LAYOUTS[kind](folder, model, dtype, quantize)
+        with reading(folder):
+            return LAYOUTS[kind](folder, model, dtype, quantize)
     vision = find_folder(str(model.vision.path), "model.vision.path")
     return parts.join(vision, find_folder(str(model.llm.path), "model.llm.path"), model, dtype, quantize)
 

@@ -16,6 +16,7 @@ from vlm_tune.model.folders import LLAVA_ORIGINAL, find_folder, model_kind, read
 from vlm_tune.model.layouts import llava_original, official_config
 from vlm_tune.model.llava import LLAVA_KINDS, image_tokens, read_llava
 from vlm_tune.model.llm import load_tokenizer
+from vlm_tune.model.pretrained import reading
 from vlm_tune.model.projector import tokens_per_tile
 from vlm_tune.model.vision import VisionEncoder, resample_positions
 from vlm_tune.model.vlm import ImageTokens
@@ -65,7 +66,8 @@ def build_encoder(config: Config) -> tuple[Encoder, PreTrainedTokenizerBase]:
     """Make the encoder that `build_model` would make, from the small files of the same folders: no weights are read."""
     model = config.model
     vision_folder, llm_folder = find_parts(model)
-    num_patches = count_features(vision_folder, model)
+    with reading(vision_folder):
+        num_patches = count_features(vision_folder, model)
     tokenizer, tokens = load_tokenizer(llm_folder), image_tokens(model.projector)
     vocabulary = tokenizer.get_vocab()
     # a whole checkpoint's tokenizer knows its own tokens; LLaVA's original one lacks the one for a picture

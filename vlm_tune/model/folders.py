@@ -1,17 +1,16 @@
 """Find the folder of a model's weights: a local folder, what a recipe prepares, or a download from the hub."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from vlm_tune.config.schema import ModelConfig, ProjectorConfig
 from vlm_tune.data.recipe import run_recipe
-from vlm_tune.errors import ConfigError
+from vlm_tune.errors import CheckpointError, ConfigError
+from vlm_tune.model.folder_files import read_config_file, read_object
 
 LLAVA_ORIGINAL = "llava_original"  # haotian-liu/LLaVA's layout
+ADAPTER_SETTINGS = "adapter_config.json"  # of peft
 PARTS_SETTINGS = "vlm_tune.json"  # stands in a folder of parts side by side: what joins them
 
 
@@ -25,6 +24,7 @@ def find_folder(path: str, key: str, with_weights: bool = True) -> Path:
         return run_recipe(path.removeprefix("recipe:"))
     folder = Path(path).expanduser()
     if folder.is_dir():
+        refuse_adapter(folder)
         if not any((folder / name).is_file() for name in ("config.json", PARTS_SETTINGS)):
             raise ConfigError(f"{key}={path}: the folder has no config.json. Name the folder of a Hugging Face model")
         return folder
@@ -37,24 +37,28 @@ def find_folder(path: str, key: str, with_weights: bool = True) -> Path:
 
 def read_json(folder: Path) -> dict[str, Any]:
     """Read a folder's config.json as it is: transformers' own classes of it are not asked."""
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config
+    return read_config_file(folder / "config.json")
 
 
 def read_parts(folder: Path, model: ModelConfig) -> bool:
     """Set a model by what joins the parts of a folder; tell whether its encoder keeps the class token."""
-    settings = json.loads((folder / PARTS_SETTINGS).read_text(encoding="utf-8"))
-    model.projector = ProjectorConfig(**settings["projector"])
-    model.vision.select_layer = settings["select_layer"]
-    model.vision.normalize = settings["normalize"]
+    settings = read_object(folder / PARTS_SETTINGS)
+    try:
+        model.projector = ProjectorConfig(**settings["projector"])
+        model.vision.select_layer = settings["select_layer"]
+        model.vision.normalize = settings["normalize"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / PARTS_SETTINGS}: not what `export` writes ({error}). Copy it anew") from error
     return bool(settings.get("keeps_class", False))
 
 
 def model_kind(folder: Path) -> str:
     """Read which layout a folder has: the model_type of its config.json, or "parts".
 
-    The file itself is asked: transformers would offer to run a strange folder's own code.
+    The file itself is asked: transformers would offer to run a strange folder's own code. Raises CheckpointError for an
+    adapter's folder.
     """
+    refuse_adapter(folder)
     if (folder / PARTS_SETTINGS).is_file():
         return "parts"
     config = read_json(folder)
@@ -63,11 +67,18 @@ def model_kind(folder: Path) -> str:
     return str(config.get("model_type"))
 
 
-def check_part(folder: Path, key: str) -> None:
-    """Raise ConfigError for a part that transformers has no class of: it would offer to run the folder's own code.
+def refuse_adapter(folder: Path) -> None:
+    """Raise CheckpointError for a folder of peft: transformers lays it over another model than the folder's own."""
+    if (folder / ADAPTER_SETTINGS).is_file():
+        raise CheckpointError(
+            f"{folder}: an adapter ({ADAPTER_SETTINGS}), not a model. Fold it into its base first: `python -m vlm_tune "
+            f"merge base=FOLDER adapter={folder} out=FOLDER`; remove {ADAPTER_SETTINGS} from a folder that "
+            "holds a whole model all the same"
+        )
 
-    Say so where its weights are in .bin files, which transformers reads as tensors only.
-    """
+
+def check_part(folder: Path, key: str) -> None:
+    """Raise ConfigError for a part that transformers has no class of: it would offer to run the folder's own code."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = model_kind(folder)
@@ -76,8 +87,6 @@ def check_part(folder: Path, key: str) -> None:
             f"{key}.path={folder}: a model of type {kind}, which transformers does not know. No code out of a folder "
             "is run: convert it to a type that is known"
         )
-    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
-        Console().print(f"{folder}: weights from .bin files, read as tensors only; no code in them is run")
 
 
 def _download(hub_id: str, key: str, with_weights: bool) -> Path:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from vlm_tune.data.encode import Example
-from vlm_tune.model.build import Model
+from vlm_tune.model.build import Model, answer_settings
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -69,14 +69,13 @@ def answer_ids(model: Model, prompts: list[Prompt], max_new_tokens: int) -> Tens
 
 def greedy(model: Model, prompts: list[Prompt], max_new_tokens: int) -> GenerationConfig:
     """Describe greedy answers that end where the conversations of the model do, or where its positions end."""
-    ends = list(model.encoder.stop_ids)
+    settings = answer_settings(model.encoder.stop_ids)
     last = model.encoder.settings.positions.end
     if last is not None:  # the last token that is said needs no position: nothing reads it
         longest = max(len(prompt.example.input_ids) for prompt in prompts)
         max_new_tokens = max(1, min(max_new_tokens, last - longest + 1))
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=ends[0], use_cache=True
-    )
+    settings.max_new_tokens = max_new_tokens
+    return settings
 
 
 def embed_prompts(model: Model, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:

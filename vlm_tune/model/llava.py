@@ -8,6 +8,7 @@ from transformers import AutoConfig
 from vlm_tune.config.schema import ModelConfig, ProjectorConfig, TileRule
 from vlm_tune.errors import ConfigError
 from vlm_tune.model.folders import LLAVA_ORIGINAL, find_folder, model_kind, read_json
+from vlm_tune.model.pretrained import read_settings
 from vlm_tune.model.vlm import ImageTokens
 
 LLAVA_KINDS = ("llava", "llava_next", LLAVA_ORIGINAL)  # transformers' own classes, and haotian-liu/LLaVA's
@@ -42,7 +43,7 @@ def read_hub(folder: Path, model: ModelConfig) -> VisionFacts:
 
     Raise ConfigError for what the classes of transformers could do and no known LLaVA does.
     """
-    config: Any = AutoConfig.from_pretrained(folder)
+    config: Any = read_settings(AutoConfig, folder)
     layer, kind = config.vision_feature_layer, config.vision_config.model_type
     if not isinstance(layer, int):
         raise ConfigError(f"{folder}: vision_feature_layer={layer} joins several layers, which is not built")
@@ -112,7 +113,7 @@ def vision_folder(folder: Path, config: dict[str, Any], model: ModelConfig, with
 
 def tower_config(folder: Path) -> Any:
     """Read the configuration of an encoder, which may stand beside a text tower."""
-    config: Any = AutoConfig.from_pretrained(folder)
+    config: Any = read_settings(AutoConfig, folder)
     return getattr(config, "vision_config", config)
 
 

@@ -18,13 +18,14 @@ from vlm_tune.config.schema import Quantize
 from vlm_tune.model import attention, tokenizer
 from vlm_tune.model.folders import check_part
 from vlm_tune.model.isolation import check_language_model
+from vlm_tune.model.pretrained import load_pretrained, read_settings, reading
 
 
 def load_llm(folder: Path, dtype: torch.dtype, quantize: Quantize = Quantize.none) -> PreTrainedModel:
     """Load a causal LM for training: packed attention, no cache, 4- or 8-bit weights when asked for."""
     check_part(folder, "model.llm")
     options = {"quantization_config": quantization(quantize, dtype)} if quantize is not Quantize.none else {}
-    llm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention.NAME, **options)
+    llm = load_pretrained(AutoModelForCausalLM, folder, dtype=dtype, attn_implementation=attention.NAME, **options)
     llm.config.use_cache = False
     guard_4bit(llm)
     check_language_model(llm)
@@ -83,10 +84,19 @@ def dequantize(llm: PreTrainedModel) -> int:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load a folder's tokenizer; no code comes out of the folder."""
-    if tokenizer.brings_code(folder):
-        return tokenizer.load_without_code(folder)
-    return AutoTokenizer.from_pretrained(folder)
+    """Load a folder's tokenizer; no code comes out of the folder.
+
+    Raises CheckpointError for one that cannot be read, or splits no text.
+    """
+    loaded: PreTrainedTokenizerBase
+    if tokenizer.brings_code(folder) or tokenizer.needs_building(folder):
+        with reading(folder):
+            loaded = tokenizer.load_without_code(folder)
+    else:
+        loaded = read_settings(AutoTokenizer, folder)
+    with reading(folder):
+        loaded("a text")
+    return loaded
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, llm: PreTrainedModel, tokens: list[str]) -> None:

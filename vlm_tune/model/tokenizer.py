@@ -3,7 +3,6 @@
 InternLM2's tokenizer is such code around a sentencepiece model. Text between added tokens is sentencepiece's, id by id.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from vlm_tune.errors import CheckpointError
+from vlm_tune.model.folder_files import read_object
+from vlm_tune.model.pretrained import read_settings
 
 MODEL = "tokenizer.model"
 SPACE = "\u2581"  # sentencepiece writes a space so
@@ -42,6 +43,11 @@ def brings_code(folder: Path) -> bool:
     return any("auto_map" in _json(folder / name) for name in ("tokenizer_config.json", "config.json"))
 
 
+def needs_building(folder: Path) -> bool:
+    """Say whether a sentencepiece model is all there is: transformers 5 would split text by rules of its own."""
+    return (folder / MODEL).is_file() and not (folder / "tokenizer.json").is_file()
+
+
 def load_without_code(folder: Path) -> PreTrainedTokenizerBase:
     """Load a tokenizer by the class of transformers that its settings name, else from its sentencepiece model.
 
@@ -49,13 +55,13 @@ def load_without_code(folder: Path) -> PreTrainedTokenizerBase:
     """
     settings = _json(folder / "tokenizer_config.json")
     name = str(settings.get("tokenizer_class"))
-    if "auto_map" not in settings and hasattr(transformers, name):
-        tokenizer: PreTrainedTokenizerBase = getattr(transformers, name).from_pretrained(folder)
+    if "auto_map" not in settings and hasattr(transformers, name) and not needs_building(folder):
+        tokenizer: PreTrainedTokenizerBase = read_settings(getattr(transformers, name), folder)
         return tokenizer
     if (folder / MODEL).is_file():
         return build(folder, settings)
     if (folder / "tokenizer.json").is_file():
-        return PreTrainedTokenizerFast.from_pretrained(folder)  # type: ignore[no-any-return]
+        return read_settings(PreTrainedTokenizerFast, folder)  # type: ignore[no-any-return]
     raise CheckpointError(
         f"{folder}: its tokenizer {name} is code, which is not run, and there is neither {MODEL} nor tokenizer.json to "
         "read in its place: copy one of them there"
@@ -71,11 +77,10 @@ def build(folder: Path, settings: dict[str, Any]) -> PreTrainedTokenizerFast:
     proto.ParseFromString((folder / MODEL).read_bytes())
     added = _added_tokens(folder, settings)
     backend = Tokenizer(_model(proto, added, folder))
-    backend.normalizer = _normalizer(proto, folder)
-    defined = sorted((piece.piece for piece in proto.pieces if piece.type == USER_DEFINED), key=len, reverse=True)
-    if defined:  # they stand by themselves, the longest first
-        pattern = "|".join(_escaped(piece) for piece in defined)
-        backend.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    opens_only = settings.get("legacy") is False  # Llama's newer rule: a space before the whole text alone
+    backend.normalizer = _normalizer(proto, folder, opens_only)
+    if steps := _pre_tokenizers(proto, opens_only):
+        backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
     strip = [decoders.Strip(" ", left=1)] if proto.normalizer_spec.add_dummy_prefix else []
     backend.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
@@ -140,7 +145,19 @@ def _merges(normal: dict[str, int], scores: list[float]) -> list[tuple[str, str]
     return [(left, right) for _, _, _, left, right in sorted(found)]
 
 
-def _normalizer(proto: Any, folder: Path) -> normalizers.Normalizer:
+def _pre_tokenizers(proto: Any, opens_only: bool) -> list[pre_tokenizers.PreTokenizer]:
+    steps: list[pre_tokenizers.PreTokenizer] = []
+    if opens_only and proto.normalizer_spec.add_dummy_prefix:
+        # spaces are SPACE by now, so that the first step finds none and puts one there also where the text has its own
+        steps.append(pre_tokenizers.Metaspace(" ", prepend_scheme="first", split=False))
+        steps.append(pre_tokenizers.Metaspace(SPACE, prepend_scheme="never", split=False))
+    defined = sorted((piece.piece for piece in proto.pieces if piece.type == USER_DEFINED), key=len, reverse=True)
+    if defined:  # they stand by themselves, the longest first
+        steps.append(pre_tokenizers.Split(Regex("|".join(map(_escaped, defined))), behavior="isolated"))
+    return steps
+
+
+def _normalizer(proto: Any, folder: Path, opens_only: bool) -> normalizers.Normalizer:
     spec = proto.normalizer_spec
     if not spec.escape_whitespaces or proto.trainer_spec.treat_whitespace_as_suffix:
         raise CheckpointError(f"{folder}/{MODEL}: it writes spaces in a way that is not read. Add a tokenizer.json")
@@ -149,7 +166,7 @@ def _normalizer(proto: Any, folder: Path) -> normalizers.Normalizer:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(Regex(r"\A | \z"), "")]
-    if spec.add_dummy_prefix:
+    if spec.add_dummy_prefix and not opens_only:
         steps.append(normalizers.Prepend(SPACE))
     return normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
 
@@ -195,4 +212,4 @@ def _escaped(text: str) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}

@@ -11,6 +11,8 @@ from torch.nn.functional import interpolate
 from vlm_tune.errors import CheckpointError, ConfigError
 from vlm_tune.model import attention
 from vlm_tune.model.folders import check_part, read_json
+from vlm_tune.model.layouts.weights import read_tensors
+from vlm_tune.model.pretrained import load_pretrained, make_empty, read_settings, reading
 
 # Where a tower keeps its layers. Its final norm and pooling head, of these names, come after them.
 LAYER_LISTS = ("encoder.layer", "encoder.layers", "model.layer", "layers", "blocks")
@@ -141,7 +143,7 @@ def whole_tower(vision: VisionEncoder) -> Any:
 
     config = vision.whole_config if vision.unused else vision.tower.config
     with torch.device("meta"):
-        tower = AutoModel.from_config(config, dtype=vision.dtype)
+        tower = make_empty(AutoModel, config, dtype=vision.dtype)
     tower.load_state_dict(whole_weights(vision), assign=True)
     return tower
 
@@ -200,22 +202,21 @@ def load_tower(folder: Path, dtype: torch.dtype) -> Any:
     config = read_json(folder)
     if "architecture" in config:
         import timm
-        from safetensors.torch import load_file
 
-        tower = timm.create_model(config["architecture"], pretrained=False, num_classes=0)
-        weights = load_file(folder / "model.safetensors")
-        missing = sorted(tower.state_dict().keys() - weights.keys())
-        _refuse_missing(missing, folder)
-        tower.load_state_dict({name: weights[name] for name in tower.state_dict()})
+        weights = read_tensors(folder / "model.safetensors")
+        with reading(folder):
+            tower = timm.create_model(config["architecture"], pretrained=False, num_classes=0)
+            _refuse_missing(sorted(tower.state_dict().keys() - weights.keys()), folder)
+            tower.load_state_dict({name: weights[name] for name in tower.state_dict()})
         return tower.to(dtype)
     from transformers import AutoConfig, AutoModel
 
     check_part(folder, "model.vision")
-    parsed = AutoConfig.from_pretrained(folder)
+    parsed = read_settings(AutoConfig, folder)
     if hasattr(parsed, "vision_config"):  # a CLIP or SigLIP folder holds a text tower too
         parsed = parsed.vision_config
     options = {"dtype": dtype, "attn_implementation": attention.NAME, "output_loading_info": True}
-    tower, found = AutoModel.from_pretrained(folder, config=parsed, **options)
+    tower, found = load_pretrained(AutoModel, folder, config=parsed, **options)
     _refuse_missing(sorted(found["missing_keys"]), folder)
     return tower
 

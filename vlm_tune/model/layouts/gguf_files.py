@@ -13,6 +13,7 @@ from vlm_tune.model import attention
 from vlm_tune.model.layouts.gguf_text import write_text_model
 from vlm_tune.model.layouts.gguf_vision import check_vision, vision_tensors, write_vision_model
 from vlm_tune.model.layouts.processor import jinja_template
+from vlm_tune.model.pretrained import load_pretrained
 from vlm_tune.model.vlm import VisionLanguageModel
 
 TEXT, VISION = "model.gguf", "mmproj.gguf"
@@ -36,7 +37,8 @@ def save(
 
 def load_back(folder: Path, vlm: VisionLanguageModel) -> VisionLanguageModel:
     """Read both files into the shape of the model that they were written from: text by transformers' own reader."""
-    llm = AutoModelForCausalLM.from_pretrained(
+    llm = load_pretrained(
+        AutoModelForCausalLM,
         folder,
         gguf_file=TEXT,
         dtype=torch.float32,

@@ -13,6 +13,7 @@ from vlm_tune.model.layouts.official_config import text_config
 from vlm_tune.model.layouts.official_keys import Heads, part_entries
 from vlm_tune.model.layouts.weights import Shards
 from vlm_tune.model.llm import guard_4bit, load_llm, quantization
+from vlm_tune.model.pretrained import make_empty
 from vlm_tune.model.quantize import use_quantized_layers
 
 HEAD = "output.weight"
@@ -27,7 +28,7 @@ def load_language_model(folder: Path, dtype: torch.dtype, quantize: Quantize = Q
         return load_llm(folder, dtype, quantize)
     text = text_config({"llm_config": read_json(folder)}, folder)
     with torch.device("meta"):
-        llm = AutoModelForCausalLM.from_config(text, attn_implementation=attention.NAME)
+        llm = make_empty(AutoModelForCausalLM, text, attn_implementation=attention.NAME)
     llm.config.use_cache = False
     shapes = {name: tuple(weight.shape) for name, weight in llm.named_parameters()}
     table = part_entries(shapes, "llm.", "language_model.", Heads.of(text))

@@ -12,6 +12,7 @@ from vlm_tune.model.layouts.fill import fill
 from vlm_tune.model.layouts.official_config import vision_config
 from vlm_tune.model.layouts.official_keys import part_entries
 from vlm_tune.model.layouts.weights import Shards
+from vlm_tune.model.pretrained import make_empty
 from vlm_tune.model.vision import load_tower
 
 KIND = "intern_vit_6b"  # of InternViT-300M too
@@ -26,7 +27,7 @@ def load_encoder(folder: Path, dtype: torch.dtype) -> Any:
         return load_tower(folder, dtype)
     config = vision_config({"vision_config": read_json(folder)})
     with torch.device("meta"):
-        tower = AutoModel.from_config(config, attn_implementation=attention.NAME)
+        tower = make_empty(AutoModel, config, attn_implementation=attention.NAME)
     shapes = {name: tuple(weight.shape) for name, weight in tower.named_parameters()}
     table = part_entries(shapes, "vision.tower.", "vision_model.")
     shards = Shards.find(folder)

@@ -5,7 +5,6 @@ folder; plain transformers loads it with no code of ours.
 """
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import (
@@ -22,6 +21,7 @@ from vlm_tune.model import attention
 from vlm_tune.model.isolation import check_language_model
 from vlm_tune.model.layouts.loaded import Loaded
 from vlm_tune.model.llm import guard_4bit, load_tokenizer, quantization
+from vlm_tune.model.pretrained import load_pretrained, make_empty, read_settings
 from vlm_tune.model.projector import Projector
 from vlm_tune.model.vision import VisionEncoder, resample_positions
 from vlm_tune.model.vlm import ImageTokens, View, VisionLanguageModel
@@ -35,12 +35,12 @@ OTHER_PARTS = [
 
 def load(folder: Path, model: ModelConfig, dtype: torch.dtype, quantize: Quantize) -> Loaded:
     """Take a native folder apart into vision encoder, projector and language model."""
-    config = AutoConfig.from_pretrained(folder)
+    config = read_settings(AutoConfig, folder)
     options = (
         {"quantization_config": quantization(quantize, dtype, OTHER_PARTS)} if quantize is not Quantize.none else {}
     )
-    native = InternVLForConditionalGeneration.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention.NAME, **options
+    native = load_pretrained(
+        InternVLForConditionalGeneration, folder, dtype=dtype, attn_implementation=attention.NAME, **options
     )
     tower = native.model.vision_tower
     resample_positions(tower, model.tiles.size)
@@ -63,7 +63,7 @@ def as_causal_lm(native: PreTrainedModel) -> PreTrainedModel:
     config = native.config.text_config
     config.tie_word_embeddings = native.config.tie_word_embeddings
     with torch.device("meta"):
-        llm = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
+        llm = make_empty(AutoModelForCausalLM, config, attn_implementation=attention.NAME)
     llm.model = native.model.language_model
     llm.lm_head = native.lm_head
     llm.config.use_cache = False
@@ -112,14 +112,5 @@ def save(vlm: VisionLanguageModel, folder: Path, shard: str = "2GB") -> None:
     shell = native.model.multi_modal_projector.to_empty(device=vlm.device).to(vlm.projector.linear_1.weight.dtype)
     shell.load_state_dict(vlm.projector.state_dict())
     native.config.dtype = vlm.llm.dtype
-    native.generation_config = generation_settings(vlm)
+    native.generation_config = vlm.llm.generation_config
     native.save_pretrained(folder, max_shard_size=shard)
-
-
-def generation_settings(vlm: VisionLanguageModel) -> Any:
-    """Greedy by default, as the trainer's own answers are."""
-    settings = vlm.llm.generation_config
-    settings.do_sample = False
-    settings.temperature = settings.top_p = settings.top_k = None
-    settings.use_cache = True
-    return settings

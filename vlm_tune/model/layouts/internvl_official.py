@@ -32,6 +32,7 @@ from vlm_tune.model.layouts.official_config import (
 from vlm_tune.model.layouts.official_keys import Entry, Heads, entries
 from vlm_tune.model.layouts.weights import Shards, write_shards
 from vlm_tune.model.llm import guard_4bit, load_tokenizer, quantization
+from vlm_tune.model.pretrained import make_empty
 from vlm_tune.model.projector import Projector
 from vlm_tune.model.quantize import use_quantized_layers
 from vlm_tune.model.vision import VisionEncoder, cut_layers, resample_positions
@@ -71,8 +72,8 @@ def empty_model(config: dict[str, Any], model: ModelConfig, folder: Path) -> Vis
     """Make the whole model without weights, no layer cut off, on the meta device."""
     text = text_config(config, folder)
     with torch.device("meta"):
-        tower = AutoModel.from_config(vision_config(config), attn_implementation=attention.NAME)
-        llm = AutoModelForCausalLM.from_config(text, attn_implementation=attention.NAME)
+        tower = make_empty(AutoModel, vision_config(config), attn_implementation=attention.NAME)
+        llm = make_empty(AutoModelForCausalLM, text, attn_implementation=attention.NAME)
         vision = VisionEncoder(tower)
         projector = Projector(model.projector, vision.width, text.hidden_size)
     llm.config.use_cache = False
@@ -145,6 +146,7 @@ def save(
         }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
+    vlm.llm.generation_config.save_pretrained(folder)
     _write_pictures(model, folder)
     _write_weights(vlm, config, base, folder, shard)
     Console().print(

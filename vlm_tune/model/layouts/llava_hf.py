@@ -22,10 +22,11 @@ from vlm_tune.config.schema import ModelConfig, Quantize, TilesConfig
 from vlm_tune.data.tiles import anyres_grids
 from vlm_tune.errors import CheckpointError, ConfigError
 from vlm_tune.model import attention
-from vlm_tune.model.layouts.internvl_hf import OTHER_PARTS, as_causal_lm, generation_settings
+from vlm_tune.model.layouts.internvl_hf import OTHER_PARTS, as_causal_lm
 from vlm_tune.model.layouts.loaded import Loaded
 from vlm_tune.model.llava import CLASS_TOKENS, TOKENS, read_hub
 from vlm_tune.model.llm import guard_4bit, load_tokenizer, quantization
+from vlm_tune.model.pretrained import load_pretrained
 from vlm_tune.model.projector import Projector
 from vlm_tune.model.vision import VisionEncoder, resample_positions, whole_weights
 from vlm_tune.model.vlm import View, VisionLanguageModel
@@ -61,7 +62,8 @@ def _load_native(folder: Path, is_next: bool, dtype: torch.dtype, quantize: Quan
     if quantize is not Quantize.none:
         options["quantization_config"] = quantization(quantize, dtype, OTHER_PARTS)
     kind: Any = LlavaNextForConditionalGeneration if is_next else LlavaForConditionalGeneration
-    native, found = kind.from_pretrained(
+    native, found = load_pretrained(
+        kind,
         folder,
         dtype=dtype,
         attn_implementation=attention.NAME,
@@ -130,7 +132,7 @@ def save(vlm: VisionLanguageModel, tiles: TilesConfig, folder: Path, shard: str 
     """
     config = native_config(vlm, tiles)
     config.save_pretrained(folder)
-    generation_settings(vlm).save_pretrained(folder)
+    vlm.llm.generation_config.save_pretrained(folder)
     save_torch_state_dict(hub_weights(vlm), folder, max_shard_size=shard)
 
 

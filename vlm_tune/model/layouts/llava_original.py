@@ -22,6 +22,7 @@ from vlm_tune.model.layouts.loaded import Loaded
 from vlm_tune.model.layouts.weights import Shards, write_shards
 from vlm_tune.model.llava import TOKENS, read_original, tower_config, vision_folder
 from vlm_tune.model.llm import add_tokens, guard_4bit, load_tokenizer, quantization
+from vlm_tune.model.pretrained import from_weights, make_empty
 from vlm_tune.model.projector import Projector
 from vlm_tune.model.vision import VisionEncoder, load_tower, resample_positions, whole_tower, whole_weights
 from vlm_tune.model.vlm import View, VisionLanguageModel
@@ -46,8 +47,8 @@ def load(folder: Path, model: ModelConfig, dtype: torch.dtype, quantize: Quantiz
     tower_folder = vision_folder(folder, config, model)
     has_vision = any(key.startswith(VISION) for key in shards.shapes)
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(text_config(config, folder))
-        tower = AutoModel.from_config(tower_config(tower_folder))
+        empty = make_empty(AutoModelForCausalLM, text_config(config, folder))
+        tower = make_empty(AutoModel, tower_config(tower_folder))
     projector = Projector(model.projector, tower.config.hidden_size, empty.config.hidden_size)
     names = {key: key for key, _ in empty.named_parameters()}
     projector_names = their_projector(projector)
@@ -83,8 +84,8 @@ def _text_model(
     options: dict[str, Any] = {}
     if quantize is not Quantize.none:
         options["quantization_config"] = quantization(quantize, dtype)
-    llm: PreTrainedModel = type(empty).from_pretrained(
-        None, config=empty.config, state_dict=weights, dtype=dtype, attn_implementation=attention.NAME, **options
+    llm: PreTrainedModel = from_weights(
+        type(empty), weights, config=empty.config, dtype=dtype, attn_implementation=attention.NAME, **options
     )
     llm.config.use_cache = False
     guard_4bit(llm)

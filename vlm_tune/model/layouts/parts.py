@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,6 +19,7 @@ from vlm_tune.model.folders import PARTS_SETTINGS, read_parts
 from vlm_tune.model.layouts.internlm2 import load_language_model
 from vlm_tune.model.layouts.internvit import load_encoder
 from vlm_tune.model.layouts.loaded import Loaded
+from vlm_tune.model.layouts.weights import read_tensors
 from vlm_tune.model.llava import image_tokens
 from vlm_tune.model.llm import add_tokens, load_tokenizer
 from vlm_tune.model.projector import Projector
@@ -63,7 +64,7 @@ def load(folder: Path, model: ModelConfig, dtype: torch.dtype, quantize: Quantiz
     """Load a folder that `save` wrote."""
     keeps_class = read_parts(folder, model)
     loaded = join(folder / "vision", folder / "llm", model, dtype, quantize, keeps_class)
-    loaded.vlm.projector.load_state_dict(load_file(folder / PROJECTOR))
+    loaded.vlm.projector.load_state_dict(read_tensors(folder / PROJECTOR))
     return loaded
 
 

@@ -15,6 +15,7 @@ from vlm_tune.data.encode import Encoder
 from vlm_tune.data.templates import Template
 from vlm_tune.data.tiles import find_normalization
 from vlm_tune.errors import ConfigError
+from vlm_tune.model.pretrained import read_settings
 from vlm_tune.model.vlm import ImageTokens
 
 
@@ -40,7 +41,7 @@ def save_processor(tokenizer: PreTrainedTokenizerBase, encoder: Encoder, model: 
     named = {"start_image_token": tokens.start, "end_image_token": tokens.end, "context_image_token": tokens.context}
     tokenizer.save_pretrained(folder)
     # the processor asks for these by name, and only a tokenizer that is loaded with them knows them by name
-    tokenizer = AutoTokenizer.from_pretrained(folder, extra_special_tokens={**named, "video_token": tokens.video})
+    tokenizer = read_settings(AutoTokenizer, folder, extra_special_tokens={**named, "video_token": tokens.video})
     template = jinja_template(encoder.template, model.system, show_content(tokens.context))
     tokenizer.chat_template = template
     processor = InternVLProcessor(

@@ -1,6 +1,7 @@
 """Weights on disk: read tensor by tensor, with little memory beside the model, and written shard by shard."""
 
 import json
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +16,13 @@ from torch import Tensor
 from transformers.utils.hub import convert_file_size_to_int
 
 from vlm_tune.errors import CheckpointError
+from vlm_tune.model.folder_files import read_object
 
 MAPPED_BYTES = 64 * 1024**2  # a shard's pages that were read stay in memory until its file is opened anew
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
+SUFFIXES = (".safetensors", ".bin")
+COUNTED = ("position_ids", "num_batches_tracked")  # buffers of whole numbers
 Shape = tuple[int, ...]
 
 
@@ -38,17 +42,18 @@ class Shards:
         that does not name what its shards hold.
         """
         index = next((folder / name for name in INDEXES if (folder / name).is_file()), None)
-        if index is not None:
-            named: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(named.values()))
-        else:
-            names = [name for name in SINGLES if (folder / name).is_file()][:1]
+        named = {} if index is None else _weight_map(index)
+        singles = [name for name in SINGLES if (folder / name).is_file()][:1]
+        names = sorted(set(named.values())) if index is not None else singles
         if not names:
             raise CheckpointError(f"{folder}: no weights. It should hold {SINGLES[0]} or {INDEXES[0]} and its shards")
         files: dict[str, str] = {}
         shapes: dict[str, Shape] = {}
         for name in names:
             found = _shapes_of(folder / name)
+            if twice := sorted(found.keys() & files.keys()):
+                both = f"{files[twice[0]]} and {name}"
+                raise CheckpointError(f"{folder}: \n  {listed(twice)}\n  in two shards, {both}. Copy the folder anew")
             files |= dict.fromkeys(found, name)
             shapes |= found
         if index is not None and named != files:
@@ -117,11 +122,39 @@ def listed(problems: list[str], most: int = 10) -> str:
     return "\n  ".join(problems[:most] + rest)
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read all tensors of one .safetensors or .bin file; raise CheckpointError for one that cannot be read."""
+    if path.suffix == ".bin":
+        return _unpickled(path)
+    with _opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    named = read_object(index).get("weight_map")
+    if not isinstance(named, dict) or not all(
+        isinstance(name, str) and Path(name).name == name and Path(name).suffix in SUFFIXES for name in named.values()
+    ):
+        raise CheckpointError(f"{index}: its weight_map does not name a shard beside it for each key. Copy it anew")
+    return named
+
+
 def _shapes_of(path: Path) -> dict[str, Shape]:
     if path.suffix == ".bin":
         return {key: tuple(tensor.shape) for key, tensor in _unpickled(path).items()}
     with _opened(path) as file:
-        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        counted = [key for key, each in slices.items() if "F" not in each.get_dtype() and not key.endswith(COUNTED)]
+        if counted and not _is_packed(path.parent):
+            kind = slices[counted[0]].get_dtype()
+            raise CheckpointError(f"{path}: \n  {listed(counted)}\n  {kind}, whole numbers, for weights. Copy it anew")
+        return {key: tuple(each.get_shape()) for key, each in slices.items()}
+
+
+def _is_packed(folder: Path) -> bool:
+    """Tell whether a folder says that its weights are codes of fewer bits."""
+    config = folder / "config.json"
+    return config.is_file() and "quantization_config" in read_object(config)
 
 
 def _read_file(path: Path, keys: list[str]) -> Iterator[tuple[str, Tensor]]:
@@ -150,10 +183,12 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
-    """Read a .bin file; its pages are mapped, so that only what is used comes into memory."""
+    """Read a .bin file; its pages are mapped, so that only what is used comes into memory, where its age allows it."""
     try:
-        weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or "the file ends too early").splitlines()[0]
         raise CheckpointError(f"{path}: not read ({reason}). Save the weights as safetensors") from error
+    if not isinstance(weights, dict) or not all(isinstance(weight, Tensor) for weight in weights.values()):
+        raise CheckpointError(f"{path}: it holds something other than named tensors. Save the weights as safetensors")
     return weights

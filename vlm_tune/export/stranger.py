@@ -1,0 +1,71 @@
+"""Ask an exported folder as a stranger does: plain transformers, with the folder's own template, stops and settings."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoImageProcessor, AutoProcessor
+
+from vlm_tune.config.schema import Config
+from vlm_tune.data.dataset import Conversations
+from vlm_tune.data.sample import Message, Picture, Sample
+from vlm_tune.evaluation.evaluate import open_test, prompt_of, read_questions
+from vlm_tune.export.parity import NEW_TOKENS, agreement
+from vlm_tune.model.build import Model
+from vlm_tune.model.generate import Prompt
+from vlm_tune.model.pretrained import read_settings
+
+
+class Questions:
+    """A few real questions with pictures, as our encoder writes them and as transformers takes a conversation."""
+
+    def __init__(self, model: Model, config: Config, count: int = 4) -> None:
+        test = open_test(config, model)
+        samples = [question.sample for question in read_questions(test, count)] if test is not None else []
+        self.prompts: list[Prompt] = [prompt_of(test, sample) for sample in samples] if test is not None else []
+        self.chats = [chat(test, sample) for sample in samples] if test is not None else []
+
+
+def chat(test: Conversations, sample: Sample) -> list[dict[str, Any]] | None:
+    """Write a conversation up to its last question as transformers' processors take it.
+
+    None for one that their templates cannot write: a picture that does not stand first in its turn, or several, which
+    training let share the tiles.
+    """
+    turns = sample.messages[:-1] if sample.messages[-1].role == "assistant" else sample.messages
+    pictures = [part for turn in turns for part in turn.parts if isinstance(part, Picture)]
+    if len(pictures) > 1 or any(isinstance(part, Picture) for turn in turns for part in turn.parts[1:]):
+        return None
+    return [{"role": turn.role, "content": list(content(test, turn))} for turn in turns]
+
+
+def content(test: Conversations, turn: Message) -> Any:
+    """Yield what a turn holds."""
+    for part in turn.parts:
+        if isinstance(part, Picture):
+            yield {"type": "image", "image": test.reader.open_picture(part)}
+    yield {"type": "text", "text": turn.text.strip()}
+
+
+@torch.no_grad()
+def plain_agreement(plain: Any, folder: Path, questions: Questions, answers: list[list[int]]) -> float:
+    """Say how many of the trained model's tokens a plain model generates, by what stands in the folder alone.
+
+    1.0 is all; a conversation whose prompt the folder's template writes otherwise counts as none.
+    """
+    processor = read_settings(AutoProcessor, folder)
+    processor.image_processor = read_settings(AutoImageProcessor, folder, backend="pil")  # as training resized
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    shares = []
+    for turns, prompt, answer in zip(questions.chats, questions.prompts, answers, strict=True):
+        if turns is None:
+            continue
+        inputs = processor.apply_chat_template(turns, **options)
+        length = inputs["input_ids"].shape[1]
+        if not np.array_equal(inputs["input_ids"][0].numpy(), prompt.example.input_ids):
+            shares.append(0.0)
+            continue
+        ids = plain.generate(**inputs, max_new_tokens=NEW_TOKENS)[0, length:].tolist()
+        shares.append(agreement(answer, ids))
+    return sum(shares) / len(shares) if shares else 1.0
