@@ -15,11 +15,12 @@ from vlm_tune.config.schema import Config
 from vlm_tune.data.check_html import write_html
 from vlm_tune.data.check_report import print_report, summarise
 from vlm_tune.data.check_rows import ROW_KINDS, Findings, RowCheck, add_fault, add_repeats
-from vlm_tune.data.dataset import Conversations, find_file
+from vlm_tune.data.dataset import Conversations
 from vlm_tune.data.encode import Encoder
 from vlm_tune.data.index import start_worker
 from vlm_tune.data.meta import MetaEntry, is_meta, read_meta
 from vlm_tune.data.mixture import open_data, open_set
+from vlm_tune.data.paths import find_file
 from vlm_tune.errors import ConfigError, DataError
 
 REPEATED_IDS = ("error", "allow")

@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from vlm_tune.errors import ConfigError
-from vlm_tune.export.export import empty_folder, settle
+from vlm_tune.export.export import settle
 from vlm_tune.export.parity import FLOAT32_BOUND
 from vlm_tune.export.plain import load_adapter, read
+from vlm_tune.export.wanted import empty_folder
 
 WEIGHTS = (".safetensors", ".bin", ".index.json", ".gguf")
 NUM_TOKENS = 64  # of the random text on which both are compared

@@ -6,14 +6,14 @@ Both training and everything that reads a finished run (chat, evaluate, export) 
 import os
 import shutil
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from vlm_tune.config.parse import read_config
 from vlm_tune.config.schema import Config
 from vlm_tune.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:  # torch takes seconds to import, and a run that is not there is said before
+    from torch import Tensor, nn
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -106,6 +106,8 @@ def start_of(checkpoint: Path) -> Path | None:
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint without running any code that it might hold."""
+    import torch
+
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, EOFError, ValueError) as error:
@@ -118,7 +120,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def trained_weights(checkpoint: Path) -> dict[str, Tensor]:
+def trained_weights(checkpoint: Path) -> dict[str, "Tensor"]:
     """Read the trained weights of a checkpoint under the model's own names."""
     state = read_checkpoint(checkpoint)
     if "state_dict" not in state:
@@ -126,11 +128,13 @@ def trained_weights(checkpoint: Path) -> dict[str, Tensor]:
     return {name.removeprefix("vlm."): weight for name, weight in state["state_dict"].items()}
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path, complete: bool) -> None:
+def load_weights(model: "nn.Module", weights: dict[str, "Tensor"], source: Path, complete: bool) -> None:
     """Copy weights into a model. Unknown or misshapen names are errors; with `complete`, so are missing ones.
 
     `complete=False` is the start of a new stage from an older one: its new adapters have no weights yet.
     """
+    import torch
+
     parameters = dict(model.named_parameters())
     problems = [f"{name}: the model has no such weight" for name in weights if name not in parameters]
     problems += [

@@ -10,7 +10,7 @@ from vlm_tune.config.schema import Config, ModelConfig, TileRule, TooLong
 from vlm_tune.data.chat_template import choose_template
 from vlm_tune.data.encode import Encoder, EncoderSettings
 from vlm_tune.errors import ConfigError
-from vlm_tune.model.folders import find_folder, model_kind, read_json, read_parts
+from vlm_tune.model.folders import find_folder, model_kind, read_json, read_parts, require_weights
 from vlm_tune.model.llava import LLAVA_KINDS, image_tokens, read_llava
 from vlm_tune.model.llm import load_tokenizer
 from vlm_tune.model.projector import tokens_per_tile
@@ -90,15 +90,6 @@ def find_parts(model: ModelConfig) -> tuple[Path, Path]:
         return folder, folder
     read_parts(folder, model)
     return folder / "vision", folder / "llm"
-
-
-def require_weights(model: ModelConfig) -> None:
-    """Raise ConfigError for a model that names neither a whole checkpoint nor both of its parts."""
-    if model.path is None and (model.vision.path is None or model.llm.path is None):
-        raise ConfigError(
-            f"model={model.name} names no weights: set model.path=FOLDER for a whole checkpoint, or both "
-            "model.vision.path and model.llm.path"
-        )
 
 
 def count_patches(folder: Path, tile_size: int) -> int:

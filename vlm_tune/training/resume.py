@@ -3,8 +3,9 @@
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from vlm_tune.config.own_function import remember
 from vlm_tune.config.schema import Config, flatten
 from vlm_tune.errors import CheckpointError, ConfigError
 from vlm_tune.model.checkpoint import (
@@ -16,7 +17,9 @@ from vlm_tune.model.checkpoint import (
     run_of,
     trained_weights,
 )
-from vlm_tune.model.vlm import VisionLanguageModel
+
+if TYPE_CHECKING:  # settings that cannot be resumed are said before torch is imported, which takes seconds
+    from vlm_tune.model.vlm import VisionLanguageModel
 
 # keys that do not touch what is computed: they may differ from the interrupted run's
 FREE = (
@@ -66,6 +69,7 @@ def find_resume(config: Config) -> Path | None:
 def differences(before: Config, now: Config) -> dict[str, str]:
     """List the settings that differ and matter, by key."""
     old, new = flatten(plain(asdict(before))), flatten(plain(asdict(now)))
+    new["data.format"] = remember(now.data.format)
     return {
         key: f"{key}: {old[key]} then, {new[key]} now"
         for key in new
@@ -100,7 +104,7 @@ def initial_checkpoint(config: Config) -> Path | None:
     return find_checkpoint(str(run))
 
 
-def go_on_from(vlm: VisionLanguageModel, checkpoint: Path) -> None:
+def go_on_from(vlm: "VisionLanguageModel", checkpoint: Path) -> None:
     """Load an interrupted run's weights; raise CheckpointError unless they are exactly those that this run trains.
 
     Lightning loads them once more with the optimizer's state, but passes over names that do not fit.
@@ -108,6 +112,6 @@ def go_on_from(vlm: VisionLanguageModel, checkpoint: Path) -> None:
     load_weights(vlm, trained_weights(checkpoint), checkpoint, complete=True)
 
 
-def start_from(vlm: VisionLanguageModel, checkpoint: Path) -> None:
+def start_from(vlm: "VisionLanguageModel", checkpoint: Path) -> None:
     """Load an earlier stage's trained weights."""
     load_weights(vlm, trained_weights(checkpoint), checkpoint, complete=False)

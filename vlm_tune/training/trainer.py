@@ -1,7 +1,6 @@
 """Lightning's Trainer for a configuration: devices, precision, accumulation, callbacks, loggers."""
 
 import ctypes
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from vlm_tune.config.schema import Config, Precision, Strategy
 from vlm_tune.errors import ConfigError
 from vlm_tune.model.build import resolve_precision
+from vlm_tune.model.ready import require_packages
 from vlm_tune.training.callbacks.checkpoints import AtomicCheckpoints, SaveCheckpoints
 from vlm_tune.training.callbacks.metrics import MetricsFile
 from vlm_tune.training.callbacks.progress import ProgressLine
@@ -71,12 +71,7 @@ def check_trainer(config: Config) -> None:
             raise ConfigError("trainer.precision=fp16 needs a GPU: set trainer.precision=bf16 or fp32 on a CPU")
         if strategy not in (Strategy.auto, Strategy.ddp):
             raise ConfigError(f"strategy={strategy.value} needs GPUs: set strategy=ddp on CPUs")
-    unknown = [name for name in config.logger.names if name not in LOGGERS]
-    if unknown:
-        raise ConfigError(f"logger.names={unknown}: no such logger. There are: {', '.join(LOGGERS)}")
-    missing = [name for name in config.logger.names if find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"logger.names={missing}: not installed. Run `pip install {' '.join(missing)}`")
+    require_packages(config)
 
 
 def has_gpu(config: Config) -> bool:
