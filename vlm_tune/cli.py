@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from vlm_tune import __version__
 from vlm_tune.config.hints import bare_hint, flag_hint, our_name
-from vlm_tune.config.parse import GROUPS, load_config, nearest_of, options, short_names
+from vlm_tune.config.parse import GROUPS, describe_sources, load_config, nearest_of, options, short_names
 from vlm_tune.config.schema import Config
 from vlm_tune.config.usage import USAGE, usage, usage_of
 from vlm_tune.errors import ConfigError, VlmTuneError
@@ -113,6 +113,8 @@ def train_verb(arguments: list[str]) -> int:
         initial_checkpoint(config)
     from vlm_tune.training.run import train  # late, as in all verbs: torch takes seconds to import
 
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        sys.stdout.write(describe_sources(arguments, config))
     train(config)
     return 0
 

@@ -107,6 +107,21 @@ def write_config(config: Config, path: Path) -> None:
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(kept)), encoding="utf-8")
 
 
+def describe_sources(overrides: list[str], config: Config) -> str:
+    """Say where a run's settings come from: the command line, the file of this model in this stage, the groups."""
+    names = f"{config.model.name}_{config.stage.name}"
+    path, lines = CONF / "tuned" / f"{names}.yaml", []
+    if overrides:
+        lines.append(f"settings of the command line: {' '.join(overrides)}")
+    if path.is_file() and not any(override.startswith("~tuned") for override in overrides):
+        now = flatten(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))  # type: ignore[arg-type]
+        tuned = flatten(OmegaConf.to_container(OmegaConf.load(path)))  # type: ignore[arg-type]
+        kept = [f"{key}={value}" for key, value in tuned.items() if now.get(key) == value]
+        lines.append(f"settings of conf/tuned/{names}.yaml (~tuned leaves them out): {' '.join(kept)}")
+    lines.append(f"all others: conf/stage/{config.stage.name}.yaml, conf/model/{config.model.name}.yaml, and defaults")
+    return "\n".join(lines) + "\n"
+
+
 def explain(error: Exception, given: Sequence[str] = ()) -> str:
     """Say a Hydra or OmegaConf fault of the `given` arguments in this project's form: what, where, what to do."""
     if isinstance(error, OverrideParseException):

@@ -117,14 +117,28 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         if type(error).__name__ != "UnpicklingError":
             raise
         raise CheckpointError(f"{path}: it holds objects other than weights and is not loaded, for safety") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: it holds a {type(state).__name__}. Name a checkpoint of a vlm_tune run")
     return state
 
 
 def trained_weights(checkpoint: Path) -> dict[str, "Tensor"]:
     """Read the trained weights of a checkpoint under the model's own names."""
+    import torch
+
     state = read_checkpoint(checkpoint)
     if "state_dict" not in state:
         raise CheckpointError(f"{checkpoint}: it holds no state_dict. Name a checkpoint of a vlm_tune run")
+    weights = state["state_dict"]
+    if not isinstance(weights, dict) or not all(isinstance(weight, torch.Tensor) for weight in weights.values()):
+        raise CheckpointError(
+            f"{checkpoint}: its state_dict holds no weights by name. Name a checkpoint of a vlm_tune run"
+        )
+    broken = [name for name, weight in weights.items() if weight.is_floating_point() and not weight.isfinite().all()]
+    if broken:
+        raise CheckpointError(
+            f"{checkpoint}: {len(broken)} of its weights are no numbers ({broken[0]}). Take an older one of the run"
+        )
     return {name.removeprefix("vlm."): weight for name, weight in state["state_dict"].items()}
 
 

@@ -15,6 +15,7 @@ from vlm_tune.model.ready import require_packages
 from vlm_tune.training.callbacks.checkpoints import AtomicCheckpoints, SaveCheckpoints
 from vlm_tune.training.callbacks.metrics import MetricsFile
 from vlm_tune.training.callbacks.progress import ProgressLine
+from vlm_tune.training.intervals import every
 
 PRECISIONS = {Precision.fp32: "32-true", Precision.bf16: "bf16-mixed", Precision.fp16: "16-mixed"}
 LOGGERS: dict[str, Any] = {
@@ -39,7 +40,7 @@ def make_trainer(config: Config, max_steps: int, run: Path, callbacks: list[L.Ca
         max_epochs=-1,
         accumulate_grad_batches=trainer.global_batch // slots,
         gradient_clip_val=config.stage.clip or None,
-        val_check_interval=trainer.val_every * (trainer.global_batch // slots),
+        val_check_interval=every(trainer.val_every, max_steps) * (trainer.global_batch // slots),
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
@@ -48,7 +49,7 @@ def make_trainer(config: Config, max_steps: int, run: Path, callbacks: list[L.Ca
         callbacks=[
             ProgressLine(trainer.log_every),
             MetricsFile(run, trainer.log_every),
-            SaveCheckpoints(run, trainer.save_every, trainer.keep),
+            SaveCheckpoints(run, every(trainer.save_every, max_steps), trainer.keep),
             *callbacks,
         ],
         plugins=[AtomicCheckpoints()],
