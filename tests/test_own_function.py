@@ -29,7 +29,7 @@ def made(toys, tmp_path_factory):
 @pytest.fixture
 def stranger(made, tmp_path):
     """Give a run folder as a stranger may write it: its configuration names a function without a hash."""
-    folder, function, run = made
+    _, function, run = made
     shutil.copytree(run, tmp_path / "run")
     config = tmp_path / "run" / "config.yaml"
     text = config.read_text(encoding="utf-8")

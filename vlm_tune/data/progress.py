@@ -44,7 +44,7 @@ def follow(items: Sequence[Item], title: str, unit: str) -> Iterator[Item]:
         for done, item in enumerate(items, 1):
             yield item
             seconds = time.perf_counter() - start
-            text = f"{done / max(seconds, 1e-9):,.1f} {unit}/s  {estimate.advance(done, seconds)}"
+            text = f"{done / max(seconds, 1e-9):,.1f} {unit}/s  {estimate.advance(done, seconds)}".rstrip()
             bar.update(task, completed=done, description=f"{title}  {text}")
             if not console.is_terminal and seconds - shown >= LINE_SECONDS:
                 shown = seconds

@@ -46,13 +46,15 @@ def train(config: Config) -> Path:
     run = run_of(checkpoint) if checkpoint else make_run_folder(config, start)
     data.write_quarantine(run / "quarantine.jsonl")
 
-    console.print(f"run folder: {run}\nstarts from: {checkpoint or start or 'the base weights'}", highlight=False)
+    console.print(
+        f"run folder: {run}\nstarts from: {checkpoint or start or 'the base weights'}", highlight=False, soft_wrap=True
+    )
     show_data(console, data)
     show_parts(console, parts)
 
-    console.print(describe(config.trainer, max_steps), highlight=False)
+    console.print(describe(config.trainer, max_steps), highlight=False, soft_wrap=True)
     if checkpoint is not None and (change := longer(run_config(checkpoint), config)):
-        console.print(change, highlight=False)
+        console.print(change, highlight=False, soft_wrap=True)
 
     module = VlmModule(model, config, max_steps)
     if checkpoint is not None and checkpoint.name == checkpoint_name(module.max_steps):
@@ -66,7 +68,7 @@ def train(config: Config) -> Path:
         if trainer.is_global_zero:
             report = RunReport(config, run, parts, start)
             examiner.after(trainer.strategy.root_device, report)
-            console.print(f"report: {report.write(module, data)}", highlight=False)
+            console.print(f"report: {report.write(module, data)}", highlight=False, soft_wrap=True)
     return run
 
 
@@ -94,7 +96,7 @@ def fill_ahead(config: Config) -> None:
     if start is not None:
         start_from(model.vlm, start)
     source = start or "the base weights"
-    Console().print(f"pictures are encoded by the encoder of {source}", highlight=False)
+    Console().print(f"pictures are encoded by the encoder of {source}", highlight=False, soft_wrap=True)
     data = DataModule(config, model.encoder)
     data.setup()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -79,7 +79,9 @@ def link_latest(run: Path) -> None:
     except OSError as error:
         link.unlink(missing_ok=True)
         latest = run.parent / "latest"
-        Console().print(f"{latest} cannot name this run ({error.strerror}): write ckpt={run}", highlight=False)
+        Console().print(
+            f"{latest} cannot name this run ({error.strerror}): write ckpt={run}", highlight=False, soft_wrap=True
+        )
 
 
 def environment() -> dict[str, str]:
