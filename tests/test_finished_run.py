@@ -14,9 +14,9 @@ from vlm_tune import cli
 from vlm_tune.cli import main
 from vlm_tune.config.parse import load_config
 from vlm_tune.errors import CheckpointError, TrainingError
+from vlm_tune.model import ready
 from vlm_tune.model.checkpoint import CHECKPOINTS, checkpoints, start_of
 from vlm_tune.serve.chat import Chat
-from vlm_tune.training import trainer
 from vlm_tune.training.run import train
 from vlm_tune.training.run_folder import make_run_folder
 
@@ -141,7 +141,7 @@ def test_weights_that_are_no_numbers_are_not_saved(toys, tmp_path, run_cli):
     ],
 )
 def test_what_is_not_there_is_said_before_a_run_folder_is_made(toys, tmp_path, run_cli, monkeypatch, argument, said):
-    monkeypatch.setattr(trainer, "find_spec", lambda name: None)  # wandb may be installed where the tests run
+    monkeypatch.setattr(ready, "find_spec", lambda name: None)  # wandb may be installed where the tests run
     done = run_cli(*toys.arguments("stage=pretrain", *QUIET, argument, runs=tmp_path))
     assert done.code == 2
     assert said in done.err

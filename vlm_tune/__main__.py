@@ -2,7 +2,11 @@
 
 import sys
 
-from vlm_tune.cli import main
-
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        from vlm_tune.cli import main
+
+        sys.exit(main())
+    except KeyboardInterrupt:  # during the imports: `main` answers for what comes after them
+        sys.stderr.write("\nstopped.\n")
+        sys.exit(130)

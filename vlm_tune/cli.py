@@ -7,71 +7,135 @@ import sys
 import warnings
 from collections.abc import Callable
 
-from vlm_tune.config.parse import GROUPS, load_config, options
+from vlm_tune import __version__
+from vlm_tune.config.hints import bare_hint, flag_hint, our_name
+from vlm_tune.config.parse import GROUPS, describe_sources, load_config, nearest_of, options, short_names
+from vlm_tune.config.schema import Config
+from vlm_tune.config.usage import USAGE, usage, usage_of
 from vlm_tune.errors import ConfigError, VlmTuneError
-
-USAGE = """\
-python -m vlm_tune [VERB] key=value ...
-
-  train      (default) run a stage        stage=finetune model=internvl2_2b data.path=my.jsonl
-  chat       talk to a trained model      ckpt=runs/latest image=photo.jpg
-  evaluate   score a test file            ckpt=runs/latest data.test=test.jsonl
-  export     write a merged model folder  ckpt=runs/latest out=my_model layout=hf dtype=bf16
-  merge      fold a peft adapter into it  base=FOLDER adapter=FOLDER out=my_model
-  check      find every fault in a file   data.path=my.jsonl model=internvl2_2b out=FOLDER
-  cache      encode all pictures ahead    data.path=my.jsonl model=internvl2_2b
-  inspect    see a row as the model does  data.path=my.jsonl row=17 out=row.html (or --text)
-  configs    list stages, models, data
-
-All keys with their defaults: docs/configuration.md. VLM_TUNE_DEBUG=1 shows the traceback of an error.
-"""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; return the exit code: 0, or 2 for an error of the input."""
     given = sys.argv[1:] if arguments is None else arguments
-    verb, rest = (given[0], given[1:]) if given and "=" not in given[0] else ("train", given)
-    if verb == "help" or {"--help", "-h"} & set(given):
-        sys.stdout.write(USAGE)
+    verb, rest = (given[0], given[1:]) if given and is_word(given[0]) else ("train", given)
+    if shown := help_text(verb, given):
+        sys.stdout.write(shown)
         return 0
     quiet_libraries()
     try:
         if verb not in VERBS:
-            raise ConfigError(f"{verb}: no such verb. There are: {', '.join(VERBS)}")
-        return VERBS[verb](rest)
+            raise no_verb(verb)
+        return VERBS[verb](keys_only(verb, rest))
     except VlmTuneError as error:
         if os.environ.get("VLM_TUNE_DEBUG"):
             raise
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return 2
-    except OSError as error:
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not (is_full or error.filename) or os.environ.get("VLM_TUNE_DEBUG"):
+    except ModuleNotFoundError as error:
+        if (error.name or "vlm_tune").startswith("vlm_tune") or os.environ.get("VLM_TUNE_DEBUG"):
             raise
-        if is_full:
-            remedy = "Free some space; an interrupted run then goes on with resume=last"
-        else:
-            remedy = "Look at this path; VLM_TUNE_DEBUG=1 shows what it was needed for"
-        sys.stderr.write(f"VlmTuneError: {error.filename or 'a file'}: {error.strerror}. {remedy}\n")
+        sys.stderr.write(
+            f"ConfigError: the package {error.name} is not installed. Install vlm_tune with all that it needs: "
+            "`pip install vlm_tune`, or `make install` in a checkout\n"
+        )
         return 2
+    except OSError as error:
+        return say_os_error(error)
     except KeyboardInterrupt:
         way_on = " Go on with resume=last, once a checkpoint was saved" if verb == "train" else ""
         sys.stderr.write(f"\nstopped.{way_on}\n")
         return 130
 
 
+def say_os_error(error: OSError) -> int:
+    """Name the path of a fault of the system and a way on; a fault without either is the program's own."""
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if not (is_full or error.filename) or os.environ.get("VLM_TUNE_DEBUG"):
+        raise error
+    if is_full:
+        remedy = "Free some space; an interrupted run then goes on with resume=last"
+    else:
+        remedy = "Look at this path; VLM_TUNE_DEBUG=1 shows what it was needed for"
+    sys.stderr.write(f"VlmTuneError: {error.filename or 'a file'}: {error.strerror}. {remedy}\n")
+    return 2
+
+
+def is_word(argument: str) -> bool:
+    """Tell a word, which may be a verb, from a key=value and from a flag."""
+    return "=" not in argument and not argument.startswith(("-", "+", "~"))
+
+
+def help_text(verb: str, given: list[str]) -> str:
+    """Return what is asked for by `help`, `help VERB`, `VERB --help` or `--version`; nothing for anything else."""
+    if given and given[0] in ("--version", "-V", "version"):
+        return f"vlm_tune {__version__}\n"
+    if verb != "help" and not {"--help", "-h"} & set(given):
+        return ""
+    asked = next((word for word in given if word in VERBS), "")
+    return usage_of(asked) if asked else usage()
+
+
+def no_verb(word: str) -> ConfigError:
+    """Return the error to raise for a first word that is no verb, with what it was meant for."""
+    groups = choices_of_groups()
+    near = nearest_of(word, list(VERBS))
+    is_choice = any(word in choices for choices in groups.values())
+    hint = f"Did you mean {near}?" if near and not is_choice else bare_hint("train", word, groups)
+    return ConfigError(f"{word}: no such verb. There are: {', '.join(VERBS)}. {hint}")
+
+
+def choices_of_groups() -> dict[str, list[str]]:
+    """Map each configuration group to its choices."""
+    return {group: options(group) for group in GROUPS}
+
+
+def keys_only(verb: str, arguments: list[str]) -> list[str]:
+    """Return the arguments as they are; raise ConfigError, with the line that works, for a flag or a bare word."""
+    for number, argument in enumerate(arguments):
+        following = arguments[number + 1] if number + 1 < len(arguments) else ""
+        if argument.startswith("-") and (verb, argument) != ("inspect", "--text"):
+            raise ConfigError(flag_hint(verb, argument, following, short_names()))
+        if is_word(argument):
+            own = ", ".join(USAGE[verb].keys) or "the keys of a run"
+            hint = bare_hint(verb, argument, choices_of_groups())
+            raise ConfigError(f"{argument}: keys are written key=value. This verb has: {own}. {hint}")
+    return arguments
+
+
 def train_verb(arguments: list[str]) -> int:
     """Train one stage."""
     config = load_config(arguments)
-    from vlm_tune.training.run import train  # late: torch takes seconds to import
+    require_all(config)
+    from vlm_tune.training.resume import find_resume, initial_checkpoint
 
+    if find_resume(config) is None:
+        initial_checkpoint(config)
+    from vlm_tune.training.run import train  # late, as in all verbs: torch takes seconds to import
+
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        sys.stdout.write(describe_sources(arguments, config))
     train(config)
     return 0
 
 
+def require_all(config: Config) -> None:
+    """Look at everything that a run needs, while that costs nothing."""
+    from vlm_tune.model.ready import require_model, require_packages, require_rows
+
+    require_packages(config)
+    require_model(config)
+    require_rows(config)
+
+
 def chat_verb(arguments: list[str]) -> int:
     """Talk to a trained model in the terminal."""
-    own, overrides = split_own(arguments, {"ckpt": "runs/latest", "image": ""})
+    own, overrides = split_own("chat", arguments)
+    from vlm_tune.model.ready import require_picture, require_run
+
+    config = require_run(own["ckpt"], overrides)
+    if own["image"]:
+        require_picture(own["image"], config)
     from vlm_tune.serve.chat import chat
 
     chat(own["ckpt"], own["image"], overrides)
@@ -80,7 +144,12 @@ def chat_verb(arguments: list[str]) -> int:
 
 def evaluate_verb(arguments: list[str]) -> int:
     """Score a trained model on a test file."""
-    own, overrides = split_own(arguments, {"ckpt": "runs/latest", "out": ""})
+    own, overrides = split_own("evaluate", arguments)
+    from vlm_tune.model.ready import new_file, require_questions, require_run
+
+    if own["out"]:
+        new_file(own["out"])
+    require_questions(require_run(own["ckpt"], overrides))
     from vlm_tune.evaluation.verb import evaluate
 
     evaluate(own["ckpt"], own["out"], overrides)
@@ -89,26 +158,34 @@ def evaluate_verb(arguments: list[str]) -> int:
 
 def export_verb(arguments: list[str]) -> int:
     """Write a trained model as a folder of its own."""
-    defaults = {"ckpt": "runs/latest", "out": "", "layout": "auto", "dtype": "fp32"}
-    own, overrides = split_own(arguments, defaults | {"base": "trained", "max_shard_size": "2GB"})
-    if not own["out"]:
-        raise ConfigError("out is not set. Give a folder for the exported model: out=FOLDER")
-    from vlm_tune.export.export import Wanted, export
+    own, overrides = split_own("export", arguments)
+    from vlm_tune.export.wanted import Wanted, empty_folder
+    from vlm_tune.model.ready import require_questions, require_run
 
     wanted = Wanted(own["layout"], own["dtype"], own["base"], own["max_shard_size"])
+    wanted.check()
+    if not own["out"]:
+        raise ConfigError("out is not set. Give a folder for the exported model: out=FOLDER")
+    empty_folder(own["out"])
+    require_questions(require_run(own["ckpt"], overrides))
+    from vlm_tune.export.export import export
+
     export(own["ckpt"], own["out"], wanted, overrides)
     return 0
 
 
 def merge_verb(arguments: list[str]) -> int:
     """Fold an adapter that was made elsewhere into its base."""
-    own, overrides = split_own(arguments, {"base": "", "adapter": "", "out": ""})
+    own, overrides = split_own("merge", arguments)
     if missing := [key for key, value in own.items() if not value]:
         raise ConfigError(f"{missing[0]} is not set. Give three folders: base=FOLDER adapter=FOLDER out=FOLDER")
     if overrides:
         raise ConfigError(
             f"{overrides[0]}: merge reads no run, so it has no keys of one: base, adapter and out are all"
         )
+    from vlm_tune.export.wanted import empty_folder
+
+    empty_folder(own["out"])
     from vlm_tune.export.merge_folders import merge
 
     merge(own["base"], own["adapter"], own["out"])
@@ -117,8 +194,9 @@ def merge_verb(arguments: list[str]) -> int:
 
 def check_verb(arguments: list[str]) -> int:
     """Find every faulty row of a data file; 1 when there are any."""
-    own, overrides = take_own(arguments, {"out": "", "repeated_ids": "error"})
+    own, overrides = take_own("check", arguments)
     config = load_config(overrides)
+    require_all(config)
     from vlm_tune.data.check import check
     from vlm_tune.model.encoder import build_encoder
 
@@ -128,6 +206,7 @@ def check_verb(arguments: list[str]) -> int:
 def cache_verb(arguments: list[str]) -> int:
     """Encode the pictures of a run ahead of it."""
     config = load_config(arguments)
+    require_all(config)
     from vlm_tune.training.run import fill_ahead
 
     fill_ahead(config)
@@ -136,10 +215,11 @@ def cache_verb(arguments: list[str]) -> int:
 
 def inspect_verb(arguments: list[str]) -> int:
     """Show what the model sees of one row."""
-    own, overrides = take_own([each for each in arguments if each != "--text"], {"row": "0", "out": ""})
+    own, overrides = take_own("inspect", [each for each in arguments if each != "--text"])
     if not own["row"].isdecimal():
         raise ConfigError(f"row={own['row']}: give the number of a row, counted from 0")
     config = load_config(overrides)
+    require_all(config)
     from vlm_tune.data.inspect import inspect
     from vlm_tune.model.encoder import build_encoder
 
@@ -149,8 +229,12 @@ def inspect_verb(arguments: list[str]) -> int:
 
 def configs_verb(arguments: list[str]) -> int:
     """List what each configuration group offers."""
-    for group in GROUPS:
-        sys.stdout.write(f"{group:11} {', '.join(options(group))}\n")
+    if arguments:
+        raise ConfigError(
+            f"{arguments[0]}: configs has no keys: it lists what stage=, model= and the other groups offer"
+        )
+    for group, choices in choices_of_groups().items():
+        sys.stdout.write(f"{group:11} {', '.join(choices)}\n")
     return 0
 
 
@@ -167,26 +251,30 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
 }
 
 
-def split_own(arguments: list[str], defaults: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+def split_own(verb: str, arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     """Part a verb's own keys from overrides of the run's configuration."""
-    own, overrides = dict(defaults), []
+    own, overrides = USAGE[verb].defaults, []
     for argument in arguments:
-        key, sign, value = argument.partition("=")
-        if not sign:
-            raise ConfigError(f"{argument}: keys are written key=value. This verb has: {', '.join(defaults)}")
-        if key in defaults:
+        key, _, value = argument.partition("=")
+        if key in own:
             own[key] = value
         elif "." in key or key == "seed":
             overrides.append(argument)
         else:
+            hint = our_name(key, value)
+            near = nearest_of(key, list(own))
+            said = (
+                f". Did you mean {near}?" if near else f". Write {hint}" if hint and "." in hint.split("=")[0] else ""
+            )
             raise ConfigError(
-                f"{key}: no such key. This verb has: {', '.join(defaults)}, and keys of the run (data.test=...)"
+                f"{key}: no such key. This verb has: {', '.join(own)}, and keys of the run (data.test=...){said}"
             )
     return own, overrides
 
 
-def take_own(arguments: list[str], defaults: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+def take_own(verb: str, arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     """Part the keys of a verb that reads the whole configuration, as `train` does, from the overrides."""
+    defaults = USAGE[verb].defaults
     own = {key: value for key, _, value in (each.partition("=") for each in arguments) if key in defaults}
     return defaults | own, [each for each in arguments if each.partition("=")[0] not in defaults]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vlm_tune.data.dataset import find_file, sibling
+from vlm_tune.data.paths import find_file, sibling
 from vlm_tune.errors import DataError
 
 

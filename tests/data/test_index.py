@@ -18,8 +18,9 @@ from toys import turns, write_jsonl
 from vlm_tune.config.parse import load_config
 from vlm_tune.config.schema import AugmentConfig, TooLong
 from vlm_tune.data import index as index_module
-from vlm_tune.data.dataset import Conversations, PictureSettings, find_file
+from vlm_tune.data.dataset import Conversations, PictureSettings
 from vlm_tune.data.index import SIZES, index_key, measure_all, open_index, refuse_faults
+from vlm_tune.data.paths import find_file
 from vlm_tune.errors import DataError
 from vlm_tune.model.encoder import build_encoder
 

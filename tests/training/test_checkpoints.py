@@ -3,7 +3,6 @@
 import shutil
 
 import pytest
-import torch
 
 from vlm_tune.config.parse import load_config
 from vlm_tune.model.checkpoint import CHECKPOINTS, checkpoint_name, checkpoints, find_checkpoint
@@ -72,7 +71,8 @@ def test_a_second_way_back_overwrites_nothing_that_the_first_put_aside(run):
 
 
 def test_a_run_that_goes_back_to_its_best_and_is_killed_is_found_again(run):
-    step = torch.load(best_of(run), weights_only=True)["global_step"]
+    step = 4
+    shutil.copy(checkpoints(run)[step - 1], best_of(run))
     for path in checkpoints(run)[:step]:
         path.unlink()  # as a small `keep` does
     put_newer_aside(run, step)

@@ -76,8 +76,8 @@ def _numbers(config: Config) -> list[str]:
         "trainer.devices": trainer.devices,
         "trainer.nodes": trainer.nodes,
         "trainer.log_every": trainer.log_every,
-        "trainer.val_every": trainer.val_every,
-        "trainer.save_every": trainer.save_every,
+        "trainer.val_every": 1 if trainer.val_every is None else trainer.val_every,
+        "trainer.save_every": 1 if trainer.save_every is None else trainer.save_every,
         "trainer.keep": trainer.keep,
         "trainer.max_val_rows": trainer.max_val_rows,
         "data.image.max_pixels": config.data.image.max_pixels,
@@ -106,7 +106,7 @@ def _numbers(config: Config) -> list[str]:
         problems.append(f"seed={config.seed}: set 0 to {2**32 - 1}")
     not_negative = {
         "data.workers": config.data.workers,
-        "trainer.chat_every": trainer.chat_every,
+        "trainer.chat_every": trainer.chat_every or 0,
         "trainer.num_chats": trainer.num_chats,
         "trainer.max_test_rows": trainer.max_test_rows,
     }

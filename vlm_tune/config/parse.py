@@ -1,6 +1,9 @@
 """Compose the YAML groups and the command line with Hydra, check everything, and hand out plain dataclasses."""
 
 import re
+from collections.abc import Sequence
+from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vlm_tune.config.checks import find_problems
+from vlm_tune.config.hints import choice_hint, our_name
+from vlm_tune.config.own_function import disarm, remember, require_same
 from vlm_tune.config.schema import Config, flatten
 from vlm_tune.errors import ConfigError
 
@@ -32,11 +37,19 @@ def load_config(overrides: list[str]) -> Config:
     Raises ConfigError: Hydra and OmegaConf stop at their first fault, faults between fields are listed all at once.
     """
     try:
+        refuse_values_for_groups(overrides)
         with initialize_config_dir(str(CONF), version_base="1.3", job_name="vlm_tune"):
             raw = compose("config", with_own_test(overrides))
         return to_config(raw)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(explain(error)) from error
+        raise ConfigError(explain(error, overrides)) from error
+
+
+def refuse_values_for_groups(overrides: list[str]) -> None:
+    """Raise ConfigError for `trainer=8`: a group takes the name of a choice, and Hydra has no words for a number."""
+    for group, sign, value in (override.partition("=") for override in overrides):
+        if sign and group in GROUPS and isinstance(yaml.safe_load(value or "null"), int | float):
+            raise ConfigError(f"{group}={value}: no such {group}. There are: {', '.join(options(group))}")
 
 
 def with_own_test(overrides: list[str]) -> list[str]:
@@ -69,18 +82,48 @@ def read_config(path: Path, overrides: list[str] | None = None) -> Config:
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: {explain(error)}") from error
     try:
-        return to_config(raw)  # type: ignore[arg-type]
+        config = to_config(raw)  # type: ignore[arg-type]
     except ConfigError as error:
         raise ConfigError(str(error) if overrides else f"{path}: {error}") from error
+    written = OmegaConf.select(OmegaConf.from_dotlist(overrides or []), "data.format")
+    if written is None:
+        config.data.format = disarm(config.data.format)
+    else:
+        require_same(remembered_format(path), config.data.format)
+    return config
+
+
+def remembered_format(path: Path) -> str:
+    """Read how the rows of a run were read."""
+    try:
+        return disarm(str(OmegaConf.select(OmegaConf.load(path), "data.format")))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {explain(error)}") from error
 
 
 def write_config(config: Config, path: Path) -> None:
     """Write every resolved value, so that a run can be read and repeated from its folder alone."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    kept = replace(config, data=replace(config.data, format=remember(config.data.format)))
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(kept)), encoding="utf-8")
 
 
-def explain(error: Exception) -> str:
-    """Say a Hydra or OmegaConf fault in this project's form: what, where, what to do."""
+def describe_sources(overrides: list[str], config: Config) -> str:
+    """Say where a run's settings come from: the command line, the file of this model in this stage, the groups."""
+    names = f"{config.model.name}_{config.stage.name}"
+    path, lines = CONF / "tuned" / f"{names}.yaml", []
+    if overrides:
+        lines.append(f"settings of the command line: {' '.join(overrides)}")
+    if path.is_file() and not any(override.startswith("~tuned") for override in overrides):
+        now = flatten(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))  # type: ignore[arg-type]
+        tuned = flatten(OmegaConf.to_container(OmegaConf.load(path)))  # type: ignore[arg-type]
+        kept = [f"{key}={value}" for key, value in tuned.items() if now.get(key) == value]
+        lines.append(f"settings of conf/tuned/{names}.yaml (~tuned leaves them out): {' '.join(kept)}")
+    lines.append(f"all others: conf/stage/{config.stage.name}.yaml, conf/model/{config.model.name}.yaml, and defaults")
+    return "\n".join(lines) + "\n"
+
+
+def explain(error: Exception, given: Sequence[str] = ()) -> str:
+    """Say a Hydra or OmegaConf fault of the `given` arguments in this project's form: what, where, what to do."""
     if isinstance(error, OverrideParseException):
         return f"{error.override}: not of the form key=value. Quote a value with special characters: key='\"a, b\"'"
     text = str(error).strip()
@@ -88,13 +131,18 @@ def explain(error: Exception) -> str:
     full = f"{text}\n{cause}"
     if match := re.search(r"Key '([^']+)' (?:is not in struct|not in '(\w+)')", full):
         key = re.search(r"full_key: (\S+)", full)
-        return f"{key[1] if key else match[1]}: no such key.{nearest(key[1] if key else match[1])}"
+        name = key[1] if key else match[1]
+        value = next((each.partition("=")[2] for each in given if each.lstrip("+~").startswith(f"{name}=")), "")
+        return f"{name}: no such key.{nearest(name, value)}"
     if match := re.search(r"Could not find '(\w+)/([^']+)'", full):
         known = ", ".join(options(match[1]))
-        return f"{match[1]}={match[2]}: no such {match[1]}. There are: {known}"
+        hint = choice_hint(match[1], match[2])
+        return f"{match[1]}={match[2]}: no such {match[1]}. There are: {known}" + (f". Here, {hint}" if hint else "")
     if key := re.search(r"full_key: (\S+)", full):
         if "missing mandatory value" in full:
             return f"{key[1]} is not set. Give it on the command line: {key[1]}=VALUE"
+        if below := keys_below(key[1]):
+            return f"{key[1]} holds keys of its own. Set one of them: {', '.join(f'{each}=VALUE' for each in below)}"
         reason = next(
             (line for line in full.splitlines() if line.startswith(("Value", "Invalid"))), text.splitlines()[0]
         )
@@ -103,10 +151,29 @@ def explain(error: Exception) -> str:
     return f"{' '.join(lines[:2])}. Keys are written key=value (docs/configuration.md lists all)"
 
 
-def nearest(key: str) -> str:
-    """Suggest the known key that looks most like `key`."""
-    from difflib import get_close_matches
+def nearest(key: str, value: str) -> str:
+    """Say the line that works for another trainer's key, else the known key that looks most like `key`."""
+    if line := our_name(key, value):
+        return f" Write {line}"
+    close = nearest_of(key, known_keys())
+    return f" Did you mean {close}?" if close else " docs/configuration.md lists all keys"
 
-    known = list(flatten(OmegaConf.to_container(OmegaConf.structured(Config))))  # type: ignore[arg-type]
-    close = get_close_matches(key, known, n=1, cutoff=0.5)
-    return f" Did you mean {close[0]}?" if close else " docs/configuration.md lists all keys"
+
+def nearest_of(word: str, known: list[str]) -> str:
+    """Return the known word that looks most like `word`; "" where none does."""
+    return next(iter(get_close_matches(word, known, n=1, cutoff=0.5)), "")
+
+
+def known_keys() -> list[str]:
+    """List every key of a run, dotted."""
+    return list(flatten(OmegaConf.to_container(OmegaConf.structured(Config))))  # type: ignore[arg-type]
+
+
+def short_names() -> dict[str, str]:
+    """Map what may be written for a key as a flag to the key: groups, keys of the root, and whole keys."""
+    return {key: key for key in (*GROUPS, *known_keys())}
+
+
+def keys_below(key: str) -> list[str]:
+    """List the keys that a part of the configuration holds; none for a key that holds a value."""
+    return [known for known in known_keys() if known.startswith(f"{key}.")]

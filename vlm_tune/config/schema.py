@@ -268,11 +268,11 @@ class TrainerConfig:
     global_batch: int = 16  # packs (samples when stage.packing=false) in one optimizer step, over all devices
     micro_batch: int = 1  # of them, in one forward pass of one device
     log_every: int = 1  # optimizer steps
-    val_every: int = 200
+    val_every: int | None = None  # optimizer steps, and at the end; null = a fifth of the run, at most 200
     max_val_rows: int = 512
-    save_every: int = 200
+    save_every: int | None = None  # and at the end; null as above
     keep: int = 2  # newest checkpoints kept, beside the best
-    chat_every: int = 200  # sample answers; 0 = only before and after
+    chat_every: int | None = None  # sample answers; 0 = only before and after; null as above
     num_chats: int = 6  # fixed questions
     max_test_rows: int = 500  # scored before and after training
 

@@ -18,12 +18,13 @@ from vlm_tune.data.check_report import print_report, summarise
 from vlm_tune.data.check_rows import ROW_KINDS, Findings, RowCheck, add_fault, add_repeats
 from vlm_tune.data.check_samples import Look, look_at_some
 from vlm_tune.data.check_shared import HeldOut, Shared, open_held
-from vlm_tune.data.dataset import Conversations, find_file
+from vlm_tune.data.dataset import Conversations
 from vlm_tune.data.encode import Encoder
 from vlm_tune.data.index import start_worker
 from vlm_tune.data.meta import MetaEntry, is_meta, read_meta
 from vlm_tune.data.mixture import open_data, open_set
 from vlm_tune.data.page import data_name
+from vlm_tune.data.paths import find_file
 from vlm_tune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

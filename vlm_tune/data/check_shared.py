@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from vlm_tune.config.schema import Config
-from vlm_tune.data.dataset import Conversations, find_file, sibling
+from vlm_tune.data.dataset import Conversations
 from vlm_tune.data.encode import Encoder
 from vlm_tune.data.images import ImageReader
 from vlm_tune.data.mixture import open_data
+from vlm_tune.data.paths import find_file, sibling
 from vlm_tune.data.sample import Picture, Sample
 from vlm_tune.errors import DataError
 

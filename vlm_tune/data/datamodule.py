@@ -13,15 +13,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlm_tune.config.schema import AugmentConfig, BadSample, Config
 from vlm_tune.data.batch import Batch, add_pictures, collate, token_weight
-from vlm_tune.data.dataset import Conversations, find_file, sibling
+from vlm_tune.data.dataset import Conversations
 from vlm_tune.data.encode import Encoder, Example
 from vlm_tune.data.index import Findings, Index, refuse_faults, write_faults
 from vlm_tune.data.mixture import Mixture, open_data, open_sizes
+from vlm_tune.data.paths import find_file, sibling
 from vlm_tune.data.stream import BatchStream, Cursor, MicroBatch, StreamSettings
-from vlm_tune.errors import CheckpointError, DataError
+from vlm_tune.errors import CheckpointError, DataError, VlmTuneError
 
 
-class MicroBatches(Dataset[Batch]):
+class MicroBatches(Dataset[Batch | VlmTuneError]):
     """Make the batch that a MicroBatch names. Random augmentation depends on (seed, epoch, row) alone."""
 
     def __init__(
@@ -32,7 +33,14 @@ class MicroBatches(Dataset[Batch]):
         self.settings = settings
         self.is_training = is_training
 
-    def __getitem__(self, item: MicroBatch) -> Batch:
+    def __getitem__(self, item: MicroBatch) -> Batch | VlmTuneError:
+        """Return the batch, or the fault of a row: raised in a worker, it would come with torch's traceback as text."""
+        try:
+            return self._make(item)
+        except VlmTuneError as error:
+            return error
+
+    def _make(self, item: MicroBatch) -> Batch:
         examples, tiles, features = [], [], []
         for entry in item.rows:
             row = int(self.index.rows[entry])
@@ -87,8 +95,11 @@ class Part:
         return found
 
 
-class TimedLoader(DataLoader[Batch]):
-    """Count the seconds for which the training loop waits for a batch, worker processes' start included."""
+class TimedLoader(DataLoader[Batch | VlmTuneError]):
+    """Count the seconds for which the training loop waits for a batch, worker processes' start included.
+
+    Raise the fault of a row that a batch could not be made of.
+    """
 
     seconds_waited = 0.0
 
@@ -101,6 +112,8 @@ class TimedLoader(DataLoader[Batch]):
             self.seconds_waited += time.perf_counter() - start
             if batch is None:
                 return
+            if isinstance(batch, VlmTuneError):
+                raise batch
             yield batch
 
 
@@ -184,14 +197,14 @@ class DataModule(L.LightningDataModule):
         groups = stream.groups_per_epoch() * self.config.stage.epochs
         return max(1, round(groups / stream.settings.groups_per_step))
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> TimedLoader:
         """Serve the endless stream; the trainer stops it by its number of steps."""
         assert self.train is not None
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         stream = self.stream(rank, world)
         return self._loader(MicroBatches(self.train.data, self.train.index, stream.settings, True), stream)
 
-    def val_dataloader(self) -> list[DataLoader[Batch]]:
+    def val_dataloader(self) -> list[TimedLoader]:
         """Serve the validation rows in packs, in their order."""
         if self.val is None:
             return []

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +18,9 @@ from vlm_tune.data.feature_cache import FeatureCache
 from vlm_tune.data.fetch import cache_folder
 from vlm_tune.data.formats import parse_record, recognise_rows
 from vlm_tune.data.images import ImageReader
-from vlm_tune.data.recipe import run_recipe
 from vlm_tune.data.rows import open_rows
 from vlm_tune.data.sample import Picture, Sample
 from vlm_tune.data.tiles import make_tiles, picture_spreads, picture_tiles, tile_limits
-from vlm_tune.errors import DataError
 
 Measure = Callable[[Picture, str, str | None], tuple[int, int]]
 """The size of a picture (width, height), by ImageReader.read_size or a method that looks closer."""
@@ -134,36 +131,3 @@ class Tiling:
         if self.tiles.rule is TileRule.anyres:
             return picture_spreads(self.sizes, self.is_frame, self.tiles, max_tiles)
         return picture_tiles(self.sizes, self.is_frame, self.tiles, max_tiles)
-
-
-def find_file(path: str, key: str = "data.path") -> Path:
-    """Turn a path, or recipe:NAME/FILE, into a local path; the recipe is run the first time it is named.
-
-    A pattern of files (`train-*.tar`) stays as it is: `rows` finds its files.
-    """
-    if not path:
-        raise DataError(f"no file is named. Give an existing one: {key}=FILE")
-    if path.startswith("recipe:"):
-        name, _, file = path.removeprefix("recipe:").partition("/")
-        found = run_recipe(name) / file
-    else:
-        found = Path(path).expanduser()
-    if not found.exists() and "*" not in found.name:
-        near = (
-            get_close_matches(found.name, [p.name for p in found.parent.glob("*")], n=1)
-            if found.parent.is_dir()
-            else []
-        )
-        hint = f"Did you mean {found.with_name(near[0])}?" if near else f"Give an existing file: {key}=FILE"
-        place = "" if found.is_absolute() else f" in {Path.cwd()}"
-        raise DataError(f"no such file{place}. {hint}", path)
-    return found
-
-
-def sibling(path: str, part: str) -> Path | None:
-    """Find the validation or test file beside a training file: x_train.jsonl -> x_val.jsonl, or test.jsonl."""
-    train = find_file(path)
-    for name in (part.join(train.name.rsplit("train", 1)), f"{part}{train.suffix}"):  # pretrain_train: the last one
-        if name != train.name and train.with_name(name).is_file():
-            return train.with_name(name)
-    return None

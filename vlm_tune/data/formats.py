@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+from vlm_tune.config.own_function import require_given
 from vlm_tune.data.fields import Fields, check_fields, without
 from vlm_tune.data.formats_cells import read_cells
 from vlm_tune.data.formats_chat import LLAVA_ROLES, read_llava, read_openai, read_sharegpt, read_swift, read_xtuner
@@ -212,13 +213,31 @@ def unknown_dialect(name: str) -> ConfigError:
     return ConfigError(f"data.format={name} is unknown: {hint}Known: auto, {', '.join(DIALECTS)}, or file.py:function.")
 
 
+def require_format(name: str) -> None:
+    """Raise ConfigError for a data.format that is no dialect, and for a function whose file is not there."""
+    path, sign, _ = name.rpartition(":")
+    if sign:
+        require_given(name)
+        if not Path(path).is_file():
+            raise no_file(name)
+    elif name not in ("auto", *DIALECTS):
+        raise unknown_dialect(name)
+
+
+def no_file(name: str) -> ConfigError:
+    """Return the error to raise for `file.py:function` whose file is not there."""
+    path = name.rpartition(":")[0]
+    return ConfigError(f"data.format={name}: {path} is not a Python file that is there. Write file.py:function.")
+
+
 @functools.cache
 def user_function(name: str) -> Callable[[Record], object]:
     """Load `file.py:function` by path. Raise ConfigError for a file or function that is not there or does not load."""
+    require_given(name)
     path, _, function = name.rpartition(":")
     spec = importlib.util.spec_from_file_location(f"vlm_tune_user_{Path(path).stem}", path)
     if spec is None or spec.loader is None or not Path(path).is_file():
-        raise ConfigError(f"data.format={name}: {path} is not a Python file that is there. Write file.py:function.")
+        raise no_file(name)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from vlm_tune.config.schema import Config
-from vlm_tune.data.dataset import find_file
 from vlm_tune.data.encode import Encoder
 from vlm_tune.data.inspect_html import write_html
 from vlm_tune.data.inspect_row import look
 from vlm_tune.data.inspect_text import print_text
 from vlm_tune.data.page import data_name
+from vlm_tune.data.paths import find_file
 from vlm_tune.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -12,10 +12,11 @@ from PIL import Image
 from vlm_tune.config.schema import BadSample, Config, TileRule, TilesConfig
 from vlm_tune.data.anyres import NEWLINE, token_order
 from vlm_tune.data.datamodule import DataModule, Part, validation_packs
-from vlm_tune.data.dataset import Conversations, find_file, sibling
+from vlm_tune.data.dataset import Conversations
 from vlm_tune.data.encode import NO_LOSS, Encoder, Example
 from vlm_tune.data.fit import EncoderSettings
 from vlm_tune.data.mixture import open_data
+from vlm_tune.data.paths import find_file, sibling
 from vlm_tune.data.sample import Sample
 from vlm_tune.data.tiles import choose_grid, make_tiles
 from vlm_tune.errors import ConfigError

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from vlm_tune.data.dataset import find_file
 from vlm_tune.data.formats import DIALECTS
+from vlm_tune.data.paths import find_file
 from vlm_tune.errors import DataError
 
 _KNOWN = (

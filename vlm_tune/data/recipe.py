@@ -45,19 +45,25 @@ def run_recipe(name: str, cache: Path | None = None) -> Path:
     whole, and of several processes that ask at the same time one works and the others wait.
     Raise ConfigError for a recipe that does not exist, DataError for one that fails.
     """
-    folders = recipe_folders()
-    if name not in folders:
-        there = ", ".join(sorted(folders)) or f"none at all below {PACKAGE}: install vlm_tune again"
-        raise ConfigError(f"there is no data recipe {name!r}. Those there are: {there}")
-    version = recipe_version(folders[name])
+    recipe = require_recipe(name)
+    version = recipe_version(recipe)
     target = (cache or cache_folder()).absolute() / "recipes" / name
     if _prepared_version(target) == version:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with _hold(target.with_name(f".{name}.lock"), name):
         if _prepared_version(target) != version:  # another process may have made it while this one waited
-            _prepare(folders[name], target, version)
+            _prepare(recipe, target, version)
     return target
+
+
+def require_recipe(name: str) -> Path:
+    """Return the folder of a recipe; raise ConfigError where there is none of that name."""
+    folders = recipe_folders()
+    if name not in folders:
+        there = ", ".join(sorted(folders)) or f"none at all below {PACKAGE}: install vlm_tune again"
+        raise ConfigError(f"there is no data recipe {name!r}. Those there are: {there}")
+    return folders[name]
 
 
 def recipe_version(folder: Path) -> str:

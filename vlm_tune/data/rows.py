@@ -16,6 +16,7 @@ from vlm_tune.errors import DataError
 
 TEXTS = (".jsonl", ".json", ".ndjson")
 CONTAINERS = (*TEXTS, *TABLES, ".tar")
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # a folder of them is no data set
 
 
 class Rows(Protocol):
@@ -141,7 +142,9 @@ def _folder_files(folder: Path) -> list[Path]:
         return _saved_dataset(folder)
     found = _data_files(folder) or (_data_files(folder / "data") if (folder / "data").is_dir() else [])
     if not found:
-        raise DataError(f"holds no data file. Known: {', '.join(CONTAINERS)}.", str(folder))
+        num_pictures = sum(entry.suffix.lower() in PICTURES for entry in folder.iterdir())
+        pictures = f" but {num_pictures} pictures. Write a file of rows that names them" if num_pictures else ""
+        raise DataError(f"holds no data file{pictures}. Known: {', '.join(CONTAINERS)}.", str(folder))
     sets = {re.sub(r"[-_.]?\d+(-of-\d+)?", "", file.name) for file in found}
     if len(sets) > 1:
         names = ", ".join(file.name for file in found[:6]) + (", ..." if len(found) > 6 else "")

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vlm_tune.config.schema import AugmentConfig, Config
-from vlm_tune.data.dataset import Conversations, PictureSettings, find_file, sibling
+from vlm_tune.data.dataset import Conversations, PictureSettings
+from vlm_tune.data.paths import find_test
 from vlm_tune.data.sample import Sample
 from vlm_tune.errors import DataError
 from vlm_tune.evaluation.metrics import accuracy, is_match, majority
@@ -51,14 +52,11 @@ class Prediction:
 
 def open_test(config: Config, model: Model) -> Conversations | None:
     """Open the test file: data.test, or test.jsonl beside the training file; None when there is none."""
-    data = config.data
-    if data.test == "none":
-        return None
-    path = sibling(data.path, "test") if data.test == "auto" else find_file(data.test, "data.test")
+    path = find_test(config)
     if path is None:
         return None
     pictures = PictureSettings(config.model.tiles, config.model.vision.normalize, AugmentConfig())
-    return Conversations(path, data, model.encoder, pictures)
+    return Conversations(path, config.data, model.encoder, pictures)
 
 
 def read_questions(test: Conversations, limit: int = -1, among: npt.NDArray[np.int64] | None = None) -> list[Question]:

@@ -1,7 +1,5 @@
 """`python -m vlm_tune evaluate ckpt=RUN`: a table of scores, and predictions.jsonl."""
 
-from pathlib import Path
-
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -19,6 +17,7 @@ from vlm_tune.evaluation.evaluate import (
     write_predictions,
 )
 from vlm_tune.model.checkpoint import find_checkpoint, run_of
+from vlm_tune.model.ready import new_file
 from vlm_tune.model.trained import open_trained
 
 
@@ -45,13 +44,3 @@ def evaluate(ckpt: str, out: str, overrides: list[str]) -> list[Prediction]:
     write_predictions(predictions, path)
     console.print(f"answers: {path}", highlight=False)
     return predictions
-
-
-def new_file(out: str) -> Path:
-    """Return the file to write; raise ConfigError, before anything is answered, where one is there already."""
-    path = Path(out).expanduser()
-    if path.is_dir() or not path.parent.is_dir():
-        raise ConfigError(f"out={out}: not a file in a folder that is there. Name one: out=answers.jsonl")
-    if path.is_file():
-        raise ConfigError(f"out={out}: the file is there already. Name a new one: nothing is overwritten")
-    return path

@@ -1,10 +1,9 @@
 """`python -m vlm_tune export ckpt=RUN out=DIR`: merge in float32, write, load back, compare."""
 
 import json
-import re
 import shutil
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from vlm_tune.export.merge import merge_adapters
 from vlm_tune.export.parity import AGREEMENT_BOUND, Parity, compare
 from vlm_tune.export.plain import measure, read
 from vlm_tune.export.stranger import Questions, plain_agreement
+from vlm_tune.export.wanted import ADAPTERS, GGUF_DTYPES, Wanted, empty_folder
 from vlm_tune.model.build import Model, build_model
 from vlm_tune.model.checkpoint import find_checkpoint, run_config
 from vlm_tune.model.layouts import internvl_hf, internvl_official, llava_hf, parts
@@ -32,36 +32,10 @@ from vlm_tune.model.layouts.internvl_hf import OTHER_PARTS
 from vlm_tune.model.trained import open_trained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ADAPTERS = ("adapter", "adapter_and_base")
-LAYOUTS = ("hf", "official", "llava_hf", "parts", "gguf", *ADAPTERS)
-GGUF_DTYPES = {"f32": "fp32", "fp32": "fp32", "f16": "fp16", "fp16": "fp16", "q8_0": "q8_0"}
-BASES = ("trained", "original")
 BACKEND = (
     "pictures: AutoProcessor takes torchvision where that is installed, whose pixels differ by up to 2/255 from those "
     'of training; processor.image_processor = AutoImageProcessor.from_pretrained(FOLDER, backend="pil") makes the same'
 )
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What an export shall be."""
-
-    layout: str = "auto"
-    dtype: str = "fp32"
-    base: str = "trained"  # of a quantized run: what its adapters were trained on, or the weights before quantization
-    shard: str = "2GB"
-
-    def check(self) -> None:
-        """Raise ConfigError for a choice that is none."""
-        for key, value, choices in (
-            ("dtype", self.dtype, tuple(GGUF_DTYPES if self.layout == "gguf" else DTYPES)),
-            ("layout", self.layout, ("auto", *LAYOUTS)),
-            ("base", self.base, BASES),
-        ):
-            if value not in choices:
-                raise ConfigError(f"{key}={value}: no such {key}. There are: {', '.join(choices)}")
-        if not re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)?[KMGT]B", self.shard):
-            raise ConfigError(f"max_shard_size={self.shard}: write a number and KB, MB, GB or TB, as in 2GB")
 
 
 def export(ckpt: str, out: str, wanted: Wanted, overrides: list[str]) -> Path:
@@ -110,16 +84,6 @@ def export(ckpt: str, out: str, wanted: Wanted, overrides: list[str]) -> Path:
         console.print(f"beside the quantized run in its own arithmetic: {distance.summary}", highlight=False)
     (partial / "parity.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     return settle(partial, folder, passed, summary)
-
-
-def empty_folder(out: str) -> Path:
-    """Return the folder to write; raise ConfigError when something is in it."""
-    folder = Path(out).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"out={out}: a file of that name is there. Name a new folder: nothing is overwritten")
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"out={out}: the folder is not empty. Name a new one: nothing is overwritten")
-    return folder
 
 
 def measure_quantized(ckpt: str, overrides: list[str]) -> Parity | None:

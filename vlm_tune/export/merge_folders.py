@@ -8,11 +8,12 @@ from typing import Any
 from rich.console import Console
 
 from vlm_tune.errors import ConfigError
-from vlm_tune.export.export import empty_folder, settle
+from vlm_tune.export.export import settle
 from vlm_tune.export.merge_plain import GENERATION, merge_plain
 from vlm_tune.export.merge_stored import KINDS, is_llava, merge_stored
 from vlm_tune.export.parity import FLOAT32_BOUND
 from vlm_tune.export.peft_folder import HOLDS_WEIGHTS, TOKENIZER, WHOLE, PeftFolder, read_peft_folder
+from vlm_tune.export.wanted import empty_folder
 from vlm_tune.model.folder_files import read_object
 from vlm_tune.model.folders import ADAPTER_SETTINGS, PARTS_SETTINGS, model_kind, read_json
 from vlm_tune.model.llm import load_tokenizer

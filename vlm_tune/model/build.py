@@ -10,8 +10,8 @@ from vlm_tune.config.schema import Config, ModelConfig, Precision, Quantize
 from vlm_tune.data.encode import Encoder
 from vlm_tune.data.positions import Positions
 from vlm_tune.errors import ConfigError
-from vlm_tune.model.encoder import make_encoder, require_weights
-from vlm_tune.model.folders import LLAVA_ORIGINAL, find_folder, model_kind
+from vlm_tune.model.encoder import make_encoder
+from vlm_tune.model.folders import LLAVA_ORIGINAL, find_folder, model_kind, require_weights
 from vlm_tune.model.isolation import check_rope
 from vlm_tune.model.layouts import internvl_hf, internvl_official, llava_hf, llava_original, parts
 from vlm_tune.model.layouts.loaded import Loaded

@@ -6,14 +6,14 @@ Both training and everything that reads a finished run (chat, evaluate, export) 
 import os
 import shutil
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from vlm_tune.config.parse import read_config
 from vlm_tune.config.schema import Config
 from vlm_tune.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:  # torch takes seconds to import, and a run that is not there is said before
+    from torch import Tensor, nn
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -106,6 +106,8 @@ def start_of(checkpoint: Path) -> Path | None:
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint without running any code that it might hold."""
+    import torch
+
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, EOFError, ValueError) as error:
@@ -115,22 +117,38 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         if type(error).__name__ != "UnpicklingError":
             raise
         raise CheckpointError(f"{path}: it holds objects other than weights and is not loaded, for safety") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: it holds a {type(state).__name__}. Name a checkpoint of a vlm_tune run")
     return state
 
 
-def trained_weights(checkpoint: Path) -> dict[str, Tensor]:
+def trained_weights(checkpoint: Path) -> dict[str, "Tensor"]:
     """Read the trained weights of a checkpoint under the model's own names."""
+    import torch
+
     state = read_checkpoint(checkpoint)
     if "state_dict" not in state:
         raise CheckpointError(f"{checkpoint}: it holds no state_dict. Name a checkpoint of a vlm_tune run")
+    weights = state["state_dict"]
+    if not isinstance(weights, dict) or not all(isinstance(weight, torch.Tensor) for weight in weights.values()):
+        raise CheckpointError(
+            f"{checkpoint}: its state_dict holds no weights by name. Name a checkpoint of a vlm_tune run"
+        )
+    broken = [name for name, weight in weights.items() if weight.is_floating_point() and not weight.isfinite().all()]
+    if broken:
+        raise CheckpointError(
+            f"{checkpoint}: {len(broken)} of its weights are no numbers ({broken[0]}). Take an older one of the run"
+        )
     return {name.removeprefix("vlm."): weight for name, weight in state["state_dict"].items()}
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path, complete: bool) -> None:
+def load_weights(model: "nn.Module", weights: dict[str, "Tensor"], source: Path, complete: bool) -> None:
     """Copy weights into a model. Unknown or misshapen names are errors; with `complete`, so are missing ones.
 
     `complete=False` is the start of a new stage from an older one: its new adapters have no weights yet.
     """
+    import torch
+
     parameters = dict(model.named_parameters())
     problems = [f"{name}: the model has no such weight" for name in weights if name not in parameters]
     problems += [

@@ -12,7 +12,7 @@ from vlm_tune.data.encode import Encoder
 from vlm_tune.data.fit import EncoderSettings
 from vlm_tune.data.positions import Positions
 from vlm_tune.errors import ConfigError
-from vlm_tune.model.folders import LLAVA_ORIGINAL, find_folder, model_kind, read_json, read_parts
+from vlm_tune.model.folders import LLAVA_ORIGINAL, find_folder, model_kind, read_json, read_parts, require_weights
 from vlm_tune.model.layouts import llava_original, official_config
 from vlm_tune.model.llava import LLAVA_KINDS, image_tokens, read_llava
 from vlm_tune.model.llm import load_tokenizer
@@ -114,15 +114,6 @@ def read_positions(folder: Path) -> Positions:
     else:
         return Positions()  # loading such a model says what is wrong with it
     return Positions.of(text)
-
-
-def require_weights(model: ModelConfig) -> None:
-    """Raise ConfigError for a model that names neither a whole checkpoint nor both of its parts."""
-    if model.path is None and (model.vision.path is None or model.llm.path is None):
-        raise ConfigError(
-            f"model={model.name} names no weights: set model.path=FOLDER for a whole checkpoint, or both "
-            "model.vision.path and model.llm.path"
-        )
 
 
 def count_patches(folder: Path, tile_size: int) -> int:

@@ -5,13 +5,13 @@ import shutil
 import torch
 from filelock import FileLock
 from rich.console import Console
-from rich.progress import track
 
 from vlm_tune.config.schema import AugmentConfig, Config, FeatureCaching, Train
 from vlm_tune.data.datamodule import DataModule, Part
 from vlm_tune.data.feature_cache import FeatureCache, fingerprint
 from vlm_tune.data.fetch import cache_folder
 from vlm_tune.data.mixture import is_augmented
+from vlm_tune.data.progress import follow
 from vlm_tune.errors import ConfigError
 from vlm_tune.model.vlm import VisionLanguageModel
 
@@ -76,7 +76,7 @@ def obstacle(config: Config) -> str | None:
 def fill(vlm: VisionLanguageModel, part: Part, cache: FeatureCache) -> None:
     """Encode the pictures whose features are not there yet."""
     rows = part.index.rows[part.index.tiles > 0].tolist()
-    for row in track(rows, description="encoding pictures", transient=True):
+    for row in follow(rows, "encoding pictures", "rows"):
         data, number = part.data.locate(row)
         sample = data.sample(number)
         example = data.encoder.encode(sample, data.tiling(sample))

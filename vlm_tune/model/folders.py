@@ -35,6 +35,15 @@ def find_folder(path: str, key: str, with_weights: bool = True) -> Path:
     return _download(path, key, with_weights)
 
 
+def require_weights(model: ModelConfig) -> None:
+    """Raise ConfigError for a model that names neither a whole checkpoint nor both of its parts."""
+    if model.path is None and (model.vision.path is None or model.llm.path is None):
+        raise ConfigError(
+            f"model={model.name} names no weights: set model.path=FOLDER for a whole checkpoint, or both "
+            "model.vision.path and model.llm.path"
+        )
+
+
 def read_json(folder: Path) -> dict[str, Any]:
     """Read a folder's config.json as it is: transformers' own classes of it are not asked."""
     return read_config_file(folder / "config.json")

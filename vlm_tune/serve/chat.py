@@ -14,6 +14,7 @@ from vlm_tune.data.sample import Message, Part, Picture, Sample
 from vlm_tune.data.tiles import make_tiles, tile_limits
 from vlm_tune.errors import DataError, VlmTuneError
 from vlm_tune.model.build import Model
+from vlm_tune.model.checkpoint import find_checkpoint
 from vlm_tune.model.generate import Prompt, answer
 from vlm_tune.model.trained import open_trained
 
@@ -71,9 +72,12 @@ def chat(ckpt: str, image: str, overrides: list[str]) -> None:
     """Read questions from the terminal (or a pipe) until /exit or the end of the input."""
     model, config = open_trained(ckpt, overrides)
     talk = Chat(model, config)
-    console = Console()
+    console, aside = Console(), Console(stderr=True, soft_wrap=True)  # what a pipe reads are the answers alone
+    aside.print(f"run: {find_checkpoint(ckpt)}", highlight=False, markup=False)
     if image:
         talk.show(image)
+    shown = f"picture: {Path(image).expanduser().resolve()}" if image else "no picture is shown: /image PATH shows one"
+    aside.print(shown, highlight=False, markup=False)
     if sys.stdin.isatty():
         console.print(HELP)
     while True:

@@ -25,7 +25,9 @@ from vlm_tune.evaluation.evaluate import (
 )
 from vlm_tune.model.build import Model
 from vlm_tune.training.callbacks.chats import SampleAnswers
+from vlm_tune.training.intervals import every
 from vlm_tune.training.report import RunReport, show_scores
+from vlm_tune.training.verdict import verdicts
 
 
 class Examiner:
@@ -46,12 +48,12 @@ class Examiner:
             self.test, rows = data.val.data.sets[0], data.val.index.rows  # of a mixture, its first set is asked about
             self.shown = read_questions(self.test, config.trainer.num_chats, rows[rows < len(self.test)])
 
-    def enter(self, run: Path) -> list[L.Callback]:
+    def enter(self, run: Path, max_steps: int) -> list[L.Callback]:
         """Take up a run's folder; return what runs during training."""
         self.run = run
         self.chats = None
         if self.test is not None and self.shown:
-            self.chats = SampleAnswers(self.model, self.test, self.shown, self.chat_every, run)
+            self.chats = SampleAnswers(self.model, self.test, self.shown, every(self.chat_every, max_steps), run)
         return [self.chats] if self.chats else []
 
     def before(self, device: torch.device) -> None:
@@ -74,6 +76,7 @@ class Examiner:
                 "majority": majority_scores(predictions),
                 "num_questions": count_tasks(predictions),
             }
+            report.evaluation["verdicts"] = verdicts(report.evaluation)
             show_scores(self.console, report.evaluation)
         if self.chats is not None:
             report.answers = self._answers(self.chats)

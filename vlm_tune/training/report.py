@@ -151,3 +151,5 @@ def show_scores(console: Console, evaluation: dict[str, Any]) -> None:
     for task, count in evaluation["num_questions"].items():
         table.add_row(task, str(count), *(f"{evaluation[name][task]:.1%}" for name in columns))
     console.print(table)
+    for verdict in evaluation.get("verdicts", []):
+        console.print(verdict, highlight=False, soft_wrap=True)

@@ -61,7 +61,7 @@ def write_html(report: dict[str, Any], path: Path) -> None:
         chart_css=chart_css(),
         facts=facts(run),
         headline=headline(report),
-        accuracy=accuracy(report.get("evaluation") or {}),
+        accuracy=accuracy(report.get("evaluation") or {}) + cautions(report.get("evaluation") or {}),
         loss=loss(report),
         gallery=gallery(report.get("answers") or []),
         parts=trained_parts(report.get("parts") or []),
@@ -160,6 +160,11 @@ def accuracy(evaluation: dict[str, Any]) -> str:
         f"<tbody>{''.join(rows)}</tbody></table></div></div>"
         f'<p class="quiet below">Exact match, case and closing full stop aside. {" ".join(notes)}</p></section>'
     )
+
+
+def cautions(evaluation: dict[str, Any]) -> str:
+    """Say in words where a score is not clearly above a guess."""
+    return "".join(f"<p>{escape(verdict)}.</p>" for verdict in evaluation.get("verdicts") or [])
 
 
 def number_cells(values: list[str], kind: str = "td") -> str:

@@ -3,20 +3,25 @@
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from vlm_tune.config.own_function import remember
 from vlm_tune.config.schema import Config, flatten
 from vlm_tune.errors import CheckpointError, ConfigError
 from vlm_tune.model.checkpoint import (
+    checkpoint_name,
     find_checkpoint,
     find_run,
     find_stopped,
     load_weights,
+    read_checkpoint,
     run_config,
     run_of,
     trained_weights,
 )
-from vlm_tune.model.vlm import VisionLanguageModel
+
+if TYPE_CHECKING:  # settings that cannot be resumed are said before torch is imported, which takes seconds
+    from vlm_tune.model.vlm import VisionLanguageModel
 
 # keys that do not touch what is computed: they may differ from the interrupted run's
 FREE = (
@@ -28,7 +33,11 @@ FREE = (
     "trainer.log_every",
     "trainer.keep",
     "trainer.chat_every",
+    "trainer.val_every",
+    "trainer.save_every",
 )
+NEEDED = ("global_step", "loops", "optimizer_states", "lr_schedulers", "counts", "DataModule")
+RAISED = ("stage.max_steps", "stage.epochs")  # they may grow: the run then goes on beyond its old end
 
 
 def find_resume(config: Config) -> Path | None:
@@ -66,11 +75,26 @@ def find_resume(config: Config) -> Path | None:
 def differences(before: Config, now: Config) -> dict[str, str]:
     """List the settings that differ and matter, by key."""
     old, new = flatten(plain(asdict(before))), flatten(plain(asdict(now)))
+    new["data.format"] = remember(now.data.format)
     return {
         key: f"{key}: {old[key]} then, {new[key]} now"
         for key in new
-        if old[key] != new[key] and not key.startswith(FREE)
+        if old[key] != new[key] and not key.startswith(FREE) and not (key in RAISED and new[key] > old[key] > 0)
     }
+
+
+def longer(before: Config, now: Config) -> str | None:
+    """Say what a longer run than the interrupted one does to the learning rate; None where it is as long."""
+    for key, old, new in (
+        ("stage.max_steps", before.stage.max_steps, now.stage.max_steps),
+        ("stage.epochs", before.stage.epochs, now.stage.epochs),
+    ):
+        if new > old > 0:
+            return (
+                f"{key}: {old} then, {new} now. From here on the learning rate follows the longer run's schedule, so "
+                "it may rise now; the steps so far followed the shorter one's"
+            )
+    return None
 
 
 def plain(tree: dict[str, Any]) -> dict[str, Any]:
@@ -100,14 +124,32 @@ def initial_checkpoint(config: Config) -> Path | None:
     return find_checkpoint(str(run))
 
 
-def go_on_from(vlm: VisionLanguageModel, checkpoint: Path) -> None:
+def require_resumable(checkpoint: Path) -> None:
+    """Raise CheckpointError for a file that lacks what a run goes on with, or is of another step than its name says."""
+    state = read_checkpoint(checkpoint)
+    missing = [key for key in NEEDED if key not in state]
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint}: it lacks {', '.join(missing)}, so a run cannot go on from it. Take another one of the run, "
+            f"or start a new run from its weights: stage.init_from='{checkpoint}'"
+        )
+    step = state["global_step"]
+    if checkpoint.name.startswith("step_") and checkpoint.name != checkpoint_name(step):
+        raise CheckpointError(
+            f"{checkpoint}: by its name it is of another step than by what it holds, {step}. Give it back its name, "
+            f"{checkpoint_name(step)}, or take another one of the run"
+        )
+
+
+def go_on_from(vlm: "VisionLanguageModel", checkpoint: Path) -> None:
     """Load an interrupted run's weights; raise CheckpointError unless they are exactly those that this run trains.
 
     Lightning loads them once more with the optimizer's state, but passes over names that do not fit.
     """
+    require_resumable(checkpoint)
     load_weights(vlm, trained_weights(checkpoint), checkpoint, complete=True)
 
 
-def start_from(vlm: VisionLanguageModel, checkpoint: Path) -> None:
+def start_from(vlm: "VisionLanguageModel", checkpoint: Path) -> None:
     """Load an earlier stage's trained weights."""
     load_weights(vlm, trained_weights(checkpoint), checkpoint, complete=False)

@@ -10,15 +10,16 @@ from rich.console import Console
 
 from vlm_tune.config.schema import Config, FeatureCaching
 from vlm_tune.data.datamodule import DataModule
-from vlm_tune.errors import CheckpointError
+from vlm_tune.errors import CheckpointError, TrainingError
 from vlm_tune.model.build import build_model
-from vlm_tune.model.checkpoint import checkpoint_name, run_of, start_of
+from vlm_tune.model.checkpoint import checkpoint_name, run_config, run_of, start_of
 from vlm_tune.model.fill_cache import use_feature_cache
 from vlm_tune.model.parts import apply_stage
 from vlm_tune.training.examiner import Examiner
+from vlm_tune.training.intervals import describe
 from vlm_tune.training.module import VlmModule
 from vlm_tune.training.report import RunReport, show_data, show_parts
-from vlm_tune.training.resume import find_resume, go_on_from, initial_checkpoint, start_from
+from vlm_tune.training.resume import find_resume, go_on_from, initial_checkpoint, longer, start_from
 from vlm_tune.training.run_folder import make_run_folder, only_here
 from vlm_tune.training.trainer import check_trainer, make_trainer
 
@@ -40,32 +41,51 @@ def train(config: Config) -> Path:
 
     data = DataModule(config, model.encoder)
     data.setup()
+    max_steps = data.max_steps()
     examiner = Examiner(config, model, data)
     run = run_of(checkpoint) if checkpoint else make_run_folder(config, start)
     data.write_quarantine(run / "quarantine.jsonl")
 
-    console.print(f"run folder: {run}\nstarts from: {checkpoint or start or 'the base weights'}", highlight=False)
+    console.print(
+        f"run folder: {run}\nstarts from: {checkpoint or start or 'the base weights'}", highlight=False, soft_wrap=True
+    )
     show_data(console, data)
     show_parts(console, parts)
 
-    module = VlmModule(model, config, data.max_steps())
+    console.print(describe(config.trainer, max_steps), highlight=False, soft_wrap=True)
+    if checkpoint is not None and (change := longer(run_config(checkpoint), config)):
+        console.print(change, highlight=False, soft_wrap=True)
+
+    module = VlmModule(model, config, max_steps)
     if checkpoint is not None and checkpoint.name == checkpoint_name(module.max_steps):
         console.print("this run is finished: there is no step left, and its report is written anew")
-    trainer = make_trainer(config, module.max_steps, run, examiner.enter(run))
+    trainer = make_trainer(config, module.max_steps, run, examiner.enter(run, max_steps))
     with only_here(run) if trainer.is_global_zero else nullcontext():
         use_feature_cache(model.vlm, data, config, trainer.strategy.root_device)
         if trainer.is_global_zero:
             examiner.before(trainer.strategy.root_device)
-        try:
-            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        except SystemExit as stopped:  # what Lightning makes of Ctrl-C and of SIGTERM
-            raise KeyboardInterrupt from stopped
-
+        fit(trainer, module, data, checkpoint)
         if trainer.is_global_zero:
             report = RunReport(config, run, parts, start)
             examiner.after(trainer.strategy.root_device, report)
-            console.print(f"report: {report.write(module, data)}", highlight=False)
+            console.print(f"report: {report.write(module, data)}", highlight=False, soft_wrap=True)
     return run
+
+
+def fit(trainer: L.Trainer, module: VlmModule, data: DataModule, checkpoint: Path | None) -> None:
+    """Train; raise KeyboardInterrupt for Ctrl-C and SIGTERM, and TrainingError where a data worker was killed."""
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit as stopped:  # what Lightning makes of Ctrl-C and of SIGTERM
+        raise KeyboardInterrupt from stopped
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrainingError(
+            f"a process that reads data was ended from outside ({str(error).splitlines()[0]}): mostly the memory was "
+            f"full. Set data.workers below {data.config.data.workers} (0 reads in the main process), then go on with "
+            "resume=last"
+        ) from error
 
 
 def fill_ahead(config: Config) -> None:
@@ -76,7 +96,7 @@ def fill_ahead(config: Config) -> None:
     if start is not None:
         start_from(model.vlm, start)
     source = start or "the base weights"
-    Console().print(f"pictures are encoded by the encoder of {source}", highlight=False)
+    Console().print(f"pictures are encoded by the encoder of {source}", highlight=False, soft_wrap=True)
     data = DataModule(config, model.encoder)
     data.setup()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

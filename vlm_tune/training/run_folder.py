@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from rich.console import Console
 
 from vlm_tune.config.parse import write_config
 from vlm_tune.config.schema import Config
@@ -23,7 +24,7 @@ PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "pillo
 
 
 def make_run_folder(config: Config, start: Path | None) -> Path:
-    """Make runs/DATE_TIME_STAGE_MODEL, with a counter where that name is taken; point runs/latest at it."""
+    """Make runs/DATE_TIME_STAGE_MODEL, with a counter where that name is taken."""
     handed = os.environ.get(FOLDER_VARIABLE)
     if handed and os.environ.get("LOCAL_RANK", "0") != "0":  # a later run of the first process has a folder of its own
         return Path(handed)
@@ -42,7 +43,6 @@ def make_run_folder(config: Config, start: Path | None) -> Path:
         write_config(config, folder / CONFIG)
         (folder / START).write_text(str(start or ""), encoding="utf-8")
         (folder / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
-        link_latest(runs, folder)
     except OSError as error:
         raise ConfigError(
             f"runs={config.runs}: cannot be written ({error.strerror}). Set runs=FOLDER to a writable one"
@@ -69,12 +69,19 @@ def only_here(run: Path) -> Iterator[None]:
         lock.release()
 
 
-def link_latest(runs: Path, folder: Path) -> None:
-    """Point runs/latest at a run, replacing the old link in one step."""
-    link = runs / f".latest-{os.getpid()}"
-    link.unlink(missing_ok=True)
-    link.symlink_to(folder.name)
-    link.replace(runs / "latest")
+def link_latest(run: Path) -> None:
+    """Point runs/latest at a run that has its first checkpoint; a disk without links is said, and no reason to stop."""
+    link = run.parent / f".latest-{os.getpid()}"
+    try:
+        link.unlink(missing_ok=True)
+        link.symlink_to(run.name)
+        link.replace(run.parent / "latest")
+    except OSError as error:
+        link.unlink(missing_ok=True)
+        latest = run.parent / "latest"
+        Console().print(
+            f"{latest} cannot name this run ({error.strerror}): write ckpt={run}", highlight=False, soft_wrap=True
+        )
 
 
 def environment() -> dict[str, str]:

@@ -1,7 +1,6 @@
 """Lightning's Trainer for a configuration: devices, precision, accumulation, callbacks, loggers."""
 
 import ctypes
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,11 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from vlm_tune.config.schema import Config, Precision, Strategy
 from vlm_tune.errors import ConfigError
 from vlm_tune.model.build import resolve_precision
+from vlm_tune.model.ready import require_packages
 from vlm_tune.training.callbacks.checkpoints import AtomicCheckpoints, SaveCheckpoints
 from vlm_tune.training.callbacks.metrics import MetricsFile
 from vlm_tune.training.callbacks.progress import ProgressLine
+from vlm_tune.training.intervals import every
 
 PRECISIONS = {Precision.fp32: "32-true", Precision.bf16: "bf16-mixed", Precision.fp16: "16-mixed"}
 LOGGERS: dict[str, Any] = {
@@ -39,7 +40,7 @@ def make_trainer(config: Config, max_steps: int, run: Path, callbacks: list[L.Ca
         max_epochs=-1,
         accumulate_grad_batches=trainer.global_batch // slots,
         gradient_clip_val=config.stage.clip or None,
-        val_check_interval=trainer.val_every * (trainer.global_batch // slots),
+        val_check_interval=every(trainer.val_every, max_steps) * (trainer.global_batch // slots),
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
@@ -48,7 +49,7 @@ def make_trainer(config: Config, max_steps: int, run: Path, callbacks: list[L.Ca
         callbacks=[
             ProgressLine(trainer.log_every),
             MetricsFile(run, trainer.log_every),
-            SaveCheckpoints(run, trainer.save_every, trainer.keep),
+            SaveCheckpoints(run, every(trainer.save_every, max_steps), trainer.keep),
             *callbacks,
         ],
         plugins=[AtomicCheckpoints()],
@@ -71,12 +72,7 @@ def check_trainer(config: Config) -> None:
             raise ConfigError("trainer.precision=fp16 needs a GPU: set trainer.precision=bf16 or fp32 on a CPU")
         if strategy not in (Strategy.auto, Strategy.ddp):
             raise ConfigError(f"strategy={strategy.value} needs GPUs: set strategy=ddp on CPUs")
-    unknown = [name for name in config.logger.names if name not in LOGGERS]
-    if unknown:
-        raise ConfigError(f"logger.names={unknown}: no such logger. There are: {', '.join(LOGGERS)}")
-    missing = [name for name in config.logger.names if find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"logger.names={missing}: not installed. Run `pip install {' '.join(missing)}`")
+    require_packages(config)
 
 
 def has_gpu(config: Config) -> bool:

@@ -19,6 +19,7 @@ from vlm_tune.model.checkpoint import (
     read_checkpoint,
     write_atomically,
 )
+from vlm_tune.training.run_folder import link_latest
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -44,6 +45,7 @@ class SaveCheckpoints(L.Callback):
         self.best = float("inf")
         self.best_step = -1
         self.saved_step = -1
+        self.validated_step = -1
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Run the validation of the step that the run goes on from: a kill may have come before its end.
@@ -55,11 +57,12 @@ class SaveCheckpoints(L.Callback):
         num_batches = trainer.global_step * trainer.accumulate_grad_batches
         every = trainer.val_check_batch
         if num_batches and isinstance(every, int) and num_batches % every == 0:
-            loop = trainer.fit_loop.epoch_loop.val_loop
-            loop.restarting = False
-            trainer.validating = True
-            loop.run()
-            trainer.training = True
+            validate(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Validate after the last step, unless that was just done: a short run may be over before its first time."""
+        if self.validated_step != trainer.global_step:
+            validate(trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -74,15 +77,19 @@ class SaveCheckpoints(L.Callback):
         """Keep the weights of the lowest validation loss as best.ckpt."""
         if trainer.sanity_checking or "val/loss" not in trainer.callback_metrics:
             return
+        self.validated_step = trainer.global_step
         loss = float(trainer.callback_metrics["val/loss"])
         if loss < self.best:
             self.best, self.best_step = loss, trainer.global_step
             trainer.save_checkpoint(self.folder / BEST)
 
     def _save(self, trainer: L.Trainer, step: int) -> None:
+        is_first = self.saved_step < 0
         self.saved_step = step
         trainer.save_checkpoint(self.folder / checkpoint_name(step))
         if trainer.is_global_zero:
+            if is_first:
+                link_latest(self.run)
             for old in checkpoints(self.run)[: -self.keep]:
                 os.remove(old)
 
@@ -93,6 +100,15 @@ class SaveCheckpoints(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore it."""
         self.best, self.best_step = state_dict["best"], state_dict["best_step"]
+
+
+def validate(trainer: L.Trainer) -> None:
+    """Run the validation where Lightning would not."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.restarting = False
+    trainer.validating = True
+    loop.run()
+    trainer.training = True
 
 
 def put_newer_aside(run: Path, step: int) -> None:

@@ -5,12 +5,11 @@ from typing import Any
 
 import lightning as L
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vlm_tune.data.batch import Batch
+from vlm_tune.data.progress import LINE_SECONDS, Estimate
 from vlm_tune.training.module import VlmModule
-
-LINE_SECONDS = 15  # how often a log file (no terminal) gets a line
 
 
 class ProgressLine(L.Callback):
@@ -25,19 +24,27 @@ class ProgressLine(L.Callback):
         """Begin to count."""
         self.started = time.perf_counter()
         self.start = (module.num_samples, module.num_tokens)
-        self.start_step = trainer.global_step
+        self.estimate = Estimate(trainer.max_steps)
+        self.text = self.left = ""
         self.last_line = 0.0
         if self.console.is_terminal and trainer.is_global_zero:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-            self.bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
-            self.task = self.bar.add_task("training", total=trainer.max_steps, completed=trainer.global_step)
+            left = TextColumn("{task.fields[left]}")  # rich's own looks back 30 seconds, less than a slow step takes
+            self.bar = Progress(*columns, TimeElapsedColumn(), left, console=self.console)
+            self.task = self.bar.add_task("training", total=trainer.max_steps, completed=trainer.global_step, left="")
             self.bar.start()
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]
         """Update the line after each optimizer step, and log the speed."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.global_step % self.log_every:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         seconds = time.perf_counter() - self.started
+        self.left = self.estimate.advance(trainer.global_step, seconds)
+        if trainer.global_step % self.log_every == 0:
+            self.text = self._measure(trainer, module, seconds)
+        self._show(trainer, seconds)
+
+    def _measure(self, trainer: L.Trainer, module: Any, seconds: float) -> str:
         samples = (module.num_samples - self.start[0]) * trainer.world_size / seconds
         tokens = (module.num_tokens - self.start[1]) * trainer.world_size / seconds
         waiting = trainer.train_dataloader.seconds_waited / seconds  # type: ignore[union-attr]
@@ -45,17 +52,15 @@ class ProgressLine(L.Callback):
         module.log_dict(speed, rank_zero_only=True)
         loss = float(trainer.callback_metrics.get("train/loss", float("nan")))
         rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
-        text = f"loss {loss:.4f}  lr {rate:.1e}  {tokens:,.0f} tokens/s  {samples:.1f} samples/s"
-        self._show(trainer, text, seconds)
+        return f"loss {loss:.4f}  lr {rate:.1e}  {tokens:,.0f} tokens/s  {samples:.1f} samples/s"
 
-    def _show(self, trainer: L.Trainer, text: str, seconds: float) -> None:
+    def _show(self, trainer: L.Trainer, seconds: float) -> None:
         step = trainer.global_step
         if self.bar is not None:
-            self.bar.update(self.task, completed=step, description=text)
+            self.bar.update(self.task, completed=step, description=self.text or "training", left=self.left)
         elif trainer.is_global_zero and (seconds - self.last_line >= LINE_SECONDS or step >= trainer.max_steps):
             self.last_line = seconds
-            left = seconds / max(1, step - self.start_step) * (trainer.max_steps - step)
-            self.console.print(f"step {step}/{trainer.max_steps}  {text}  {left:.0f} s left", highlight=False)
+            self.console.print(f"step {step}/{trainer.max_steps}  {self.text}  {self.left}".rstrip(), highlight=False)
 
     def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
         """Leave the last state on the screen."""

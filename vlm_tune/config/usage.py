@@ -1,0 +1,98 @@
+"""What the verbs of the command line are called with: their own keys, an example, and the text of `help`."""
+
+from dataclasses import dataclass, field
+
+PROGRAM = "python -m vlm_tune"
+RUN_KEYS = "a run's keys with a dot (data.test=FILE) lie over its configuration"
+ALL_KEYS = "all keys of a run: docs/configuration.md"
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb: what it does, an example, its own keys, and which key a word without `=` was meant for."""
+
+    does: str
+    example: str
+    bare: str  # `check my.jsonl` means data.path=my.jsonl
+    keys: dict[str, tuple[str, str]] = field(default_factory=dict)  # name -> (default, meaning)
+    more: str = ALL_KEYS
+
+    @property
+    def defaults(self) -> dict[str, str]:
+        """The verb's own keys with their defaults."""
+        return {key: default for key, (default, _) in self.keys.items()}
+
+
+CKPT = ("runs/latest", "run folder or checkpoint file")
+USAGE = {
+    "train": Verb("(default) run a stage", "stage=finetune model=internvl2_2b data.path=my.jsonl", "data.path"),
+    "chat": Verb(
+        "talk to a trained model",
+        "ckpt=runs/latest image=photo.jpg",
+        "ckpt",
+        {"ckpt": CKPT, "image": ("", "picture of the first question")},
+        RUN_KEYS,
+    ),
+    "evaluate": Verb(
+        "score a test file",
+        "ckpt=runs/latest data.test=test.jsonl",
+        "ckpt",
+        {"ckpt": CKPT, "out": ("", "new file for the answers; left out: predictions.jsonl of the run")},
+        RUN_KEYS,
+    ),
+    "export": Verb(
+        "write a merged model folder",
+        "ckpt=runs/latest out=my_model layout=hf dtype=bf16",
+        "ckpt",
+        {
+            "ckpt": CKPT,
+            "out": ("", "new folder for the model"),
+            "layout": ("auto", "hf, official, llava_hf, parts, gguf or adapter"),
+            "dtype": ("fp32", "fp32, bf16 or fp16; of gguf f32, f16 or q8_0"),
+            "base": ("trained", "of a quantized run: trained or original"),
+            "max_shard_size": ("2GB", "largest file of weights"),
+        },
+        RUN_KEYS,
+    ),
+    "merge": Verb(
+        "fold a peft adapter into it",
+        "base=FOLDER adapter=FOLDER out=my_model",
+        "adapter",
+        {"base": ("", "model folder"), "adapter": ("", "folder of peft"), "out": ("", "new folder for the model")},
+        "it reads no run, so these are all",
+    ),
+    "check": Verb(
+        "find every fault in a file",
+        "data.path=my.jsonl model=internvl2_2b out=FOLDER",
+        "data.path",
+        {"out": ("", "new folder for the report"), "repeated_ids": ("error", "error or allow")},
+    ),
+    "cache": Verb("encode all pictures ahead", "data.path=my.jsonl model=internvl2_2b", "data.path"),
+    "inspect": Verb(
+        "see a row as the model does",
+        "data.path=my.jsonl row=17 out=row.html (or --text)",
+        "data.path",
+        {"row": ("0", "number of a row, from 0"), "out": ("", "new .html file")},
+    ),
+    "configs": Verb("list stages, models, data", "", "", more="it has no keys"),
+}
+
+
+def usage() -> str:
+    """List all verbs."""
+    lines = [f"  {name:10} {verb.does:27} {verb.example}".rstrip() for name, verb in USAGE.items()]
+    return (
+        f"{PROGRAM} [VERB] key=value ...\n\n"
+        + "\n".join(lines)
+        + f"\n\n{PROGRAM} help VERB shows its keys. All keys of a run with their defaults: docs/configuration.md.\n"
+        "VLM_TUNE_DEBUG=1 shows the traceback of an error.\n"
+    )
+
+
+def usage_of(name: str) -> str:
+    """Show one verb: an example, its own keys with their defaults, and what else it takes."""
+    verb = USAGE[name]
+    shown = f"{name}  {verb.does}\n\n  {PROGRAM} {name} {verb.example}".rstrip() + "\n\n"
+    for key, (default, meaning) in verb.keys.items():
+        shown += f"  {key:15} {meaning}" + (f" (default {default})\n" if default else "\n")
+    return f"{shown}  {verb.more}\n"

@@ -1,0 +1,116 @@
+"""What is there and what is not, seen before torch is imported: that takes seconds, and a typing error should not.
+
+Each is looked at again where it is used; nothing here imports torch, lightning or transformers.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from vlm_tune.config.own_function import require_given
+from vlm_tune.config.schema import Config, Optimizer, Quantize, Strategy
+from vlm_tune.data.formats import require_format
+from vlm_tune.data.images import ImageReader
+from vlm_tune.data.paths import find_file, find_test
+from vlm_tune.data.recipe import require_recipe
+from vlm_tune.data.rows import find_files
+from vlm_tune.data.sample import Picture
+from vlm_tune.errors import ConfigError
+from vlm_tune.model.checkpoint import find_checkpoint, run_config, start_of
+from vlm_tune.model.folders import find_folder, require_weights
+
+LOGGERS = ("tensorboard", "wandb")  # the packages are of the same names
+RECIPE = "recipe:"
+
+
+def require_rows(config: Config) -> None:
+    """Raise DataError or ConfigError for files of rows that are not there, and for an unknown dialect.
+
+    A recipe is not run: its name alone is looked at.
+    """
+    data = config.data
+    for key, path in (("data.path", data.path), ("data.val", data.val), ("data.test", data.test)):
+        if path.startswith(RECIPE):
+            require_recipe(path.removeprefix(RECIPE).partition("/")[0])
+        elif key == "data.path" or path not in ("auto", "none"):
+            find_files(find_file(path, key))
+    require_format(data.format)
+
+
+def require_model(config: Config) -> None:
+    """Raise ConfigError for a model without weights, or whose folder is not there; the hub is not asked."""
+    model = config.model
+    require_weights(model)
+    for key, path in (
+        ("model.path", model.path),
+        ("model.vision.path", model.vision.path),
+        ("model.llm.path", model.llm.path),
+    ):
+        if path is None or (model.path is not None and key != "model.path"):
+            continue
+        is_hub_id = path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).exists()
+        if path.startswith(RECIPE):
+            require_recipe(path.removeprefix(RECIPE))
+        elif not is_hub_id:
+            find_folder(path, key)
+
+
+def require_packages(config: Config) -> None:
+    """Raise ConfigError for loggers that do not exist and for packages that the settings need and that are missing."""
+    unknown = [name for name in config.logger.names if name not in LOGGERS]
+    if unknown:
+        raise ConfigError(f"logger.names={unknown}: no such logger. There are: {', '.join(LOGGERS)}")
+    missing = [name for name in config.logger.names if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"logger.names={missing}: not installed. Run `pip install {' '.join(missing)}`")
+    needed = {
+        "bitsandbytes": {
+            f"stage.quantize={config.stage.quantize.value}": config.stage.quantize is not Quantize.none,
+            f"stage.optimizer={config.stage.optimizer.value}": config.stage.optimizer is not Optimizer.adamw,
+        },
+        "deepspeed": {
+            f"strategy={config.strategy.name.value}": config.strategy.name
+            in (Strategy.zero1, Strategy.zero2, Strategy.zero3)
+        },
+    }
+    for package, settings in needed.items():
+        asking = [setting for setting, asks in settings.items() if asks]
+        if asking and find_spec(package) is None:
+            raise ConfigError(
+                f"{asking[0]} needs the package {package}, which is not installed. Run `pip install "
+                f"{package}`, or leave the setting out"
+            )
+
+
+def require_run(ckpt: str, overrides: list[str]) -> Config:
+    """Return the configuration of a run; raise CheckpointError or ConfigError where it, or its start, is none."""
+    checkpoint = find_checkpoint(ckpt)
+    config = run_config(checkpoint, overrides)
+    start_of(checkpoint)
+    return config
+
+
+def require_questions(config: Config) -> Path | None:
+    """Return the test file of a run, None where it has none; raise for one that is not there or may not be read."""
+    path = find_test(config)
+    if path is not None:
+        require_given(config.data.format)
+        require_format(config.data.format)
+    return path
+
+
+def require_picture(path: str, config: Config) -> Picture:
+    """Return a picture that the user names; raise DataError where it cannot be read."""
+    picture = Picture(str(Path(path).expanduser().resolve()))
+    reader = ImageReader(config.data.image, Path(picture.path).parent)
+    reader.open_picture(picture, path, None)
+    return picture
+
+
+def new_file(out: str) -> Path:
+    """Return the file to write; raise ConfigError, before anything is answered, where one is there already."""
+    path = Path(out).expanduser()
+    if path.is_dir() or not path.parent.is_dir():
+        raise ConfigError(f"out={out}: not a file in a folder that is there. Name one: out=answers.jsonl")
+    if path.is_file():
+        raise ConfigError(f"out={out}: the file is there already. Name a new one: nothing is overwritten")
+    return path
