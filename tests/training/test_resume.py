@@ -195,13 +195,15 @@ def test_the_best_loss_so_far_is_remembered(toys, straight, tmp_path):
     assert not (run / CHECKPOINTS / "best.ckpt").exists()
 
 
-def test_a_run_can_go_on_from_its_best_checkpoint(toys, straight, tmp_path):
+def test_a_run_can_go_on_from_its_best_checkpoint(toys, straight, tmp_path, monkeypatch):
     # it is written while the validation goes on, another point of Lightning's loop than the others
-    shutil.copytree(straight("packed"), tmp_path / "run")
-    best = tmp_path / "run" / CHECKPOINTS / "best.ckpt"
+    with monkeypatch.context() as patch:
+        patch.setattr(SaveCheckpoints, "on_train_end", lambda *_: None)  # else the best one is the last
+        run = train(load_config(arguments(toys, tmp_path)))
+    best = run / CHECKPOINTS / "best.ckpt"
     assert torch.load(best, weights_only=True)["global_step"] < STEPS
     train(load_config(arguments(toys, tmp_path, f"resume='{best}'")))
-    assert_same(state_of(tmp_path / "run", STEPS), state_of(straight("packed"), STEPS))
+    assert_same(state_of(run, STEPS), state_of(straight("packed"), STEPS))
 
 
 def test_the_number_of_workers_plays_no_part(straight):

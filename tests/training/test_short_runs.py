@@ -62,7 +62,9 @@ def test_no_file_sets_an_interval_that_does_not_know_the_rows(model, stage):
 
 def test_the_start_of_a_run_says_what_follows_from_its_length():
     text = describe(load_config(["data.path=mine.jsonl", "trainer.save_every=9"]).trainer, 27)
-    assert text.startswith("27 optimizer steps: validation every 6 and at the end, a checkpoint every 9, sample ans")
+    assert text.startswith(
+        "27 optimizer steps: validation every 6 and at the end, a checkpoint every 9, sample answers"
+    )
     assert "from the length of the run: trainer.val_every=6, trainer.chat_every=6" in text
 
 

@@ -26,7 +26,7 @@ def test_a_fault_of_a_row_in_a_worker_is_the_rows_own(toys, tmp_path, monkeypatc
     def broken(self, item):
         raise DataError("was replaced", "train.jsonl:3", "train_2")
 
-    monkeypatch.setattr(MicroBatches, "_make", broken)
+    monkeypatch.setattr(MicroBatches, "__getitem__", broken)
     with pytest.raises(DataError) as caught:
         train(load_config(toys.arguments(*SHORT, f"data.workers={workers}", "data.val=none", runs=tmp_path)))
     assert str(caught.value) == 'train.jsonl:3 (id "train_2"): was replaced'
@@ -34,7 +34,7 @@ def test_a_fault_of_a_row_in_a_worker_is_the_rows_own(toys, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "ended"])
 def test_a_data_worker_that_is_killed_is_named(toys, tmp_path, monkeypatch, stop):
-    make = MicroBatches._make
+    make = MicroBatches.__getitem__
 
     def killed(self, item):
         if torch.utils.data.get_worker_info() is not None:
@@ -42,7 +42,7 @@ def test_a_data_worker_that_is_killed_is_named(toys, tmp_path, monkeypatch, stop
             time.sleep(60)
         return make(self, item)
 
-    monkeypatch.setattr(MicroBatches, "_make", killed)
+    monkeypatch.setattr(MicroBatches, "__getitem__", killed)
     with pytest.raises(TrainingError, match=r"a process that reads data was ended from outside \(DataLoader worker"):
         train(load_config(toys.arguments(*SHORT, "data.workers=1", "data.val=none", runs=tmp_path)))
 

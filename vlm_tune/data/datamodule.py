@@ -22,7 +22,7 @@ from vlm_tune.data.stream import BatchStream, Cursor, MicroBatch, StreamSettings
 from vlm_tune.errors import CheckpointError, DataError, VlmTuneError
 
 
-class MicroBatches(Dataset[Batch | VlmTuneError]):
+class MicroBatches(Dataset[Batch]):
     """Make the batch that a MicroBatch names. Random augmentation depends on (seed, epoch, row) alone."""
 
     def __init__(
@@ -33,14 +33,7 @@ class MicroBatches(Dataset[Batch | VlmTuneError]):
         self.settings = settings
         self.is_training = is_training
 
-    def __getitem__(self, item: MicroBatch) -> Batch | VlmTuneError:
-        """Return the batch, or the fault of a row: raised in a worker, it would come with torch's traceback as text."""
-        try:
-            return self._make(item)
-        except VlmTuneError as error:
-            return error
-
-    def _make(self, item: MicroBatch) -> Batch:
+    def __getitem__(self, item: MicroBatch) -> Batch:
         examples, tiles, features = [], [], []
         for entry in item.rows:
             row = int(self.index.rows[entry])
@@ -72,6 +65,19 @@ class MicroBatches(Dataset[Batch | VlmTuneError]):
                 "replaced. Put it back, or save the data file anew, so that all rows are measured again"
             )
             raise DataError(reason.format(*made, *planned), example.where, example.id)
+
+
+class Handed(Dataset[Batch | VlmTuneError]):
+    """Hand a row's fault over as a value: raised in a worker process, it would come with torch's traceback as text."""
+
+    def __init__(self, batches: MicroBatches) -> None:
+        self.batches = batches
+
+    def __getitem__(self, item: MicroBatch) -> Batch | VlmTuneError:
+        try:
+            return self.batches[item]
+        except VlmTuneError as error:
+            return error
 
 
 @dataclass
@@ -216,7 +222,7 @@ class DataModule(L.LightningDataModule):
     def _loader(self, dataset: MicroBatches, sampler: Any) -> TimedLoader:
         workers = self.config.data.workers
         return TimedLoader(
-            dataset,
+            Handed(dataset),
             batch_size=None,  # the sampler names whole batches
             sampler=sampler,
             num_workers=workers,
