@@ -49,10 +49,11 @@ def content(test: Conversations, turn: Message) -> Any:
 
 
 @torch.no_grad()
-def plain_agreement(plain: Any, folder: Path, questions: Questions, answers: list[list[int]]) -> float:
+def plain_agreement(plain: Any, folder: Path, questions: Questions, answers: list[list[int]]) -> float | None:
     """Say how many of the trained model's tokens a plain model generates, by what stands in the folder alone.
 
-    1.0 is all; a conversation whose prompt the folder's template writes otherwise counts as none.
+    1.0 is all; a conversation whose prompt the folder's template writes otherwise counts as none. None where no
+    conversation could be asked.
     """
     processor = read_settings(AutoProcessor, folder)
     processor.image_processor = read_settings(AutoImageProcessor, folder, backend="pil")  # as training resized
@@ -68,4 +69,4 @@ def plain_agreement(plain: Any, folder: Path, questions: Questions, answers: lis
             continue
         ids = plain.generate(**inputs, max_new_tokens=NEW_TOKENS)[0, length:].tolist()
         shares.append(agreement(answer, ids))
-    return sum(shares) / len(shares) if shares else 1.0
+    return sum(shares) / len(shares) if shares else None
