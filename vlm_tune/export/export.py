@@ -97,7 +97,11 @@ def export(ckpt: str, out: str, wanted: Wanted, overrides: list[str]) -> Path:
     result = compare(before, after, dtype)
     report |= asdict(result)
     passed, summary = result.passed, result.summary
-    alone = plain_agreement(plain or read(partial), partial, questions, before.answers) if kind in NATIVE else None
+    alone = (
+        plain_agreement(plain or read(partial), partial, questions, before.answers)
+        if kind in NATIVE and prompts
+        else None
+    )
     if alone is not None:
         report["from_the_folder_alone"] = alone
         passed = passed and alone >= AGREEMENT_BOUND
