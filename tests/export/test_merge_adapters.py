@@ -347,3 +347,28 @@ def test_small_files_that_are_damaged_are_named(llms, tmp_path, run_cli, place, 
     done = merge(run_cli, tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert done.code == 2
     assert f"{tmp_path / place}: " in done.err
+
+
+@pytest.mark.parametrize("kind", ["internvl", "llava"])  # the toy InternVL's head is tied, LLaVA's is not
+def test_new_tokens_of_a_vision_language_model_merge_as_peft_has_them(vlms, tmp_path, run_cli, kind):
+    def grown_vlm():
+        model = AutoModelForImageTextToText.from_pretrained(vlms / kind, dtype=torch.float32)
+        model.resize_token_embeddings(3000, mean_resizing=False)
+        return model
+
+    settings = LoraConfig(r=4, target_modules=SEEN, modules_to_save=["embed_tokens", "lm_head"])
+    random_halves(get_peft_model(grown_vlm(), settings)).save_pretrained(tmp_path / "adapter")
+    done = merge(run_cli, vlms / kind, tmp_path / "adapter", tmp_path / "out")
+    assert done.code == 0, done.err
+    oracle = PeftModel.from_pretrained(grown_vlm(), tmp_path / "adapter")
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ids = [5, 17, 2990, 90, 2999, 7]
+    torch.testing.assert_close(logits(merged, ids), logits(oracle, ids), atol=1e-4, rtol=0)
+    assert merged.config.get_text_config().vocab_size == 3000
+
+
+def test_nothing_is_left_of_a_merge_that_was_refused(llms, tmp_path, run_cli):
+    with_new_tokens(llms / "untied", tmp_path / "adapter", {})
+    keep_only(tmp_path / "adapter", "lora_")
+    assert merge(run_cli, llms / "untied", tmp_path / "adapter", tmp_path / "out").code == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]

@@ -1,19 +1,33 @@
 """An exported folder ends its answers where training did, in every layout, with nothing handed over."""
 
 import json
+import shutil
+from pathlib import Path
 
 import gguf
 import pytest
 import torch
+import yaml
 from llava_toys import save_llava
 from toys import save_llm
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+)
 
+from vlm_tune.config.parse import load_config
 from vlm_tune.config.schema import Precision
+from vlm_tune.data import templates
 from vlm_tune.export.parity import Parity
 from vlm_tune.export.plain import read
 from vlm_tune.export.stranger import Questions, plain_agreement
+from vlm_tune.model.build import Model
+from vlm_tune.model.encoder import build_encoder
 from vlm_tune.model.generate import answer_ids
+from vlm_tune.model.layouts.processor import save_processor
 from vlm_tune.model.trained import open_trained
 
 END, OWN = 9, 5  # <|end|> of the template, and the end token of the toy tokenizer
@@ -146,8 +160,6 @@ SPOILT = {
 
 @pytest.mark.parametrize("what", SPOILT)
 def test_the_comparison_sees_what_the_folder_alone_says(asked, tmp_path, what):
-    import shutil
-
     folder, questions, answers = asked
     assert any(answer[-1] == OWN for answer in answers)
     assert sum(turns is not None for turns in questions.chats) >= 3
@@ -200,3 +212,31 @@ def test_what_no_adapter_holds_is_refused_under_this_name_too(toys, tmp_path, ru
     done = run_cli("export", f"ckpt={run}", f"out={tmp_path / 'out'}", "layout=adapter_and_base")
     assert done.code == 2
     assert "layout=adapter_and_base: stage finetune trains every weight of llm" in done.err
+
+
+# ---------------------------------------------------------------------------------- the template that a folder carries
+
+WRITTEN = yaml.safe_load((Path(templates.__file__).with_name("templates.yaml")).read_text(encoding="utf-8"))
+ELSEWHERE = {"internlm_chat", "llama3_chat", "cohere_chat"}  # their end tokens are no tokens of the toy's tokenizer
+
+
+@pytest.mark.parametrize("name", sorted(WRITTEN.keys() - ELSEWHERE))
+def test_a_folder_s_chat_template_writes_the_prompts_of_training(toys, tmp_path, name):
+    config = load_config(toys.arguments(f"model.template={name}"))
+    encoder, tokenizer = build_encoder(config)
+    questions = Questions(Model(None, tokenizer, encoder), config, 6)
+    save_processor(tokenizer, encoder, config.model, tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    processor.image_processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    asked = [(turns, prompt) for turns, prompt in zip(questions.chats, questions.prompts, strict=True) if turns]
+    assert len(asked) >= 3
+    for turns, prompt in asked:
+        given = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+        assert processor.apply_chat_template(turns, **given)["input_ids"][0] == prompt.example.input_ids.tolist()
+
+
+def test_gguf_refuses_a_template_without_a_question(toys, tmp_path, run_cli):
+    run = train(toys, tmp_path / "runs", "model.template=plain")
+    done = run_cli("export", f"ckpt={run}", f"out={tmp_path / 'out'}", "layout=gguf", "dtype=f32")
+    assert done.code == 2
+    assert "layout=gguf: model.template=plain shows no question. Use layout=parts" in done.err

@@ -71,8 +71,12 @@ def export(ckpt: str, out: str, wanted: Wanted, overrides: list[str]) -> Path:
     result = compare(before, after, dtype)
     report |= asdict(result)
     passed, summary = result.passed, result.summary
-    if kind in NATIVE and prompts:
-        alone = plain_agreement(plain or read(partial), partial, questions, before.answers)
+    alone = (
+        plain_agreement(plain or read(partial), partial, questions, before.answers)
+        if kind in NATIVE and prompts
+        else None
+    )
+    if alone is not None:
         report["from_the_folder_alone"] = alone
         passed = passed and alone >= AGREEMENT_BOUND
         summary += f", {alone:.0%} of those that transformers generates from the folder alone"

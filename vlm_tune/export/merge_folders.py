@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from vlm_tune.errors import ConfigError
+from vlm_tune.errors import ConfigError, VlmTuneError
 from vlm_tune.export.export import settle
 from vlm_tune.export.merge_plain import GENERATION, merge_plain
 from vlm_tune.export.merge_stored import KINDS, is_llava, merge_stored
@@ -34,11 +34,15 @@ def merge(base: str, adapter: str, out: str) -> Path:
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    with reading(adapter_folder):  # the base's files have errors of their own
-        read = read_peft_folder(adapter_folder)
-        is_stored = model_kind(base_folder) in KINDS or is_llava(read)
-        report = (merge_stored if is_stored else merge_plain)(base_folder, read, partial)
-        copy_beside(base_folder, read, partial)
+    try:
+        with reading(adapter_folder):  # the base's files have errors of their own
+            read = read_peft_folder(adapter_folder)
+            is_stored = model_kind(base_folder) in KINDS or is_llava(read)
+            report = (merge_stored if is_stored else merge_plain)(base_folder, read, partial)
+            copy_beside(base_folder, read, partial)
+    except VlmTuneError:
+        shutil.rmtree(partial)
+        raise
     (partial / "parity.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     what = "outputs of its layers" if is_stored else "logits"
     summary = (
@@ -48,7 +52,8 @@ def merge(base: str, adapter: str, out: str) -> Path:
     )
     Console().print(summary, highlight=False)
     bound = FLOAT32_BOUND * max(1.0, report["scale"])
-    return settle(partial, folder, max(report["merged_in_float32"], report["loaded_back"]) <= bound, summary)
+    passed = all(report[key] <= bound for key in ("merged_in_float32", "loaded_back"))
+    return settle(partial, folder, passed, summary)
 
 
 def find(path: str, key: str, file: str) -> Path:

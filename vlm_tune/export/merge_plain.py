@@ -97,14 +97,14 @@ def put(model: nn.Module, whole: dict[str, Tensor], folder: Path) -> None:
 
 def untie(merged: Any) -> None:
     """Say in the configuration that the head has weights of its own, where the adapter gave it some."""
-    head = merged.get_output_embeddings()
-    if head is None or not merged.config.get_text_config().tie_word_embeddings:
+    head, configs = merged.get_output_embeddings(), (merged.config, merged.config.get_text_config())
+    if head is None or not any(config.tie_word_embeddings for config in configs):
         return
     if torch.equal(head.weight, merged.get_input_embeddings().weight):
         merged.tie_weights()
         return
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    for config in (merged.config, merged.config.get_text_config()):
+    for config in configs:
         config.tie_word_embeddings = False
     merged.all_tied_weights_keys = {}
 

@@ -1,5 +1,6 @@
 """Ask an exported folder as a stranger does: plain transformers, with the folder's own template, stops and settings."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +22,25 @@ class Questions:
     """A few real questions with pictures, as our encoder writes them and as transformers takes a conversation."""
 
     def __init__(self, model: Model, config: Config, count: int = 4) -> None:
-        test = open_test(config, model)
+        test, special = open_test(config, model), model.tokenizer.get_added_vocab()
         samples = [question.sample for question in read_questions(test, count)] if test is not None else []
         self.prompts: list[Prompt] = [prompt_of(test, sample) for sample in samples] if test is not None else []
-        self.chats = [chat(test, sample) for sample in samples] if test is not None else []
+        self.chats = [chat(test, sample, special) for sample in samples] if test is not None else []
 
 
-def chat(test: Conversations, sample: Sample) -> list[dict[str, Any]] | None:
+def chat(test: Conversations, sample: Sample, special: Iterable[str]) -> list[dict[str, Any]] | None:
     """Write a conversation up to its last question as transformers' processors take it.
 
     None for one that their templates cannot write: a picture that does not stand first in its turn, or several, which
-    training let share the tiles.
+    training let share the tiles; text that looks like a special token; earlier turns that were tokenized in pieces.
     """
     turns = sample.messages[:-1] if sample.messages[-1].role == "assistant" else sample.messages
     pictures = [part for turn in turns for part in turn.parts if isinstance(part, Picture)]
     if len(pictures) > 1 or any(isinstance(part, Picture) for turn in turns for part in turn.parts[1:]):
+        return None
+    if test.encoder.template.is_xtuner and any(turn.role == "assistant" for turn in turns):
+        return None
+    if any(token in turn.text for turn in turns for token in special if token.strip()):
         return None
     return [{"role": turn.role, "content": list(content(test, turn))} for turn in turns]
 
@@ -49,10 +54,11 @@ def content(test: Conversations, turn: Message) -> Any:
 
 
 @torch.no_grad()
-def plain_agreement(plain: Any, folder: Path, questions: Questions, answers: list[list[int]]) -> float:
+def plain_agreement(plain: Any, folder: Path, questions: Questions, answers: list[list[int]]) -> float | None:
     """Say how many of the trained model's tokens a plain model generates, by what stands in the folder alone.
 
-    1.0 is all; a conversation whose prompt the folder's template writes otherwise counts as none.
+    1.0 is all; a conversation whose prompt the folder's template writes otherwise counts as none. None where no
+    conversation could be asked.
     """
     processor = read_settings(AutoProcessor, folder)
     processor.image_processor = read_settings(AutoImageProcessor, folder, backend="pil")  # as training resized
@@ -68,4 +74,4 @@ def plain_agreement(plain: Any, folder: Path, questions: Questions, answers: lis
             continue
         ids = plain.generate(**inputs, max_new_tokens=NEW_TOKENS)[0, length:].tolist()
         shares.append(agreement(answer, ids))
-    return sum(shares) / len(shares) if shares else 1.0
+    return sum(shares) / len(shares) if shares else None

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedTokenizerBa
 
 from vlm_tune.config.schema import ModelConfig
 from vlm_tune.data.encode import Encoder
+from vlm_tune.errors import ConfigError
 from vlm_tune.model import attention
 from vlm_tune.model.layouts.gguf_text import write_text_model
 from vlm_tune.model.layouts.gguf_vision import check_vision, vision_tensors, write_vision_model
@@ -30,7 +31,9 @@ def save(
     """Write a merged model; `target` is its configuration, the folder, and the dtype (fp32, fp16 or q8_0)."""
     model, folder, dtype = target
     check_vision(vlm, model)
-    template = jinja_template(encoder.template, model.system, CONTENT)
+    if "{pictures}" in encoder.template.user:
+        raise ConfigError(f"layout=gguf: model.template={encoder.template.name} shows no question. Use layout=parts")
+    template = jinja_template(encoder.template, tokenizer, model.system, CONTENT)
     write_text_model(vlm.llm, tokenizer, list(encoder.stop_ids), template, (folder / TEXT, dtype))
     write_vision_model(vlm, model, folder / VISION, dtype)
 

@@ -18,7 +18,7 @@ from vlm_tune.data.encode import Encoder
 from vlm_tune.data.tiles import anyres_grids, find_normalization
 from vlm_tune.errors import ConfigError
 from vlm_tune.model.folders import read_json
-from vlm_tune.model.layouts.processor import jinja_template, show_content
+from vlm_tune.model.layouts.processor import jinja_template, show_content, show_pictures
 
 
 def save_llava_processor(
@@ -31,7 +31,8 @@ def save_llava_processor(
     """
     pictures = picture_processor(model, encoder.settings.newline)
     config = read_json(folder)
-    template = jinja_template(encoder.template, model.system, show_content(encoder.settings.image_context))
+    context = encoder.settings.image_context
+    template = jinja_template(encoder.template, tokenizer, model.system, show_content(context), show_pictures(context))
     tokenizer.save_pretrained(folder)
     kind = LlavaNextProcessor if encoder.settings.newline else LlavaProcessor
     processor = kind(
