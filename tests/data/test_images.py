@@ -9,8 +9,9 @@ import pytest
 from PIL import Image, ImageOps
 
 from vlm_tune.config.schema import ImageConfig
-from vlm_tune.data.images import FORMATS, ImageReader
+from vlm_tune.data.images import ImageReader
 from vlm_tune.data.sample import Picture
+from vlm_tune.data.signatures import FORMATS
 from vlm_tune.errors import DataError
 
 SIZE = (60, 40)

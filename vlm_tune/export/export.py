@@ -90,8 +90,10 @@ def export(ckpt: str, out: str, wanted: Wanted, overrides: list[str]) -> Path:
         merge_adapters(model.vlm)
         after = Parity.measure(write(layout, model, config, partial, replace(wanted, dtype=dtype)), prompts)
     result = compare(before, after, dtype)
-    report |= asdict(result)
+    report |= asdict(result) | {"transparent_pictures": handing_over(config.data.image.alpha)}
     console = Console()
+    if config.data.image.alpha != "drop":
+        console.print(report["transparent_pictures"], highlight=False, markup=False)
     console.print(f"{layout} folder, {dtype}: {result.summary}", highlight=False)
     if quantized is not None:
         distance = compare(quantized, after, dtype)
@@ -99,6 +101,15 @@ def export(ckpt: str, out: str, wanted: Wanted, overrides: list[str]) -> Path:
         console.print(f"beside the quantized run in its own arithmetic: {distance.summary}", highlight=False)
     (partial / "parity.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     return settle(partial, folder, result.passed, result.summary)
+
+
+def handing_over(alpha: str) -> str:
+    """Say how a transparent picture becomes what training saw: who reads the folder may lay it over white, or not."""
+    make_rgb = "picture.convert('RGB')"
+    if alpha != "drop":
+        over = f"Image.new('RGBA', picture.size, '{alpha}')"
+        make_rgb = f"Image.alpha_composite({over}, picture.convert('RGBA')).convert('RGB')"
+    return f"trained with data.image.alpha={alpha}: hand a transparent picture over as {make_rgb}"
 
 
 def empty_folder(out: str) -> Path:
