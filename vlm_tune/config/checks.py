@@ -94,7 +94,8 @@ def _numbers(config: Config) -> list[str]:
     problems += [f"{key}={value}: set it to 1 or more" for key, value in positive.items() if value < 1]
     if not re.fullmatch("drop|white|black|#[0-9A-Fa-f]{6}", config.data.image.alpha):
         problems.append(
-            f"data.image.alpha={config.data.image.alpha}: set drop, white, black, or a colour in quotes as in '#80ff00'"
+            f"data.image.alpha={config.data.image.alpha}: set drop, white, black, or a colour in two pairs of quotes, "
+            """as in data.image.alpha='"#80ff00"'"""
         )
     if config.model.projector.newline and tiles.rule is not TileRule.anyres:
         problems.append(

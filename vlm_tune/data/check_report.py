@@ -14,11 +14,13 @@ from rich.text import Text
 
 from vlm_tune import __version__
 from vlm_tune.config.schema import Config
+from vlm_tune.data.check_alpha import alpha_fact
 from vlm_tune.data.check_rows import Findings
 from vlm_tune.data.encode import EncoderSettings
 
 SHOWN = 20  # bad rows in the terminal; check.json has all
 NUM_BINS = 12  # of a histogram
+IMAGES = ("found", "missing", "broken", "alpha", "decoded", "transparent")
 BAR = 36  # characters of the longest bar in the terminal
 
 
@@ -34,7 +36,7 @@ def summarise(found: Findings, config: Config, settings: EncoderSettings, second
         "num_bad_rows": len({(fault.where, fault.row) for fault in found.faults}),
         "faults": dict(Counter(fault.kind for fault in found.faults).most_common()),
         "dialects": dict(found.dialects.most_common()),
-        "images": {name: found.images[name] for name in ("found", "missing", "broken")} | {"distinct": int(distinct)},
+        "images": {name: found.images[name] for name in IMAGES} | {"distinct": int(distinct)},
         "trained": {name: trained[name] for name in ("rows", "tokens", "supervised")},
         "supervised_share": trained["supervised"] / trained["tokens"] if trained["tokens"] else None,
         "tokens": spread(found.tokens, bins([found.tokens])),
@@ -53,6 +55,7 @@ def summarise(found: Findings, config: Config, settings: EncoderSettings, second
             "max_length": data.max_length,
             "on_too_long": data.on_too_long.value,
             "format": data.format,
+            "alpha": data.image.alpha,
         },
         "seconds": round(seconds, 3),
         "version": __version__,
@@ -135,6 +138,8 @@ def facts(report: dict[str, Any]) -> dict[str, str]:
     if sum(images.values()):
         told["images"] = ", ".join(f"{images[name]:,} {name}" for name in ("found", "missing", "broken"))
         told["images"] += f"; {images['distinct']:,} different ones"
+    if images["alpha"]:
+        told["transparency"] = alpha_fact(images, settings["alpha"])
     if tokens:
         told["tokens a row"] = f"{in_words(tokens)}, of data.max_length={settings['max_length']:,}"
     if tiles and tiles["max"]:

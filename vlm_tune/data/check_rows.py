@@ -12,6 +12,7 @@ import numpy.typing as npt
 from torch.utils.data import Dataset
 
 from vlm_tune.config.schema import TileRule
+from vlm_tune.data.check_alpha import AlphaCount
 from vlm_tune.data.dataset import Conversations, Tiling
 from vlm_tune.data.encode import Encoder, EncoderSettings, Lengths, SkippedSample
 from vlm_tune.data.formats import parse_record, recognise
@@ -86,7 +87,9 @@ class Findings:
 
     num_rows: int = 0
     dialects: Counter[str] = field(default_factory=Counter)
-    images: Counter[str] = field(default_factory=Counter)  # found, missing, broken: one for each place in a row
+    images: Counter[str] = field(
+        default_factory=Counter
+    )  # found, missing, broken; alpha, decoded, transparent: each place in a row
     tiles: Counter[int] = field(default_factory=Counter)  # tiles of a row -> rows
     tokens: Counter[int] = field(default_factory=Counter)  # tokens of a row, before data.on_too_long -> rows
     by_rule: dict[str, Counter[int]] = field(default_factory=dict)  # the same under each of RULES
@@ -125,6 +128,7 @@ class RowCheck(Dataset[Findings]):
         self.endless = with_settings(data.encoder, replace(data.encoder.settings, max_length=ENDLESS))
         self.tiles = {rule: replace(data.pictures.tiles, rule=rule) for rule in RULES}
         self.checked = CheckedPictures(data.reader)
+        self.alpha = AlphaCount(data.reader, len(self))
 
     def __len__(self) -> int:
         """Count the chunks."""
@@ -134,6 +138,7 @@ class RowCheck(Dataset[Findings]):
         """Check one chunk of rows."""
         rows = range(number * CHUNK, min((number + 1) * CHUNK, len(self.data)))
         found = Findings(num_rows=len(rows))
+        self.alpha.begin(number)
         ids, contents = np.zeros(len(rows), np.uint64), np.zeros(len(rows), np.uint64)
         pictures: set[int] = set()
         good: list[GoodRow] = []
@@ -178,6 +183,7 @@ class RowCheck(Dataset[Findings]):
             try:
                 sizes.append(self.checked.check(picture, sample.where, sample.id))
                 found.images["found"] += 1
+                self.alpha.look(picture, found.images)
             except DataError as error:
                 kind = add_fault(found, row, error, PICTURE_KINDS)
                 found.images[STATES.get(kind, "broken")] += 1

@@ -3,7 +3,6 @@
 Plumbing before tiles (2). The size comes from the header, without decoding, so that millions of rows can be indexed.
 """
 
-import difflib
 import io
 import os
 import re
@@ -11,7 +10,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -20,9 +19,10 @@ from PIL import AvifImagePlugin, ExifTags, Image, TiffImagePlugin, UnidentifiedI
 
 from vlm_tune.config.schema import ImageConfig
 from vlm_tune.data import videos
+from vlm_tune.data.near_paths import near
 from vlm_tune.data.pixels import decode_rgb, shows_through
 from vlm_tune.data.sample import Picture
-from vlm_tune.data.signatures import HEIF, find_format
+from vlm_tune.data.signatures import HEIF, OPAQUE, find_format
 from vlm_tune.data.whole_files import is_whole
 from vlm_tune.errors import DataError
 
@@ -115,8 +115,8 @@ class ImageReader:
 
     def has_alpha(self, picture: Picture) -> bool:
         """Tell by the header alone whether a file has room for transparency. Raise DataError."""
-        with self._opened(picture, "", None) as header:
-            return header.image.has_transparency_data
+        with self._naming(picture, "", None), self._open_file(picture) as file:
+            return find_format(file) not in OPAQUE and self._read_header(picture, file).image.has_transparency_data
 
     def shows_through(self, picture: Picture) -> bool:
         """Decode the picture; tell whether a pixel is not opaque, so that config.alpha counts. Raise DataError."""
@@ -179,7 +179,9 @@ class ImageReader:
                 raise DataError("is empty (0 bytes). Copy it again, or remove the row")
             return open(path, "rb")  # closed by the `with` of the caller
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise DataError(f"is not there{_near(path)} Paths are relative to data.image.root={self.root}") from error
+            raise DataError(
+                f"is not there{near(self.root, picture.path)} Paths are relative to data.image.root={self.root}"
+            ) from error
         except OSError as error:
             raise DataError(f"cannot be read: {error.strerror}. Check the file and its permissions") from error
 
@@ -310,31 +312,7 @@ def _damaged(name: str, error: Exception) -> DataError:
     return DataError(f"is a truncated or damaged {name} file: {detail}. Copy or export it again")
 
 
-def _near(path: str) -> str:
-    """End a sentence with a file of the same folder that may be meant: with another suffix or spelling."""
-    folder, name = os.path.split(path)
-    names = {other.lower(): other for other in _list_folder(folder)}
-    same_stem = [other for other in names if os.path.splitext(other)[0] == os.path.splitext(name.lower())[0]]
-    # Comparing letter by letter is slow, hence not with every name of a large folder.
-    close = difflib.get_close_matches(
-        name.lower(), same_stem or list(names)[:500], n=1, cutoff=0.0 if same_stem else 0.8
-    )
-    if close:
-        return f'; did you mean "{names[close[0]]}" of the same folder?'
-    return "." if names else f", and {folder} is no folder with files."
-
-
 @lru_cache(maxsize=4096)
 def _real_folder(folder: str) -> str:
     """Resolve the links of a folder once: following them anew for each picture takes as long as reading its header."""
     return os.path.realpath(folder)
-
-
-@lru_cache(maxsize=64)
-def _list_folder(folder: str) -> tuple[str, ...]:
-    """Return up to 10,000 names of a folder, kept because the next missing picture is likely to be sought there."""
-    try:
-        with os.scandir(folder) as entries:
-            return tuple(entry.name for entry in islice(entries, 10_000))
-    except OSError:
-        return ()

@@ -16,6 +16,7 @@ FORMATS = {
     "PPM": rb"P[1-6]\s",
     "AVIF": rb".{4}ftyp(avi[fs]|(mif1|msf1).{4}(.{4}){0,8}?avi[fs])",
 }
+OPAQUE = ("JPEG", "BMP", "PPM")  # whose pixels are never transparent
 # Apple's pictures: read by pillow-heif where it is installed.
 HEIF = "HEIF"
 _HEIF = rb".{4}ftyp(hei[cxms]|hev[cxms]|mif1|msf1)"
