@@ -53,12 +53,12 @@ class AlphaCount:
         return self._known[picture]
 
 
-def alpha_fact(images: dict[str, Any], alpha: str) -> str:
+def alpha_fact(counts: dict[str, Any], alpha: str) -> str:
     """Say what was counted, and what to set."""
-    told = f"{images['alpha']:,} pictures have an alpha channel; of {images['decoded']:,} of them that were decoded, "
-    if not images["transparent"]:
+    told = f"{counts['alpha']:,} pictures have an alpha channel; of {counts['decoded']:,} of them that were decoded, "
+    if not counts["transparent"]:
         return f"{told}none is transparent"
-    told += f"{images['transparent']:,} are transparent. data.image.alpha={alpha} "
+    told += f"{counts['transparent']:,} are transparent. data.image.alpha={alpha} "
     if alpha != "drop":
         return f"{told}is laid below them"
     return f"{told}trains the colours that nobody sees: set white or black, whichever they are shown on"

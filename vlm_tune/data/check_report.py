@@ -20,7 +20,6 @@ from vlm_tune.data.encode import EncoderSettings
 
 SHOWN = 20  # bad rows in the terminal; check.json has all
 NUM_BINS = 12  # of a histogram
-IMAGES = ("found", "missing", "broken", "alpha", "decoded", "transparent")
 BAR = 36  # characters of the longest bar in the terminal
 
 
@@ -36,7 +35,8 @@ def summarise(found: Findings, config: Config, settings: EncoderSettings, second
         "num_bad_rows": len({(fault.where, fault.row) for fault in found.faults}),
         "faults": dict(Counter(fault.kind for fault in found.faults).most_common()),
         "dialects": dict(found.dialects.most_common()),
-        "images": {name: found.images[name] for name in IMAGES} | {"distinct": int(distinct)},
+        "images": {name: found.images[name] for name in ("found", "missing", "broken")} | {"distinct": int(distinct)},
+        "transparency": {name: found.images[name] for name in ("alpha", "decoded", "transparent")},
         "trained": {name: trained[name] for name in ("rows", "tokens", "supervised")},
         "supervised_share": trained["supervised"] / trained["tokens"] if trained["tokens"] else None,
         "tokens": spread(found.tokens, bins([found.tokens])),
@@ -138,8 +138,8 @@ def facts(report: dict[str, Any]) -> dict[str, str]:
     if sum(images.values()):
         told["images"] = ", ".join(f"{images[name]:,} {name}" for name in ("found", "missing", "broken"))
         told["images"] += f"; {images['distinct']:,} different ones"
-    if images["alpha"]:
-        told["transparency"] = alpha_fact(images, settings["alpha"])
+    if report["transparency"]["alpha"]:
+        told["transparency"] = alpha_fact(report["transparency"], settings["alpha"])
     if tokens:
         told["tokens a row"] = f"{in_words(tokens)}, of data.max_length={settings['max_length']:,}"
     if tiles and tiles["max"]:
