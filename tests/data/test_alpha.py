@@ -5,6 +5,8 @@ import json
 import struct
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +16,14 @@ from vlm_tune.config.parse import load_config
 from vlm_tune.config.schema import ImageConfig
 from vlm_tune.data.check import check_file
 from vlm_tune.data.check_report import facts, summarise
+from vlm_tune.data.feature_cache import fingerprint
 from vlm_tune.data.images import ImageReader
 from vlm_tune.data.sample import Picture
 from vlm_tune.errors import ConfigError
 from vlm_tune.export.export import handing_over
 from vlm_tune.model.encoder import build_encoder
+from vlm_tune.model.fill_cache import _settings
+from vlm_tune.serve.chat import Chat
 from vlm_tune.training.report_html import thumbnail
 
 SIZE = (24, 16)
@@ -234,3 +239,19 @@ def test_check_decodes_no_more_than_a_few_of_a_chunk(tmp_path: Path, parts: list
     write_rows(tmp_path, {f"{number}.png": encode(stamp()) for number in range(20)})
     images, _ = checked(tmp_path, parts)
     assert (images["alpha"], images["decoded"]) == (20, 8)
+
+
+def test_features_of_one_setting_never_serve_another() -> None:
+    vlm: Any = SimpleNamespace(vision=SimpleNamespace(select_layer=-1, keeps_class=False))
+    configs = [load_config(["data=own", "data.path=a", f"data.image.alpha={alpha}"]) for alpha in ("drop", "white")]
+    assert len({fingerprint({}, _settings(vlm, config)) for config in configs}) == 2
+
+
+def test_chat_shows_a_picture_as_the_run_did(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(encode(stamp()))
+    model: Any = None
+    talk = Chat(model, load_config(["data=own", "data.path=a", "data.image.alpha=white"]))
+    talk.show(str(tmp_path / "a.png"))
+    (shown,) = talk.pending
+    image = talk._reader(shown).open_picture(shown, "chat", None)
+    assert image.getpixel((SIZE[0] - 1, 0)) == (255, 255, 255)
