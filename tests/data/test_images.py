@@ -9,8 +9,9 @@ import pytest
 from PIL import Image, ImageOps
 
 from vlm_tune.config.schema import ImageConfig
-from vlm_tune.data.images import FORMATS, ImageReader
+from vlm_tune.data.images import ImageReader
 from vlm_tune.data.sample import Picture
+from vlm_tune.data.signatures import FORMATS
 from vlm_tune.errors import DataError
 
 SIZE = (60, 40)
@@ -84,20 +85,20 @@ def test_paths_inside_the_root_are_read(path: str, root: Path, reader: ImageRead
             "cat.jpg",
             'is not there; did you mean "cat.png" of the same folder\\? Paths are relative to data.image.root=',
         ),
-        ("CAT.PNG", 'is not there; did you mean "cat.png" of the same folder'),
+        ("CAT.PNG", r'is not there; did you mean "cat.png"\? It differs only in the case of letters: write it so'),
         ("catt.png", 'is not there; did you mean "cat.png" of the same folder'),
         ("dog.png", "is not there. Paths are relative to data.image.root=.*root"),
         ("nowhere/cat.png", "is not there, and .*nowhere is no folder with files. Paths are relative"),
         ("cat.png/cat.png", "is not there, and"),
         ("zero.png", r"is empty \(0 bytes\). Copy it again, or remove the row"),
-        ("page.png", r"is not an image of a known format \(it starts with b'<html>'\). Readable are JPEG, PNG"),
+        ("page.png", r"is not an image of a known format \(it starts with b'<title>'\). Readable are JPEG, PNG"),
     ],
 )
 def test_each_fault_of_a_path_has_its_reason(path: str, reason: str, root: Path, reader: ImageReader) -> None:
     os.symlink(root.parent / "outside.png", root / "link.png")
     os.mkfifo(root / "pipe")
     (root / "zero.png").touch()
-    (root / "page.png").write_text("<html>")
+    (root / "page.png").write_text("<title>")
     with pytest.raises(DataError, match=reason) as caught:
         reader.read_size(Picture(path.format(root=root)), "train.jsonl:17", "dish_0042")
     assert str(caught.value).startswith('train.jsonl:17 (id "dish_0042"): ')
@@ -137,7 +138,7 @@ def test_bytes_behind_the_end_are_no_fault(name: str, reader: ImageReader) -> No
 @pytest.mark.parametrize("name", ["JPEG", "PNG", "GIF"])
 def test_checking_a_whole_file_decodes_nothing(name: str, reader: ImageReader, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image.core, "new", None)  # what allocates the pixels
-    monkeypatch.setattr("vlm_tune.data.images._decode", None)
+    monkeypatch.setattr("vlm_tune.data.images.decode_rgb", None)
     assert reader.check_picture(Picture("", content=encode(PHOTO, name))) == SIZE
 
 

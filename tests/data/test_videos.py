@@ -2,6 +2,7 @@
 
 import json
 import sys
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,10 @@ def write_video(path: Path, num_frames: int = 50, turned: int = 0, **options: st
     return path
 
 
+def even(num_frames: int, rate: float, size: tuple[int, int] = (1, 1)) -> VideoHeader:
+    return VideoHeader(array("d", [n / rate for n in range(num_frames)]), num_frames / rate, size, 1e-5)
+
+
 def grey(image: Any) -> float:
     return float(np.asarray(image)[HEIGHT // 2 :].mean())
 
@@ -81,11 +86,11 @@ def parse(folder: Path, **fields: Any) -> Sample:
     ],
 )
 def test_frames_are_the_middles_of_even_pieces(num_frames, rate, clip, expected) -> None:
-    assert choose_frames(VideoHeader(num_frames, rate, (1, 1)), clip) == expected
+    assert choose_frames(even(num_frames, rate), clip) == expected
 
 
 def test_a_long_video_gives_32_frames() -> None:
-    chosen = choose_frames(VideoHeader(30 * 3600, 30, (1, 1)))
+    chosen = choose_frames(even(30 * 3600, 30))
     assert len(chosen) == 32
     assert chosen[0] == (30 * 3600 // 32 - 1) // 2
 
@@ -93,14 +98,15 @@ def test_a_long_video_gives_32_frames() -> None:
 @pytest.mark.parametrize(("clip", "end"), [((5, 6), 6), ((6, 9), 9), ((0, 7), 7)])
 def test_a_clip_out_of_the_video_is_refused(clip, end) -> None:
     with pytest.raises(DataError, match=rf'is 5.00 s long, "clip" is {clip[0]} to {end} s. Give a part'):
-        choose_frames(VideoHeader(50, 10, (1, 1)), clip)
+        choose_frames(even(50, 10), clip)
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_the_frames_that_are_chosen_are_those_that_are_decoded(name: str, tmp_path: Path) -> None:
     path = str(write_video(tmp_path / name))
     header = read_header(path)
-    assert header == VideoHeader(50, 10, (WIDTH, HEIGHT))
+    assert (header.num_frames, header.size) == (50, (WIDTH, HEIGHT))
+    np.testing.assert_allclose([*header.times, header.seconds], np.arange(51) / RATE, atol=1e-6)
     for numbers in (choose_frames(header), (0, 1, 2, 49), (47,), tuple(range(50))):
         seen = [grey(image) for image in read_frames(path, numbers)]
         np.testing.assert_allclose(seen, [5 * number for number in numbers], atol=5)
@@ -175,7 +181,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"video": "../a.mp4"}, r"lies outside of the image root"),
         ({"video": "cut.mp4"}, r'video "cut.mp4" is a truncated or damaged video: its end is missing'),
         ({"video": "front.mp4"}, r"is a truncated or damaged video: its end is missing"),
-        ({"video": "cut_a.mkv"}, r"is a truncated or damaged video: its last 1.\d s are missing"),
+        ({"video": "cut_a.mkv"}, r"is a truncated or damaged video: its end is missing"),
         ({"video": "cut_a.webm"}, r"is a truncated or damaged video: "),
         ({"video": "cut_a.avi"}, r"is a truncated or damaged video: "),
         ({"video": "cut_a.gif"}, r"is a truncated or damaged video: its end is missing"),

@@ -1,5 +1,6 @@
 """Faults between fields: each check names the keys, their values, and a way out."""
 
+import re
 from dataclasses import asdict
 from math import isfinite
 
@@ -91,6 +92,11 @@ def _numbers(config: Config) -> list[str]:
         "stage.pack_tiles": stage.pack_tiles,
     }
     problems += [f"{key}={value}: set it to 1 or more" for key, value in positive.items() if value < 1]
+    if not re.fullmatch("drop|white|black|#[0-9A-Fa-f]{6}", config.data.image.alpha):
+        problems.append(
+            f"data.image.alpha={config.data.image.alpha}: set drop, white, black, or a colour in two pairs of quotes, "
+            """as in data.image.alpha='"#80ff00"'"""
+        )
     if config.model.projector.newline and tiles.rule is not TileRule.anyres:
         problems.append(
             f"model.projector.newline=true but model.tiles.rule={tiles.rule.value}: only any-resolution pictures have "

@@ -147,6 +147,7 @@ class ImageConfig:
 
     root: str | None = None  # folder of relative picture paths; null = the folder of the data file
     exif: bool = False  # honour the EXIF orientation (the reference implementations ignore it)
+    alpha: str = "drop"  # transparency: drop = the hidden colours show (as in the references); white, black, "#RRGGBB"
     max_pixels: int = 100_000_000
 
 

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from vlm_tune import __version__
 from vlm_tune.config.schema import Config
+from vlm_tune.data.check_alpha import alpha_fact
 from vlm_tune.data.check_rows import Findings
 from vlm_tune.data.fit import EncoderSettings
 from vlm_tune.data.positions import NAME
@@ -37,6 +38,7 @@ def summarise(found: Findings, config: Config, settings: EncoderSettings) -> dic
         "faults": dict(Counter(fault.kind for fault in found.faults).most_common()),
         "dialects": dict(found.dialects.most_common()),
         "images": {name: found.images[name] for name in ("found", "missing", "broken")} | {"distinct": int(distinct)},
+        "transparency": {name: found.images[name] for name in ("alpha", "decoded", "transparent")},
         "trained": {name: trained[name] for name in ("rows", "tokens", "supervised")},
         "supervised_share": trained["supervised"] / trained["tokens"] if trained["tokens"] else None,
         "tokens": spread(found.tokens, bins([found.tokens])),
@@ -60,6 +62,7 @@ def summarise(found: Findings, config: Config, settings: EncoderSettings) -> dic
             "limit": settings.limit.name,
             "on_too_long": data.on_too_long.value,
             "format": data.format,
+            "alpha": data.image.alpha,
             "val_share": data.val_share if data.val == "auto" else 0.0,
         },
         "version": __version__,
@@ -142,6 +145,8 @@ def facts(report: dict[str, Any]) -> dict[str, str]:
     if sum(images.values()):
         told["images"] = ", ".join(f"{images[name]:,} {name}" for name in ("found", "missing", "broken"))
         told["images"] += f"; {images['distinct']:,} different ones"
+    if report["transparency"]["alpha"]:
+        told["transparency"] = alpha_fact(report["transparency"], settings["alpha"])
     if tokens:
         told["tokens a row"] = f"{in_words(tokens)}, of {settings['limit']}"
     if tiles and tiles["max"]:

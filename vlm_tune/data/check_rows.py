@@ -11,6 +11,7 @@ import numpy.typing as npt
 from torch.utils.data import Dataset
 
 from vlm_tune.config.schema import TileRule
+from vlm_tune.data.check_alpha import AlphaCount
 from vlm_tune.data.check_answers import Answers
 from vlm_tune.data.check_shared import Contents, HeldOut, Shared, merge_shared
 from vlm_tune.data.dataset import Conversations, Tiling
@@ -91,7 +92,9 @@ class Findings:
 
     num_rows: int = 0
     dialects: Counter[str] = field(default_factory=Counter)
-    images: Counter[str] = field(default_factory=Counter)  # found, missing, broken: one for each place in a row
+    images: Counter[str] = field(
+        default_factory=Counter
+    )  # found, missing, broken; alpha, decoded, transparent: each place in a row
     tiles: Counter[int] = field(default_factory=Counter)  # tiles of a row -> rows
     tokens: Counter[int] = field(default_factory=Counter)  # tokens of a row, before data.on_too_long -> rows
     by_rule: dict[str, Counter[int]] = field(default_factory=dict)  # the same under each of RULES
@@ -142,6 +145,7 @@ class RowCheck(Dataset[Findings]):
         self.markup = re.compile("|".join(map(re.escape, markup))) if markup else None
         self.tiles = {rule: replace(data.pictures.tiles, rule=rule) for rule in RULES}
         self.checked = CheckedPictures(data.reader)
+        self.alpha = AlphaCount(data.reader, len(self))
 
     def __len__(self) -> int:
         """Count the chunks."""
@@ -151,6 +155,7 @@ class RowCheck(Dataset[Findings]):
         """Check one chunk of rows."""
         rows = range(number * CHUNK, min((number + 1) * CHUNK, len(self.data)))
         found = Findings(num_rows=len(rows))
+        self.alpha.begin(number)
         ids, contents = np.zeros(len(rows), np.uint64), np.zeros(len(rows), np.uint64)
         pictures: set[int] = set()
         good: list[GoodRow] = []
@@ -201,6 +206,7 @@ class RowCheck(Dataset[Findings]):
             try:
                 sizes.append(self.checked.check(picture, sample.where, sample.id))
                 found.images["found"] += 1
+                self.alpha.look(picture, found.images)
             except DataError as error:
                 kind = add_fault(found, row, error, PICTURE_KINDS)
                 found.images[STATES.get(kind, "broken")] += 1

@@ -19,6 +19,7 @@ from vlm_tune.data.formats_row import (
     row_pictures,
     single_turns,
 )
+from vlm_tune.data.near_paths import near
 from vlm_tune.data.sample import Message, Part, Picture, Role
 from vlm_tune.data.videos import choose_frames, read_header
 from vlm_tune.errors import DataError
@@ -166,7 +167,8 @@ def _frames(row: Row, video: str) -> list[Picture]:
             return [Picture(video, is_frame=True, frame=number) for number in _chosen(row, video, str(path))]
         names = [entry.name for entry in path.iterdir() if entry.suffix.lower() in _FRAME_FILES]
     except FileNotFoundError as error:
-        raise row.fault(f'video "{video}" is not there. It is looked for below data.image.root.') from error
+        hint = near(str(row.image_root), video)
+        raise row.fault(f'video "{video}" is not there{hint} It is looked for below data.image.root.') from error
     except (OSError, ValueError) as error:  # no permission, a name too long, a zero byte in it
         raise row.fault(f"the video cannot be read: {error}. Mend the path.") from error
     if row.record.get("clip") is not None:

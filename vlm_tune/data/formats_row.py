@@ -132,12 +132,16 @@ def picture(row: Row, value: object, name: str, size: tuple[int, int] | None = N
     Raise DataError for anything else.
     """
     if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
+        given = next((key for key in ("bytes", "path") if value.get(key)), None)
+        if given is None:
+            reason = f'{name} is an object with {_keys(value)}, which holds no picture in "bytes" or "path".'
+            raise row.fault(f"{reason} Give one of them, or a path or a data URL in place of the object.")
+        name, value = f'{name}, "{given}"', value[given]
     if isinstance(value, bytes) and value:
         return Picture("", content=value, size=size)
     if not isinstance(value, str) or not value.strip():
-        given = "empty" if isinstance(value, str | bytes) else kind_of(value)
-        raise row.fault(f"{name} is {given}. Give a path, a data URL or the encoded file.")
+        kind = "empty" if isinstance(value, str | bytes) else kind_of(value)
+        raise row.fault(f"{name} is {kind}. Give a path, a data URL or the encoded file.")
     if value.startswith("data:") or len(value) > _LONGEST_PATH:
         return Picture("", content=_decode(row, value, name), size=size)
     return Picture(row.text(value, name).removeprefix("file://"), size=size)

@@ -3,7 +3,6 @@
 Plumbing before tiles (2). The size comes from the header, without decoding, so that millions of rows can be indexed.
 """
 
-import difflib
 import io
 import os
 import re
@@ -11,32 +10,24 @@ import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-import numpy as np
-
-# Pillow knows a format once its plugin is imported; without these it would import every plugin to find two of them.
-from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
+# Pillow knows a format once its plugin is imported; without these it would import every plugin to find three of them.
+from PIL import AvifImagePlugin, ExifTags, Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
 
 from vlm_tune.config.schema import ImageConfig
 from vlm_tune.data import videos
+from vlm_tune.data.near_paths import near
+from vlm_tune.data.pixels import decode_rgb, shows_through
 from vlm_tune.data.sample import Picture
+from vlm_tune.data.signatures import HEIF, OPAQUE, find_format
+from vlm_tune.data.whole_files import is_whole
 from vlm_tune.errors import DataError
 
-# What may be read, by the first bytes. The name of the file plays no part, and no other decoder is ever tried.
-FORMATS = {
-    "JPEG": rb"\xff\xd8\xff",
-    "PNG": rb"\x89PNG\r\n\x1a\n",
-    "WEBP": rb"RIFF.{4}WEBP",
-    "GIF": rb"GIF8[79]a",
-    "BMP": rb"BM",
-    "TIFF": rb"II[*+]\x00|MM\x00[*+]",
-    "PPM": rb"P[1-6]\s",
-}
-_SIGNATURES = {name: re.compile(pattern, re.DOTALL) for name, pattern in FORMATS.items()}
-_LONGEST_SIGNATURE = 16  # bytes
+# How a complete file ends. Others are decoded to know, and so is a file with something behind its end.
+_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\x00\x00\x00\x00IEND\xae\x42\x60\x82", "GIF": b"\x00;"}
 _MAX_CHECKED = 1 << 16  # pictures that one process remembers: about 20 MB
 
 # How a complete file ends. Others are decoded to know, and so is a file with something behind its end.
@@ -96,7 +87,7 @@ class ImageReader:
             return self._read_video_size(picture, where, sample_id)
         with self._opened(picture, where, sample_id) as header:
             if not _ends_properly(header):
-                _decode(header)
+                self._decode(header)
             return header.size
 
     def read_content(self, picture: Picture, where: str = "", sample_id: str | None = None) -> bytes:
@@ -113,15 +104,24 @@ class ImageReader:
     def open_picture(self, picture: Picture, where: str = "", sample_id: str | None = None) -> Image.Image:
         """Return the decoded picture, RGB, upright where config.exif is set. Raise DataError.
 
-        Modes become RGB as in the references, by convert("RGB"): alpha is dropped, not blended; of an animation the
-        first frame counts. Only 16-bit grey keeps its high byte instead, as Pillow does with 16-bit colour, since
-        convert("RGB") would make white of everything above 255 of 65535.
+        Modes become RGB, and transparency becomes what config.alpha says, as `pixels.decode_rgb` does; of an animation
+        the first frame counts.
         """
         if picture.frame is not None:
             return next(self.open_pictures([picture], where, sample_id))
         with self._opened(picture, where, sample_id) as header:
-            image = _decode(header)
+            image = self._decode(header)
             return image if header.upright is None else image.transpose(header.upright)
+
+    def has_alpha(self, picture: Picture) -> bool:
+        """Tell by the header alone whether a file has room for transparency. Raise DataError."""
+        with self._naming(picture, "", None), self._open_file(picture) as file:
+            return find_format(file) not in OPAQUE and self._read_header(picture, file).image.has_transparency_data
+
+    def shows_through(self, picture: Picture) -> bool:
+        """Decode the picture; tell whether a pixel is not opaque, so that config.alpha counts. Raise DataError."""
+        with self._opened(picture, "", None) as header, _damage(header.format):
+            return shows_through(header.image)
 
     def open_pictures(
         self, pictures: Sequence[Picture], where: str = "", sample_id: str | None = None
@@ -183,7 +183,9 @@ class ImageReader:
                 raise DataError("is empty (0 bytes). Copy it again, or remove the row")
             return open(path, "rb")  # closed by the `with` of the caller
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise DataError(f"is not there{_near(path)} Paths are relative to data.image.root={self.root}") from error
+            raise DataError(
+                f"is not there{near(self.root, picture.path)} Paths are relative to data.image.root={self.root}"
+            ) from error
         except OSError as error:
             raise DataError(f"cannot be read: {error.strerror}. Check the file and its permissions") from error
 
@@ -210,11 +212,11 @@ class ImageReader:
 
     def _read_header(self, picture: Picture, file: BinaryIO) -> _Header:
         """Read the header and compare it with the limits and with the size that the row declares."""
-        name = _find_format(file)
+        name = find_format(file)
         try:
             image = Image.open(file, formats=[name])
-            # Pillow itself puts TIFF upright, size included, whether it is asked to or not.
-            orientation = _read_orientation(image) if self.config.exif and name != "TIFF" else 1
+            # TIFF and HEIF are put upright, size included, by who reads them, whether it is asked for or not.
+            orientation = _read_orientation(image) if self.config.exif and name not in ("TIFF", HEIF) else 1
         except Image.DecompressionBombError as error:
             raise DataError(f"is too large for Pillow: {error} Make it smaller") from error
         except MemoryError:
@@ -229,7 +231,15 @@ class ImageReader:
             declared = f"the row declares {picture.size[0]} x {picture.size[1]}"
             turned = ", its sides swapped" if picture.size == (height, width) else ""
             raise DataError(f"is {width} x {height} pixels, {declared}{turned}. Correct its width and height")
+        if name == "TIFF" and _is_preview(image):
+            remedy = "Develop it, and export it as JPEG or PNG"
+            raise DataError(f"is not an image of a known format: it is a camera's RAW photo. {remedy}")
         return _Header(image, file, name, _UPRIGHT.get(orientation), (width, height))
+
+    def _decode(self, header: _Header) -> Image.Image:
+        """Decode to RGB; raise DataError for a file that is truncated or damaged."""
+        with _damage(header.format):
+            return decode_rgb(header.image, self.config.alpha)
 
 
 class CheckedPictures:
@@ -257,17 +267,6 @@ class CheckedPictures:
         return found
 
 
-def _find_format(file: BinaryIO) -> str:
-    """Return the name of the format by the first bytes, and leave the file at its start."""
-    first = file.read(_LONGEST_SIGNATURE)
-    file.seek(0)
-    for name, signature in _SIGNATURES.items():
-        if signature.match(first):
-            return name
-    readable = ", ".join(FORMATS)
-    raise DataError(f"is not an image of a known format (it starts with {first!r}). Readable are {readable}")
-
-
 def _read_orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 (upright) to 8, from the header alone.
 
@@ -279,25 +278,36 @@ def _read_orientation(image: Image.Image) -> int:
 
 def _ends_properly(header: _Header) -> bool:
     """Tell whether the last bytes are those that end a file of this format; False where that cannot be told."""
+    position = header.file.tell()
+    if header.format in ("AVIF", HEIF):
+        ends = is_whole(header.format, header.file)
+        header.file.seek(position)
+        return ends
     end = _ENDS.get(header.format)
     if end is None:
         return False
-    position = header.file.tell()
     header.file.seek(-len(end), os.SEEK_END)
     last = header.file.read()
     header.file.seek(position)  # Pillow goes on from where it stopped reading
     return last == end
 
 
-def _decode(header: _Header) -> Image.Image:
-    """Decode to RGB; raise DataError for a file that is truncated or damaged."""
+def _is_preview(image: Image.Image) -> bool:
+    """Tell whether a TIFF begins with a small copy of what it holds: NEF, ARW, DNG, ... hold a RAW photo so."""
+    tags = getattr(image, "tag_v2", {})
+    subfile_type, dng_version = tags.get(254, 0), tags.get(50706)
+    return dng_version is not None or (isinstance(subfile_type, int) and bool(subfile_type & 1))
+
+
+@contextmanager
+def _damage(name: str) -> Iterator[None]:
+    """Report whatever a decoder raises on damaged bytes as a fault of the file."""
     try:
-        header.image.load()
-        return _to_rgb(header.image)
+        yield
     except MemoryError:
         raise
     except Exception as error:  # on damaged bytes a decoder may raise whatever it likes
-        raise _damaged(header.format, error) from error
+        raise _damaged(name, error) from error
 
 
 def _damaged(name: str, error: Exception) -> DataError:
@@ -306,43 +316,7 @@ def _damaged(name: str, error: Exception) -> DataError:
     return DataError(f"is a truncated or damaged {name} file: {detail}. Copy or export it again")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB; `ImageReader.open_picture` says how."""
-    if image.mode == "RGB":
-        return image
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        high_byte = np.asarray(image) >> 8
-        return Image.fromarray(high_byte.astype(np.uint8)).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:
-        return image.convert("RGBA").convert("RGB")  # the same colours, without Pillow's advice to do this
-    return image.convert("RGB")
-
-
-def _near(path: str) -> str:
-    """End a sentence with a file of the same folder that may be meant: with another suffix or spelling."""
-    folder, name = os.path.split(path)
-    names = {other.lower(): other for other in _list_folder(folder)}
-    same_stem = [other for other in names if os.path.splitext(other)[0] == os.path.splitext(name.lower())[0]]
-    # Comparing letter by letter is slow, hence not with every name of a large folder.
-    close = difflib.get_close_matches(
-        name.lower(), same_stem or list(names)[:500], n=1, cutoff=0.0 if same_stem else 0.8
-    )
-    if close:
-        return f'; did you mean "{names[close[0]]}" of the same folder?'
-    return "." if names else f", and {folder} is no folder with files."
-
-
 @lru_cache(maxsize=4096)
 def _real_folder(folder: str) -> str:
     """Resolve the links of a folder once: following them anew for each picture takes as long as reading its header."""
     return os.path.realpath(folder)
-
-
-@lru_cache(maxsize=64)
-def _list_folder(folder: str) -> tuple[str, ...]:
-    """Return up to 10,000 names of a folder, kept because the next missing picture is likely to be sought there."""
-    try:
-        with os.scandir(folder) as entries:
-            return tuple(entry.name for entry in islice(entries, 10_000))
-    except OSError:
-        return ()

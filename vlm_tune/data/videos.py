@@ -7,17 +7,19 @@ it, and the same numbers are decoded.
 import os
 import re
 import stat
-from bisect import bisect_right
+from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from PIL import Image
 
+from vlm_tune.data.whole_files import is_whole
 from vlm_tune.errors import DataError
 
 if TYPE_CHECKING:
@@ -33,8 +35,9 @@ _SIGNATURES = {
     "matroska": re.compile(rb"\x1aE\xdf\xa3"),  # .mkv, .webm
     "avi": re.compile(rb"RIFF.{4}AVI ", re.DOTALL),
     "gif": re.compile(rb"GIF8[79]a"),
+    "mpegts": re.compile(rb"\x47.{187}\x47.{187}\x47", re.DOTALL),
 }
-_LOST = 0.5  # seconds that may be missing at the end of a file which says how long it is
+_REORDERED = 17  # packets: no codec moves a frame by more than 16
 _UPRIGHT = {
     90: Image.Transpose.ROTATE_90,
     180: Image.Transpose.ROTATE_180,
@@ -45,11 +48,25 @@ _UPRIGHT = {
 
 @dataclass(frozen=True, slots=True)
 class VideoHeader:
-    """Hold what is known of a video without decoding it."""
+    """Hold what is known of a video without decoding it.
 
-    num_frames: int
-    rate: float  # frames a second, on average
+    Times are the frames' own stamps: what a header says of a rate is an average, or a guess.
+    """
+
+    times: "array[float]"  # seconds, when each frame is shown, ascending from 0
+    seconds: float  # when the last one ends
     size: tuple[int, int]  # (width, height) in pixels, as stored: a phone's turn is not in it
+    tick: float  # seconds, what stamps are rounded to
+
+    @property
+    def num_frames(self) -> int:
+        """Count the frames that are shown."""
+        return len(self.times)
+
+    @property
+    def rate(self) -> float | None:
+        """Frames a second; None where they do not come evenly."""
+        return _even_rate(self.times, self.tick)
 
 
 class _Packets(NamedTuple):
@@ -57,36 +74,66 @@ class _Packets(NamedTuple):
 
     times: list[int]  # of each frame, ascending, in units of the stream
     keys: list[tuple[int, int]]  # (time shown, place to seek to) of frames that need no other, ascending
+    end: int  # when the last frame ends
 
 
 def choose_frames(header: VideoHeader, clip: tuple[float, float] | None = None) -> tuple[int, ...]:
     """Return the numbers of the frames that stand for a video, from 0: one a second, at least 8 and at most 32.
 
-    `clip` (start, end) in seconds limits them to a part. The part is divided evenly, and the middle frame of each piece
-    is taken: of 50 frames in 5 seconds 2, 8, 14, 21, 27, 33, 39, 46. A video of fewer than 8 frames gives all of them.
-    Source: InternVL, get_frame_indices with sample="middle", as at inference. Its training draws the number, 8 to 32,
-    and the places at random, so that a row's tokens differ in each epoch; here they are settled by the header.
+    `clip` (start, end) in seconds limits them to a part: from the frame that is on the screen at its start on. The part
+    is divided evenly, and the middle frame of each piece is taken: of 50 frames in 5 seconds 2, 8, 14, 21, 27, 33, 39,
+    46. A video of fewer than 8 frames gives all of them. Source: InternVL, get_frame_indices with sample="middle", as
+    at inference. Its training draws the number, 8 to 32, and the places at random, so that a row's tokens differ in
+    each epoch; here they are settled by the header.
 
     Raise DataError for a clip that is not in the video.
     """
-    first, count, seconds = 0, header.num_frames, header.num_frames / header.rate
+    first, count, seconds = 0, header.num_frames, header.seconds
     if clip is not None:
         start, end = clip
-        if start * header.rate >= count or end > seconds + ROUNDED:
+        if start >= seconds or end > seconds + ROUNDED:
             raise DataError(f'is {seconds:.2f} s long, "clip" is {start:g} to {end:g} s. Give a part of the video')
         seconds = end - start
-        first = int(start * header.rate)
-        count = max(1, min(int(seconds * header.rate), count - first))
-    number = min(max(int(seconds), MIN_FRAMES), MAX_FRAMES, count)
+        first, count = _part(header, start, end)
+    number = min(max(int(seconds + _slack(header.tick)), MIN_FRAMES), MAX_FRAMES, count)
     bounds = [count * piece // number for piece in range(number + 1)]
     return tuple(first + (begin + end - 1) // 2 for begin, end in pairwise(bounds))
+
+
+def _part(header: VideoHeader, start: float, end: float) -> tuple[int, int]:
+    """Return the first frame of a clip and how many there are.
+
+    Of even frames as many as InternVL takes, int(seconds * rate); of others those that are on the screen within it.
+    """
+    slack, rate = _slack(header.tick), header.rate
+    first = bisect_right(header.times, start + slack) - 1
+    if rate is None:
+        count = bisect_left(header.times, end - slack) - first
+    else:
+        count = min(int((end - start + slack) * rate), header.num_frames - first)
+    return first, max(1, count)
+
+
+def _slack(tick: float) -> float:
+    """Return by how many seconds a stamp may be off: half of what it is rounded to, where that is not a frame."""
+    return min(tick / 2, 0.001)
+
+
+def _even_rate(times: Sequence[float], tick: float) -> float | None:
+    """Return the frames a second where each stands, but for rounding, where an even rate puts it; else None."""
+    if len(times) < 2 or times[-1] <= times[0]:
+        return None
+    gap, off = (times[-1] - times[0]) / (len(times) - 1), min(tick, 0.002) * 1.001
+    is_even = all(abs(time - times[0] - number * gap) <= off for number, time in enumerate(times))
+    return 1 / gap if is_even else None
 
 
 def read_header(path: str) -> VideoHeader:
     """Read a video's number of frames, rate and size; nothing is decoded beyond what tells the codec's settings.
 
-    .mp4, .mov and .avi have an index of their frames; .mkv, .webm, .gif and streamed .mp4 are read through to count
-    them. What was found is kept for as long as the file does not change. Raise DataError without a place for a missing,
+    .mp4, .mov and .avi have an index of their frames; .mkv, .webm, .gif, .ts and streamed .mp4 are read through for
+    their stamps, and so is .mp4 whose index does not tell when each frame is shown (a cut without encoding anew). What
+    was found is kept for as long as the file does not change. Raise DataError without a place for a missing,
     empty, truncated or damaged file, one that is no video, and one without a video stream.
     """
     return _header_of(path, *_state(path))
@@ -129,6 +176,8 @@ def _decode(container: "InputContainer", stream: "VideoStream", packets: _Packet
                 container.seek(0)
                 frames = container.decode(stream)
                 current = next(frames, None)
+        elif current is None:
+            current = next(frames, None)
         while current is not None and _shown(current) < target:
             current = next(frames, None)
         if current is None:
@@ -145,42 +194,86 @@ def _shown(frame: Any) -> int:
 
 
 def _list_packets(container: "InputContainer", stream: "VideoStream") -> _Packets:
-    """Read through the file, without decoding, for the times of all frames."""
-    times, keys = [], []
-    end = 0.0
-    for packet in container.demux():
-        if not packet.size or packet.is_discard:
-            continue
+    """Read through the file, without decoding, for the times of all frames that can be shown.
+
+    What a cut without encoding anew has left over is not among them: frames that the file hides, and those that come,
+    or are shown, before the first frame that needs no other.
+    """
+    times: list[int] = []
+    keys: list[tuple[int, int]] = []
+    end, first_key = 0, None
+    for packet in container.demux(stream):
         if packet.is_corrupt:
             raise _truncated("it ends within a frame")
-        if packet.time_base and packet.pts is not None:
-            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-        if packet.stream_index == stream.index:
-            times.append(_shown(packet))
-            if packet.is_keyframe:
-                keys.append((times[-1], times[-1] if packet.dts is None else packet.dts))
-    lost = (container.duration or 0) / 1e6 - end
-    if "matroska" in container.format.name and lost > _LOST:  # the others have an index, or no length of their own
-        raise _truncated(f"its last {lost:.1f} s are missing")
-    return _Packets(sorted(times), sorted(keys))
+        if not packet.size or (first_key is None and not packet.is_keyframe):
+            continue
+        time = _shown(packet)
+        first_key = time if first_key is None else first_key
+        if packet.is_discard or time < first_key:
+            continue
+        times.append(time)
+        end = max(end, time + (packet.duration or 0))
+        if packet.is_keyframe:
+            keys.append((time, time if packet.dts is None else packet.dts))
+    return _Packets(sorted(times), sorted(keys), end)
 
 
-@lru_cache(maxsize=4096)
+def _list_index(container: "InputContainer", stream: "VideoStream") -> list[int] | None:
+    """Return the times of all frames from the file's index alone; None where that cannot tell them.
+
+    It says when frames are decoded. That is when they are shown, but for a constant, where their order is the same or
+    where they come evenly, unless the file hides some of them or its first cannot be shown.
+    """
+    entries = stream.index_entries
+    if not stream.frames or len(entries) != stream.frames or not entries[0].is_keyframe:
+        return None
+    if any(entry.is_discard for entry in entries):
+        return None
+    times = [entry.timestamp for entry in entries if entry.size > 0]
+    if not stream.codec_context.has_b_frames:
+        return times
+    is_even = _even_rate([float(time) for time in times], 1.0) is not None
+    return times if is_even and _shows_first(container, stream) else None
+
+
+def _shows_first(container: "InputContainer", stream: "VideoStream") -> bool:
+    """Tell whether the first frame to be decoded is the first to be shown."""
+    shown = [_shown(packet) for packet in islice(container.demux(stream), _REORDERED) if packet.size]
+    return bool(shown) and shown[0] == min(shown)
+
+
+@lru_cache(maxsize=512)  # a minute's times take 15 kB
 def _header_of(path: str, size: int, _: int) -> VideoHeader:
     with open(path, "rb") as file, _damage(), _opened(file) as (container, stream):
-        entries = stream.index_entries
-        if stream.frames and len(entries) == stream.frames:
-            if max(entry.pos + entry.size for entry in entries) > size:
-                raise _truncated("it is shorter than its index says")
-            num_frames = sum(entry.size > 0 and not entry.is_discard for entry in entries)
-        else:
-            num_frames = len(_list_packets(container, stream).times)
-            if num_frames < stream.frames:
-                raise _truncated(f"{num_frames} of {stream.frames} frames are there")
-        rate = float(stream.average_rate or stream.guessed_rate or 0)
-        if not num_frames or not rate:
-            raise DataError("holds no frames. Remove the row")
-        return VideoHeader(num_frames, rate, (stream.codec_context.width, stream.codec_context.height))
+        if any(entry.pos + entry.size > size for entry in stream.index_entries):
+            raise _truncated("it is shorter than its index says")
+        times, end = _list_index(container, stream), 0
+        if times is None:
+            times, _keys, end = _list_packets(container, stream)
+        if not times or not stream.time_base:
+            raise DataError("holds no frames that can be shown: none stands by itself. Remove the row")
+        tick = float(stream.time_base)
+        seconds = array("d", [(time - times[0]) * tick for time in times])
+        end = max(end, _stated_end(container, stream))
+        frame = (stream.codec_context.width, stream.codec_context.height)
+        return VideoHeader(seconds, _length(seconds, tick, (end - times[0]) * tick), frame, tick)
+
+
+def _stated_end(container: "InputContainer", stream: "VideoStream") -> int:
+    """Return when the pictures end as the file says, in units of the stream; 0 where it does not."""
+    if stream.duration:
+        return (stream.start_time or 0) + stream.duration
+    if len(container.streams) > 1 or not container.duration or not stream.time_base:
+        return 0
+    return int(container.duration / 1_000_000 / stream.time_base)
+
+
+def _length(times: Sequence[float], tick: float, end: float) -> float:
+    """Return when the last frame ends, in seconds: as an even rate goes on, else as the file says, else a guess."""
+    rate = _even_rate(times, tick)
+    if rate is not None:
+        return len(times) / rate
+    return end if end > times[-1] else times[-1] + (times[-1] - times[-2] if len(times) > 1 else tick)
 
 
 @lru_cache(maxsize=4096)
@@ -216,14 +309,15 @@ def _opened(file: BinaryIO) -> Iterator[tuple["InputContainer", "VideoStream"]]:
             f"needs the package av: {error}. pip install av, or extract the frames into a folder"
         ) from error
 
-    first = file.read(16)
+    first = file.read(512)
     file.seek(0)
     name = next((name for name, signature in _SIGNATURES.items() if signature.match(first)), None)
     if name is None:
         raise DataError(
-            f"is not a video of a known kind (it starts with {first!r}). Readable are mp4, mov, mkv, webm, avi, gif"
+            f"is not a video of a known kind (it starts with {first[:16]!r}). Readable are mp4, mov, mkv, webm, avi, "
+            "gif, ts"
         )
-    if (name == "gif" and not _ends_as_gif(file)) or (name == "mov" and not _holds_its_boxes(file)):
+    if not is_whole(name, file):
         raise _truncated("its end is missing")
     file.seek(0)
     with av.open(file, "r", format=name, metadata_errors="ignore") as container:
@@ -234,26 +328,6 @@ def _opened(file: BinaryIO) -> Iterator[tuple["InputContainer", "VideoStream"]]:
             raise DataError("has no video stream. Remove the row, or give another file")
         streams[0].codec_context.thread_count = 1  # workers are processes: one core each
         yield container, streams[0]
-
-
-def _ends_as_gif(file: BinaryIO) -> bool:
-    file.seek(-min(64, file.seek(0, os.SEEK_END)), os.SEEK_END)
-    return file.read().rstrip(b"\0").endswith(b";")
-
-
-def _holds_its_boxes(file: BinaryIO) -> bool:
-    """Tell whether the boxes that an .mp4 consists of, each with its length, are there to their ends."""
-    end, place = file.seek(0, os.SEEK_END), 0
-    while place + 8 <= end:
-        file.seek(place)
-        box = file.read(16)
-        size = int.from_bytes(box[:4])
-        if size == 1:  # a long one
-            size = int.from_bytes(box[8:])
-        if size < 8:  # 0: it reaches to the end
-            return True
-        place += size
-    return place <= end
 
 
 @contextmanager

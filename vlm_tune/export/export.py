@@ -69,7 +69,7 @@ def export(ckpt: str, out: str, wanted: Wanted, overrides: list[str]) -> Path:
         kind = layout
         after = Parity.measure(write(layout, model, config, partial, replace(wanted, dtype=dtype)), prompts)
     result = compare(before, after, dtype)
-    report |= asdict(result)
+    report |= asdict(result) | {"transparent_pictures": handing_over(config.data.image.alpha)}
     passed, summary = result.passed, result.summary
     alone = (
         plain_agreement(plain or read(partial), partial, questions, before.answers)
@@ -81,6 +81,8 @@ def export(ckpt: str, out: str, wanted: Wanted, overrides: list[str]) -> Path:
         passed = passed and alone >= AGREEMENT_BOUND
         summary += f", {alone:.0%} of those that transformers generates from the folder alone"
     console = Console()
+    if config.data.image.alpha != "drop":
+        console.print(report["transparent_pictures"], highlight=False, markup=False)
     console.print(f"{layout} folder, {dtype}: {summary}", highlight=False)
     if quantized is not None:
         distance = compare(quantized, after, dtype)
@@ -88,6 +90,15 @@ def export(ckpt: str, out: str, wanted: Wanted, overrides: list[str]) -> Path:
         console.print(f"beside the quantized run in its own arithmetic: {distance.summary}", highlight=False)
     (partial / "parity.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     return settle(partial, folder, passed, summary)
+
+
+def handing_over(alpha: str) -> str:
+    """Say how a transparent picture becomes what training saw: who reads the folder may lay it over white, or not."""
+    make_rgb = "picture.convert('RGB')"
+    if alpha != "drop":
+        over = f"Image.new('RGBA', picture.size, '{alpha}')"
+        make_rgb = f"Image.alpha_composite({over}, picture.convert('RGBA')).convert('RGB')"
+    return f"trained with data.image.alpha={alpha}: hand a transparent picture over as {make_rgb}"
 
 
 def measure_quantized(ckpt: str, overrides: list[str]) -> Parity | None:

@@ -90,4 +90,5 @@ def fill(vlm: VisionLanguageModel, part: Part, cache: FeatureCache) -> None:
 
 def _settings(vlm: VisionLanguageModel, config: Config) -> str:
     seen = f"{vlm.vision.select_layer} {vlm.vision.keeps_class}"
-    return f"{seen} {config.model.tiles} {config.model.vision.normalize} {config.data.image.exif}"
+    image = config.data.image
+    return f"{seen} {config.model.tiles} {config.model.vision.normalize} {image.exif} {image.alpha}"

@@ -5,7 +5,7 @@ import os
 import platform
 import resource
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ class RunReport:
             "val_curve": validation,
             "best": min(validation, key=lambda row: row["loss"]) if validation else None,
             "answers": self.answers,
+            "image": asdict(self.config.data.image),
             "config": (self.run / CONFIG).read_text(encoding="utf-8"),
             "environment": json.loads((self.run / "environment.json").read_text(encoding="utf-8")),
         }

@@ -63,7 +63,7 @@ def write_html(report: dict[str, Any], path: Path) -> None:
         headline=headline(report),
         accuracy=accuracy(report.get("evaluation") or {}) + cautions(report.get("evaluation") or {}),
         loss=loss(report),
-        gallery=gallery(report.get("answers") or []),
+        gallery=gallery(report.get("answers") or [], ImageConfig(**report.get("image") or {})),
         parts=trained_parts(report.get("parts") or []),
         data=data_summary(report.get("data") or {}),
         details=details(report),
@@ -197,8 +197,8 @@ def loss(report: dict[str, Any]) -> str:
     return f'<section><h2>Loss</h2><div class="panel">{warning}{drawing}</div></section>'
 
 
-def gallery(answers: list[dict[str, Any]]) -> str:
-    """Show the test pictures, each once, with its questions and the answers before and after training."""
+def gallery(answers: list[dict[str, Any]], look: ImageConfig) -> str:
+    """Show the test pictures as training saw them, each once, with its questions and the answers before and after."""
     groups: dict[tuple[str | None, int], list[dict[str, Any]]] = {}
     for index, answer in enumerate(answers):
         picture = answer.get("picture")
@@ -206,7 +206,7 @@ def gallery(answers: list[dict[str, Any]]) -> str:
     if not groups:
         return ""
     shown = list(groups.items())[:MAX_PICTURES]
-    cards = "".join(card(picture, asked) for (picture, _), asked in shown)
+    cards = "".join(card(picture, asked, look) for (picture, _), asked in shown)
     after, before = (sum(is_right(answer, key) for answer in answers) for key in ("after", "before"))
     summary = f"{after:,} of {len(answers):,} right after training (marked ✓), {before:,} before."
     if not after + before:
@@ -217,14 +217,14 @@ def gallery(answers: list[dict[str, Any]]) -> str:
     return f'<section><h2>{title}</h2><p class="quiet">{summary}</p><div class="gallery">{cards}</div></section>'
 
 
-def card(picture: str | None, asked: list[dict[str, Any]]) -> str:
+def card(picture: str | None, asked: list[dict[str, Any]], look: ImageConfig) -> str:
     """Return one picture with what was asked about it."""
     questions = []
     for answer in asked:
         lines = [answer_line(answer, key) for key in ("expected", "before", "after") if answer.get(key) is not None]
         question = escape(shorten(str(answer.get("question") or "").replace("<image>", "").strip()))
         questions.append(f'<div class="question"><p dir="auto">{question}</p><dl>{"".join(lines)}</dl></div>')
-    image = thumbnail(picture) if picture else ""
+    image = thumbnail(picture, look) if picture else ""
     return f'<article class="card">{image}{"".join(questions)}</article>'
 
 
@@ -243,11 +243,11 @@ def is_right(answer: dict[str, Any], key: str) -> bool:
     return key != "expected" and bool(given) and bool(expected) and is_match(str(given), str(expected))
 
 
-def thumbnail(picture: str) -> str:
+def thumbnail(picture: str, look: ImageConfig) -> str:
     """Return a picture made small and put into the page; a placeholder where the file cannot be read."""
     name = escape(os.path.basename(picture))
     try:
-        image = ImageReader(ImageConfig(), Path("/")).open_picture(Picture(os.path.abspath(picture)))
+        image = ImageReader(look, Path("/")).open_picture(Picture(os.path.abspath(picture)))
     except DataError:
         return f'<div class="missing">no picture: {name} cannot be read</div>'
     image.thumbnail(THUMBNAIL, Image.Resampling.LANCZOS)
