@@ -1,4 +1,4 @@
-"""Read video files through PyAV: how many frames there are from header and index, pixels only when they are asked for.
+"""Read video files through PyAV: how many frames there are, and when, from their stamps; pixels when asked for.
 
 Plumbing before tiles (2). `choose_frames` alone decides which frames of a video the model sees: the text counts them by
 it, and the same numbers are decoded.
@@ -7,10 +7,11 @@ it, and the same numbers are decoded.
 import os
 import re
 import stat
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from hashlib import blake2b
 from itertools import pairwise
@@ -34,6 +35,8 @@ _SIGNATURES = {
     "avi": re.compile(rb"RIFF.{4}AVI ", re.DOTALL),
     "gif": re.compile(rb"GIF8[79]a"),
 }
+_TICK = 0.001  # seconds to which .mkv and .webm round the time of a frame
+_SEGMENT = b"\x18\x53\x80\x67"  # name of the element that holds all others of an .mkv
 _LOST = 0.5  # seconds that may be missing at the end of a file which says how long it is
 _UPRIGHT = {
     90: Image.Transpose.ROTATE_90,
@@ -50,11 +53,28 @@ class VideoHeader:
     num_frames: int
     rate: float  # frames a second, on average
     size: tuple[int, int]  # (width, height) in pixels, as stored: a phone's turn is not in it
+    times: tuple[float, ...] = ()  # of uneven frames, when each is shown, in seconds, the first at 0; and the end
+
+    @property
+    def seconds(self) -> float:
+        """For how long the frames are shown."""
+        return self.times[-1] if self.times else self.num_frames / self.rate
 
 
-class _Packets(NamedTuple):
+class _Packet(NamedTuple):
+    """Hold when a frame is shown, where to seek to for it, and how long it lasts, in units of the stream."""
+
+    shown: int
+    place: int
+    length: int  # 0: unknown
+    is_key: bool
+    is_discard: bool  # outside of the edit list
+
+
+class _Scan(NamedTuple):
     """Hold the times of a video's frames, as they are shown, and where decoding can begin."""
 
+    header: VideoHeader
     times: list[int]  # of each frame, ascending, in units of the stream
     keys: list[tuple[int, int]]  # (time shown, place to seek to) of frames that need no other, ascending
 
@@ -67,27 +87,51 @@ def choose_frames(header: VideoHeader, clip: tuple[float, float] | None = None) 
     Source: InternVL, get_frame_indices with sample="middle", as at inference. Its training draws the number, 8 to 32,
     and the places at random, so that a row's tokens differ in each epoch; here they are settled by the header.
 
+    Of uneven frames those are taken that are shown when the same ones of as many even frames would be.
+
     Raise DataError for a clip that is not in the video.
     """
-    first, count, seconds = 0, header.num_frames, header.num_frames / header.rate
+    first, count, seconds = 0, header.num_frames, header.seconds
+    start, end = clip or (0.0, seconds)
     if clip is not None:
-        start, end = clip
-        if start * header.rate >= count or end > seconds + ROUNDED:
+        if start >= seconds or end > seconds + ROUNDED:
             raise DataError(f'is {seconds:.2f} s long, "clip" is {start:g} to {end:g} s. Give a part of the video')
         seconds = end - start
-        first = int(start * header.rate)
-        count = max(1, min(int(seconds * header.rate), count - first))
+        if header.times:
+            first = bisect_right(header.times, start) - 1
+            count = bisect_left(header.times, end, hi=count) - first
+        else:
+            first = int(start * header.rate)
+            count = max(1, min(int(seconds * header.rate), count - first))
     number = min(max(int(seconds), MIN_FRAMES), MAX_FRAMES, count)
     bounds = [count * piece // number for piece in range(number + 1)]
-    return tuple(first + (begin + end - 1) // 2 for begin, end in pairwise(bounds))
+    middles = [(begin + end - 1) // 2 for begin, end in pairwise(bounds)]
+    if not header.times:
+        return tuple(first + middle for middle in middles)
+    step = (min(end, header.seconds) - start) / count
+    shown = [bisect_right(header.times, start + (middle + 0.5) * step) - 1 for middle in middles]
+    return _without_repeats(shown, first, first + count)
+
+
+def _without_repeats(numbers: list[int], first: int, end: int) -> tuple[int, ...]:
+    """Move ascending numbers as little as is needed for each to differ; all of them from `first` to before `end`."""
+    chosen: list[int] = []
+    for place, number in enumerate(numbers):
+        lowest = chosen[-1] + 1 if chosen else first
+        chosen.append(min(max(number, lowest), end - len(numbers) + place))
+    return tuple(chosen)
 
 
 def read_header(path: str) -> VideoHeader:
-    """Read a video's number of frames, rate and size; nothing is decoded beyond what tells the codec's settings.
+    """Read a video's number of frames, their times and size; nothing is decoded beyond what tells the codec's settings.
 
-    .mp4, .mov and .avi have an index of their frames; .mkv, .webm, .gif and streamed .mp4 are read through to count
-    them. What was found is kept for as long as the file does not change. Raise DataError without a place for a missing,
-    empty, truncated or damaged file, one that is no video, and one without a video stream.
+    The file is read through for the times that its frames bear: what a header says of rate and number may be wrong,
+    and the index of an .mp4 lists when frames are decoded, not when they are shown. Frames that a player does not show
+    do not count: those outside of an edit list, and those before the first key frame of a part that was cut out
+    without encoding it anew. What was found is kept for as long as the file does not change.
+
+    Raise DataError without a place for a missing, empty, truncated or damaged file, one that is no video, and one
+    without a video stream or without a frame that can be shown.
     """
     return _header_of(path, *_state(path))
 
@@ -102,13 +146,9 @@ def read_frames(path: str, numbers: Sequence[int]) -> Iterator[Image.Image]:
 
     Decoding begins at the last frame before each that needs no other. Raise DataError as `read_header` does.
     """
-    header = read_header(path)
+    scan = _scan(path, *_state(path))
     with open(path, "rb") as file, _damage(), _opened(file) as (container, stream):
-        packets = _list_packets(container, stream)
-        if len(packets.times) < header.num_frames:
-            raise _truncated(f"{len(packets.times)} of {header.num_frames} frames are there")
-        container.seek(0)
-        for frame in _decode(container, stream, packets, [packets.times[number] for number in numbers]):
+        for frame in _decode(container, stream, scan.keys, [scan.times[number] for number in numbers]):
             if frame.is_corrupt:
                 raise _truncated(f"the frame at {frame.time} s cannot be decoded")
             turn = _UPRIGHT.get(frame.rotation)
@@ -116,17 +156,19 @@ def read_frames(path: str, numbers: Sequence[int]) -> Iterator[Image.Image]:
             yield image if turn is None else image.transpose(turn)
 
 
-def _decode(container: "InputContainer", stream: "VideoStream", packets: _Packets, targets: list[int]) -> Iterator[Any]:
+def _decode(
+    container: "InputContainer", stream: "VideoStream", keys: list[tuple[int, int]], targets: list[int]
+) -> Iterator[Any]:
     """Yield, for each time in ascending order, the first frame that is shown then or later."""
     frames, current = container.decode(stream), None
     for target in targets:
-        place = bisect_right(packets.keys, target, key=lambda key: key[0]) - 1
-        if place >= 0 and (current is None or packets.keys[place][0] > _shown(current)):
-            container.seek(packets.keys[place][1], stream=stream)
+        time, place = keys[bisect_right(keys, target, key=lambda key: key[0]) - 1]
+        if current is None or time > _shown(current):
+            container.seek(place, stream=stream)
             frames = container.decode(stream)
             current = next(frames, None)
             if current is None or _shown(current) > target:  # the container's index leads elsewhere
-                container.seek(0)
+                container.seek(keys[0][1], stream=stream)
                 frames = container.decode(stream)
                 current = next(frames, None)
         while current is not None and _shown(current) < target:
@@ -144,43 +186,91 @@ def _shown(frame: Any) -> int:
     return int(time)
 
 
-def _list_packets(container: "InputContainer", stream: "VideoStream") -> _Packets:
-    """Read through the file, without decoding, for the times of all frames."""
-    times, keys = [], []
-    end = 0.0
+@lru_cache(maxsize=4096)
+def _header_of(path: str, size: int, changed: int) -> VideoHeader:
+    return _scan(path, size, changed).header
+
+
+@lru_cache(maxsize=2)  # a row's frames are decoded right after they were counted
+def _scan(path: str, size: int, _: int) -> _Scan:
+    with open(path, "rb") as file, _damage(), _opened(file) as (container, stream):
+        unit = stream.time_base
+        if not unit:
+            raise _truncated("its times have no unit")
+        packets, end = _list_packets(container, stream)
+        entries = list(stream.index_entries)
+        if max((entry.pos + entry.size for entry in entries if entry.size), default=0) > size:
+            raise _truncated("it is shorter than its index says")
+        lost = (container.duration or 0) / 1e6 - end if "matroska" in container.format.name else 0.0
+        if lost > _LOST and not _holds_its_elements(file):
+            raise _truncated(f"its last {lost:.1f} s are missing")
+        if "avi" in container.format.name and len(packets) < stream.frames and not _holds_its_chunks(file):
+            raise _truncated(f"{len(packets)} of {stream.frames} frames are there")
+        lengths, keys = _keep_visible(packets, any(entry.is_keyframe for entry in entries))
+        if lost > _LOST:
+            lengths[max(lengths)] += round(lost / unit)  # its last frame stays, as of slides
+        rate, times = _pace(lengths, unit, (stream.average_rate, stream.guessed_rate, stream.base_rate))
+        codec = stream.codec_context
+        header = VideoHeader(len(lengths), rate, (codec.width, codec.height), times)
+        return _Scan(header, sorted(lengths), keys)
+
+
+def _list_packets(container: "InputContainer", stream: "VideoStream") -> tuple[list[_Packet], float]:
+    """Read through the file, without decoding, for the packets of its frames, and its end in seconds."""
+    packets: list[_Packet] = []
+    ends: dict[int, int] = {}  # of each stream, in its units: to make fractions of every packet's would double the time
+    keyed = False
     for packet in container.demux():
-        if not packet.size or packet.is_discard:
+        if not packet.size:
             continue
         if packet.is_corrupt:
             raise _truncated("it ends within a frame")
-        if packet.time_base and packet.pts is not None:
-            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-        if packet.stream_index == stream.index:
-            times.append(_shown(packet))
-            if packet.is_keyframe:
-                keys.append((times[-1], times[-1] if packet.dts is None else packet.dts))
-    lost = (container.duration or 0) / 1e6 - end
-    if "matroska" in container.format.name and lost > _LOST:  # the others have an index, or no length of their own
-        raise _truncated(f"its last {lost:.1f} s are missing")
-    return _Packets(sorted(times), sorted(keys))
+        number, shown, place, length = packet.stream_index, packet.pts, packet.dts, packet.duration or 0
+        if shown is not None:
+            ends[number] = max(ends.get(number, 0), shown + length)
+        if number == stream.index:
+            is_key = packet.is_keyframe
+            keyed = keyed or is_key
+            shown = place if shown is None else shown
+            if shown is not None:
+                packets.append(_Packet(shown, shown if place is None else place, length, is_key, packet.is_discard))
+            elif keyed:  # what comes before a key frame may have lost its time
+                raise DataError("has frames without a time. Convert it to .mp4")
+    units = ((container.streams[number].time_base or 0, end) for number, end in ends.items())
+    return packets, max((float(unit * end) for unit, end in units), default=0.0)
 
 
-@lru_cache(maxsize=4096)
-def _header_of(path: str, size: int, _: int) -> VideoHeader:
-    with open(path, "rb") as file, _damage(), _opened(file) as (container, stream):
-        entries = stream.index_entries
-        if stream.frames and len(entries) == stream.frames:
-            if max(entry.pos + entry.size for entry in entries) > size:
-                raise _truncated("it is shorter than its index says")
-            num_frames = sum(entry.size > 0 and not entry.is_discard for entry in entries)
-        else:
-            num_frames = len(_list_packets(container, stream).times)
-            if num_frames < stream.frames:
-                raise _truncated(f"{num_frames} of {stream.frames} frames are there")
-        rate = float(stream.average_rate or stream.guessed_rate or 0)
-        if not num_frames or not rate:
-            raise DataError("holds no frames. Remove the row")
-        return VideoHeader(num_frames, rate, (stream.codec_context.width, stream.codec_context.height))
+def _keep_visible(packets: list[_Packet], indexed: bool) -> tuple[dict[int, int], list[tuple[int, int]]]:
+    """Return time and length of each frame that is shown, and the key frames; `indexed`: the file says it has some."""
+    if not packets:
+        raise DataError("holds no frames. Remove the row")
+    first = next((number for number, packet in enumerate(packets) if packet.is_key), 0 if indexed else None)
+    if first is None:
+        raise DataError(f"has no key frame: none of its {len(packets)} frames can be shown. Cut it anew with one")
+    start = packets[first].shown
+    visible = [packet for packet in packets[first:] if packet.shown >= start and not packet.is_discard]
+    lengths = {packet.shown: packet.length for packet in visible}
+    if not lengths:
+        raise DataError(f"hides all of its {len(packets)} frames by an edit list. Export it again, or remove the row")
+    if len(lengths) == 1 < len(visible):
+        raise DataError(f"gives all of its {len(visible)} frames the same time. Convert it anew")
+    keys = [packet for packet in packets[first:] if packet.is_key] or packets[:1]
+    return lengths, sorted((packet.shown, packet.place) for packet in keys)
+
+
+def _pace(lengths: dict[int, int], unit: Fraction, rates: Iterable[Fraction | None]) -> tuple[float, tuple[float, ...]]:
+    """Return the rate of frames and, where they do not keep it, when each is shown, and the end, in seconds.
+
+    The header's rates are guesses of whoever wrote it: one counts only where every frame is shown when it says.
+    """
+    numbers = sorted(lengths)
+    seconds = [(number - numbers[0]) * unit.numerator / unit.denominator for number in numbers]
+    length, slack = float(lengths[numbers[-1]] * unit), max(float(unit), _TICK)
+    for rate in rates:
+        if rate and length < 2 / rate and all(abs(time - n / float(rate)) <= slack for n, time in enumerate(seconds)):
+            return float(rate), ()
+    end = seconds[-1] + (length or seconds[-1] / max(1, len(seconds) - 1) or 1.0)
+    return len(seconds) / end, (*seconds, end)
 
 
 @lru_cache(maxsize=4096)
@@ -232,6 +322,8 @@ def _opened(file: BinaryIO) -> Iterator[tuple["InputContainer", "VideoStream"]]:
             raise _truncated("its index is missing")
         if not streams:
             raise DataError("has no video stream. Remove the row, or give another file")
+        if not streams[0].codec_context:
+            raise DataError("has pictures of a kind that cannot be decoded here. Convert it to .mp4 of H.264")
         streams[0].codec_context.thread_count = 1  # workers are processes: one core each
         yield container, streams[0]
 
@@ -256,14 +348,52 @@ def _holds_its_boxes(file: BinaryIO) -> bool:
     return place <= end
 
 
+def _holds_its_chunks(file: BinaryIO) -> bool:
+    """Tell whether the parts that an .avi consists of, each with its length, are there to their ends."""
+    end, place = file.seek(0, os.SEEK_END), 0
+    while place < end:
+        file.seek(place)
+        head = file.read(8)
+        if not head.startswith(b"RIFF"):
+            return True
+        place += 8 + int.from_bytes(head[4:], "little")
+    return place == end
+
+
+def _holds_its_elements(file: BinaryIO) -> bool:
+    """Tell whether the elements that an .mkv consists of say how long they are, and are there to their ends."""
+    end, place = file.seek(0, os.SEEK_END), 0
+    while place < end:
+        file.seek(place)
+        head = file.read(12)
+        name = 9 - head[0].bit_length()  # as many bytes as the first has zeros in front, and one
+        if name > 4 or name >= len(head):
+            return False
+        width = 9 - head[name].bit_length()  # of its length, likewise
+        unknown = (1 << 7 * width) - 1
+        size = int.from_bytes(head[name : name + width]) & unknown
+        if width > 8 or size == unknown:
+            return False
+        place += name + width
+        if not head.startswith(_SEGMENT):
+            place += size
+        elif place + size > end:
+            return False
+        else:
+            end = place + size  # what it consists of follows
+    return place == end
+
+
 @contextmanager
 def _damage() -> Iterator[None]:
     """Report whatever a decoder raises on damaged bytes as a fault of the file."""
     try:
         yield
-    except (DataError, MemoryError):
+    except DataError:
         raise
     except Exception as error:  # on damaged bytes a decoder may raise whatever it likes
+        if type(error) is MemoryError:  # the machine's; a decoder has its own, for a file that says it is huge
+            raise
         raise _truncated(getattr(error, "strerror", None) or str(error)) from error
 
 
