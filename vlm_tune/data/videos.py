@@ -62,18 +62,14 @@ class VideoHeader:
 
 
 class _Packet(NamedTuple):
-    """Hold when a frame is shown, where to seek to for it, and how long it lasts, in units of the stream."""
-
-    shown: int
-    place: int
-    length: int  # 0: unknown
+    shown: int  # when, in units of the stream
+    place: int  # to seek to
+    length: int  # in units of the stream; 0: unknown
     is_key: bool
     is_discard: bool  # outside of the edit list
 
 
 class _Scan(NamedTuple):
-    """Hold the times of a video's frames, as they are shown, and where decoding can begin."""
-
     header: VideoHeader
     times: list[int]  # of each frame, ascending, in units of the stream
     keys: list[tuple[int, int]]  # (time shown, place to seek to) of frames that need no other, ascending
@@ -87,7 +83,8 @@ def choose_frames(header: VideoHeader, clip: tuple[float, float] | None = None) 
     Source: InternVL, get_frame_indices with sample="middle", as at inference. Its training draws the number, 8 to 32,
     and the places at random, so that a row's tokens differ in each epoch; here they are settled by the header.
 
-    Of uneven frames those are taken that are shown when the same ones of as many even frames would be.
+    Where frames are uneven, the pieces are of time, and the frame that is shown in the middle of each is taken; none
+    twice: where one stays for several pieces, the frames beside it are taken for the others.
 
     Raise DataError for a clip that is not in the video.
     """
@@ -104,13 +101,12 @@ def choose_frames(header: VideoHeader, clip: tuple[float, float] | None = None) 
             first = int(start * header.rate)
             count = max(1, min(int(seconds * header.rate), count - first))
     number = min(max(int(seconds), MIN_FRAMES), MAX_FRAMES, count)
+    if header.times:
+        piece = (min(end, header.seconds) - start) / number
+        shown = [bisect_right(header.times, start + (place + 0.5) * piece) - 1 for place in range(number)]
+        return _without_repeats(shown, first, first + count)
     bounds = [count * piece // number for piece in range(number + 1)]
-    middles = [(begin + end - 1) // 2 for begin, end in pairwise(bounds)]
-    if not header.times:
-        return tuple(first + middle for middle in middles)
-    step = (min(end, header.seconds) - start) / count
-    shown = [bisect_right(header.times, start + (middle + 0.5) * step) - 1 for middle in middles]
-    return _without_repeats(shown, first, first + count)
+    return tuple(first + (begin + end - 1) // 2 for begin, end in pairwise(bounds))
 
 
 def _without_repeats(numbers: list[int], first: int, end: int) -> tuple[int, ...]:
