@@ -27,15 +27,17 @@ KINDS = {  # a key frame every 12; B-frames but in "mpeg4", "vp8" and "vp9"
     "mpeg4.avi": ("mpeg4", MPEG4),
     "bframes.avi": ("mpeg4", MPEG4 | {"bf": "2"}),
     "bframes.mkv": ("mpeg4", MPEG4 | {"bf": "2"}),
+    "hevc.mkv": ("libx265", {"x265-params": "keyint=12:scenecut=0:log-level=none"}),  # frames before an open key frame
     "av1.webm": ("libsvtav1", {}),
     "vp8.webm": ("libvpx", {}),
     "vp9.webm": ("libvpx-vp9", {}),
 }
+REFRESHED = ("libx264", {"intra-refresh": "1"})  # bit by bit: no frame but the first is whole by itself
 
 
-def write(path: Path, times: Sequence[Fraction | float] = EVEN, rate: int = 10, **options: Any) -> Path:
+def write(path: Path, times: Sequence[Fraction | float] = EVEN, rate: int = 10) -> Path:
     """Write a video whose frame n is grey of 8 * n, shown at `times[n]` seconds."""
-    codec, settings = KINDS.get(path.name, ("libx264", {}))
+    codec, settings = KINDS.get(path.name, REFRESHED)
     unit = Fraction(1, rate) if codec == "mpeg4" else Fraction(1, 3000)  # .avi and its codec know even times only
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream(codec, rate=rate, options={"g": "12", **settings})
@@ -99,6 +101,12 @@ def test_a_cut_begins_at_its_first_key_frame(name: str, seconds: float, source: 
     path = copy(source(name), tmp_path / name, lambda number, packet: number >= 5 and not shift(packet, seconds))
     assert all_seen(path) == list(range(12, 30))
     assert chosen(path) == [12, 14, 16, 19, 21, 23, 25, 28]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_cut_may_hold_one_key_frame_far_behind_its_start(name: str, source: Any, tmp_path: Path) -> None:
+    path = copy(source(name), tmp_path / name, lambda number, _: number >= 14)
+    assert all_seen(path) == list(range(24, 30))
 
 
 @pytest.mark.parametrize("name", ["x264.mp4", "x264.mov", "mpeg4.mp4"])
@@ -226,6 +234,13 @@ def reason(path: Path) -> str:
 def test_a_cut_without_a_key_frame_is_refused(name: str, source: Any, tmp_path: Path) -> None:
     path = copy(source(name), tmp_path / name, lambda number, _: 3 <= number < 10)
     assert reason(path) == "has no key frame: none of its 7 frames can be shown. Cut it anew with one"
+
+
+@pytest.mark.parametrize("first", [3, 5])
+def test_a_key_frame_that_is_none_is_refused(first: int, tmp_path: Path) -> None:
+    refreshed = write(tmp_path / "refreshed.mp4")
+    path = copy(refreshed, tmp_path / "a.mp4", lambda number, _: number >= first)
+    assert "its first key frame cannot be decoded by itself" in reason(path)
 
 
 def test_an_edit_list_that_hides_all_is_refused(source: Any, tmp_path: Path) -> None:

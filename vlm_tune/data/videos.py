@@ -167,6 +167,8 @@ def _decode(
                 container.seek(keys[0][1], stream=stream)
                 frames = container.decode(stream)
                 current = next(frames, None)
+                if current is not None and _shown(current) > target:
+                    raise _truncated("its first key frame cannot be decoded by itself")
         while current is not None and _shown(current) < target:
             current = next(frames, None)
         if current is None:
@@ -215,21 +217,22 @@ def _list_packets(container: "InputContainer", stream: "VideoStream") -> tuple[l
     """Read through the file, without decoding, for the packets of its frames, and its end in seconds."""
     packets: list[_Packet] = []
     ends: dict[int, int] = {}  # of each stream, in its units: to make fractions of every packet's would double the time
-    keyed = False
+    keyed, by_shown = False, "matroska" in container.format.name  # its index says when key frames are shown
     for packet in container.demux():
         if not packet.size:
             continue
         if packet.is_corrupt:
             raise _truncated("it ends within a frame")
-        number, shown, place, length = packet.stream_index, packet.pts, packet.dts, packet.duration or 0
+        number, shown, decoded, length = packet.stream_index, packet.pts, packet.dts, packet.duration or 0
         if shown is not None:
             ends[number] = max(ends.get(number, 0), shown + length)
         if number == stream.index:
             is_key = packet.is_keyframe
             keyed = keyed or is_key
-            shown = place if shown is None else shown
+            shown = decoded if shown is None else shown
             if shown is not None:
-                packets.append(_Packet(shown, shown if place is None else place, length, is_key, packet.is_discard))
+                place = shown if decoded is None or by_shown else decoded
+                packets.append(_Packet(shown, place, length, is_key, packet.is_discard))
             elif keyed:  # what comes before a key frame may have lost its time
                 raise DataError("has frames without a time. Convert it to .mp4")
     units = ((container.streams[number].time_base or 0, end) for number, end in ends.items())
