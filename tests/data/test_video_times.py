@@ -209,6 +209,12 @@ def test_times_of_decoding_do_not_count(source: Any, tmp_path: Path) -> None:
     assert len(read_header(str(path)).times) == 31
 
 
+@pytest.mark.parametrize("missing", [1, 15])
+def test_a_frame_that_an_avi_leaves_out_keeps_its_time(missing: int, tmp_path: Path) -> None:
+    path = write(tmp_path / "mpeg4.avi", EVEN[:missing] + EVEN[missing + 1 :])
+    assert chosen(path, (2, 2.3)) == [19, 20, 21]
+
+
 def test_a_last_frame_that_stays_is_not_missing(tmp_path: Path) -> None:
     path = write(tmp_path / "vp8.webm", [0.0, 1.0, 2.0], 1)
     raw = bytearray(path.read_bytes())

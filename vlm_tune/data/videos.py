@@ -121,10 +121,10 @@ def _without_repeats(numbers: list[int], first: int, end: int) -> tuple[int, ...
 def read_header(path: str) -> VideoHeader:
     """Read a video's number of frames, their times and size; nothing is decoded beyond what tells the codec's settings.
 
-    The file is read through for the times that its frames bear: what a header says of rate and number may be wrong,
-    and the index of an .mp4 lists when frames are decoded, not when they are shown. Frames that a player does not show
-    do not count: those outside of an edit list, and those before the first key frame of a part that was cut out
-    without encoding it anew. What was found is kept for as long as the file does not change.
+    The file is read through for the times that its frames bear: the rate in a header may be wrong, and the index of an
+    .mp4 lists when frames are decoded. Frames that a player does not show do not count: those outside of an edit list,
+    and those before the first key frame of a part that was cut out without encoding it anew. What was found is kept for
+    as long as the file does not change.
 
     Raise DataError without a place for a missing, empty, truncated or damaged file, one that is no video, and one
     without a video stream or without a frame that can be shown.
@@ -192,8 +192,7 @@ def _header_of(path: str, size: int, changed: int) -> VideoHeader:
 @lru_cache(maxsize=2)  # a row's frames are decoded right after they were counted
 def _scan(path: str, size: int, _: int) -> _Scan:
     with open(path, "rb") as file, _damage(), _opened(file) as (container, stream):
-        unit = stream.time_base
-        if not unit:
+        if not (unit := stream.time_base):
             raise _truncated("its times have no unit")
         packets, end = _list_packets(container, stream)
         entries = list(stream.index_entries)
@@ -235,8 +234,8 @@ def _list_packets(container: "InputContainer", stream: "VideoStream") -> tuple[l
                 packets.append(_Packet(shown, place, length, is_key, packet.is_discard))
             elif keyed:  # what comes before a key frame may have lost its time
                 raise DataError("has frames without a time. Convert it to .mp4")
-    units = ((container.streams[number].time_base or 0, end) for number, end in ends.items())
-    return packets, max((float(unit * end) for unit, end in units), default=0.0)
+    units = {each.index: each.time_base or 0 for each in container.streams}
+    return packets, max((float(units[number] * end) for number, end in ends.items()), default=0.0)
 
 
 def _keep_visible(packets: list[_Packet], indexed: bool) -> tuple[dict[int, int], list[tuple[int, int]]]:
@@ -264,10 +263,11 @@ def _pace(lengths: dict[int, int], unit: Fraction, rates: Iterable[Fraction | No
     """
     numbers = sorted(lengths)
     seconds = [(number - numbers[0]) * unit.numerator / unit.denominator for number in numbers]
-    length, slack = float(lengths[numbers[-1]] * unit), max(float(unit), _TICK)
-    for rate in rates:
-        if rate and length < 2 / rate and all(abs(time - n / float(rate)) <= slack for n, time in enumerate(seconds)):
-            return float(rate), ()
+    length = float(lengths[numbers[-1]] * unit)
+    for rate in (float(rate) for rate in rates if rate):
+        slack = min(max(float(unit), _TICK), 0.5 / rate)
+        if length < 2 / rate and all(abs(time - number / rate) <= slack for number, time in enumerate(seconds)):
+            return rate, ()
     end = seconds[-1] + (length or seconds[-1] / max(1, len(seconds) - 1) or 1.0)
     return len(seconds) / end, (*seconds, end)
 
