@@ -203,7 +203,7 @@ def write_rows(folder: Path, pictures: dict[str, bytes], times: int = 1) -> None
 def checked(folder: Path, parts: list[str], *overrides: str) -> tuple[dict, dict[str, str]]:
     config = load_config(["data=own", *parts, f"data.path={folder}/train.jsonl", "data.workers=0", *overrides])
     encoder = build_encoder(config)[0]
-    report = summarise(check_file(config, encoder, folder / "train.jsonl"), config, encoder.settings, 0.1)
+    report = summarise(check_file(config, encoder, folder / "train.jsonl"), config, encoder.settings)
     return report["images"] | report["transparency"], facts(report)
 
 

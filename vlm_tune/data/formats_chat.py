@@ -1,7 +1,7 @@
 """Dialects of conversations: LLaVA and InternVL, ShareGPT, OpenAI messages, XTuner."""
 
-import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -193,7 +193,7 @@ def _clip(row: Row) -> tuple[float, float] | None:
     if not clip:
         return None
     times = [time for time in clip if isinstance(time, int | float) and not isinstance(time, bool)]
-    if len(clip) != 2 or len(times) != 2 or not 0 <= times[0] < times[1] < math.inf:
+    if len(clip) != 2 or len(times) != 2 or not 0 <= times[0] < times[1] <= sys.float_info.max:
         raise row.fault(f'"clip" is {row.record["clip"]!r:.80}. Write [start, end] in seconds.')
     return times[0], times[1]
 

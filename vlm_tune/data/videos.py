@@ -1,4 +1,4 @@
-"""Read video files through PyAV: how many frames there are from header and index, pixels only when they are asked for.
+"""Read video files through PyAV: how many frames there are, and when, from their stamps; pixels when asked for.
 
 Plumbing before tiles (2). `choose_frames` alone decides which frames of a video the model sees: the text counts them by
 it, and the same numbers are decoded.
@@ -7,14 +7,14 @@ it, and the same numbers are decoded.
 import os
 import re
 import stat
-from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from hashlib import blake2b
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from PIL import Image
@@ -35,9 +35,10 @@ _SIGNATURES = {
     "matroska": re.compile(rb"\x1aE\xdf\xa3"),  # .mkv, .webm
     "avi": re.compile(rb"RIFF.{4}AVI ", re.DOTALL),
     "gif": re.compile(rb"GIF8[79]a"),
-    "mpegts": re.compile(rb"\x47.{187}\x47.{187}\x47", re.DOTALL),
 }
-_REORDERED = 17  # packets: no codec moves a frame by more than 16
+_TICK = 0.001  # seconds to which .mkv and .webm round the time of a frame
+_SEGMENT = b"\x18\x53\x80\x67"  # name of the element that holds all others of an .mkv
+_LOST = 0.5  # seconds that may be missing at the end of a file which says how long it is
 _UPRIGHT = {
     90: Image.Transpose.ROTATE_90,
     180: Image.Transpose.ROTATE_180,
@@ -48,93 +49,86 @@ _UPRIGHT = {
 
 @dataclass(frozen=True, slots=True)
 class VideoHeader:
-    """Hold what is known of a video without decoding it.
+    """Hold what is known of a video without decoding it."""
 
-    Times are the frames' own stamps: what a header says of a rate is an average, or a guess.
-    """
-
-    times: "array[float]"  # seconds, when each frame is shown, ascending from 0
-    seconds: float  # when the last one ends
+    num_frames: int
+    rate: float  # frames a second, on average
     size: tuple[int, int]  # (width, height) in pixels, as stored: a phone's turn is not in it
-    tick: float  # seconds, what stamps are rounded to
+    times: tuple[float, ...] = ()  # of uneven frames, when each is shown, in seconds, the first at 0; and the end
 
     @property
-    def num_frames(self) -> int:
-        """Count the frames that are shown."""
-        return len(self.times)
-
-    @property
-    def rate(self) -> float | None:
-        """Frames a second; None where they do not come evenly."""
-        return _even_rate(self.times, self.tick)
+    def seconds(self) -> float:
+        """For how long the frames are shown."""
+        return self.times[-1] if self.times else self.num_frames / self.rate
 
 
-class _Packets(NamedTuple):
-    """Hold the times of a video's frames, as they are shown, and where decoding can begin."""
+class _Packet(NamedTuple):
+    shown: int  # when, in units of the stream
+    place: int  # to seek to
+    length: int  # in units of the stream; 0: unknown
+    is_key: bool
+    is_discard: bool  # outside of the edit list
 
+
+class _Scan(NamedTuple):
+    header: VideoHeader
     times: list[int]  # of each frame, ascending, in units of the stream
     keys: list[tuple[int, int]]  # (time shown, place to seek to) of frames that need no other, ascending
-    end: int  # when the last frame ends
 
 
 def choose_frames(header: VideoHeader, clip: tuple[float, float] | None = None) -> tuple[int, ...]:
     """Return the numbers of the frames that stand for a video, from 0: one a second, at least 8 and at most 32.
 
-    `clip` (start, end) in seconds limits them to a part: from the frame that is on the screen at its start on. The part
-    is divided evenly, and the middle frame of each piece is taken: of 50 frames in 5 seconds 2, 8, 14, 21, 27, 33, 39,
-    46. A video of fewer than 8 frames gives all of them. Source: InternVL, get_frame_indices with sample="middle", as
-    at inference. Its training draws the number, 8 to 32, and the places at random, so that a row's tokens differ in
-    each epoch; here they are settled by the header.
+    `clip` (start, end) in seconds limits them to a part. The part is divided evenly, and the middle frame of each piece
+    is taken: of 50 frames in 5 seconds 2, 8, 14, 21, 27, 33, 39, 46. A video of fewer than 8 frames gives all of them.
+    Source: InternVL, get_frame_indices with sample="middle", as at inference. Its training draws the number, 8 to 32,
+    and the places at random, so that a row's tokens differ in each epoch; here they are settled by the header.
+
+    Where frames are uneven, the pieces are of time, and the frame that is shown in the middle of each is taken; none
+    twice: where one stays for several pieces, the frames beside it are taken for the others.
 
     Raise DataError for a clip that is not in the video.
     """
     first, count, seconds = 0, header.num_frames, header.seconds
+    start, end = clip or (0.0, seconds)
     if clip is not None:
-        start, end = clip
         if start >= seconds or end > seconds + ROUNDED:
             raise DataError(f'is {seconds:.2f} s long, "clip" is {start:g} to {end:g} s. Give a part of the video')
         seconds = end - start
-        first, count = _part(header, start, end)
-    number = min(max(int(seconds + _slack(header.tick)), MIN_FRAMES), MAX_FRAMES, count)
+        if header.times:
+            first = bisect_right(header.times, start) - 1
+            count = bisect_left(header.times, end, hi=count) - first
+        else:
+            first = int(start * header.rate)
+            count = max(1, min(int(seconds * header.rate), count - first))
+    number = min(max(int(seconds), MIN_FRAMES), MAX_FRAMES, count)
+    if header.times:
+        piece = (min(end, header.seconds) - start) / number
+        shown = [bisect_right(header.times, start + (place + 0.5) * piece) - 1 for place in range(number)]
+        return _without_repeats(shown, first, first + count)
     bounds = [count * piece // number for piece in range(number + 1)]
     return tuple(first + (begin + end - 1) // 2 for begin, end in pairwise(bounds))
 
 
-def _part(header: VideoHeader, start: float, end: float) -> tuple[int, int]:
-    """Return the first frame of a clip and how many there are.
-
-    Of even frames as many as InternVL takes, int(seconds * rate); of others those that are on the screen within it.
-    """
-    slack, rate = _slack(header.tick), header.rate
-    first = bisect_right(header.times, start + slack) - 1
-    if rate is None:
-        count = bisect_left(header.times, end - slack) - first
-    else:
-        count = min(int((end - start + slack) * rate), header.num_frames - first)
-    return first, max(1, count)
-
-
-def _slack(tick: float) -> float:
-    """Return by how many seconds a stamp may be off: half of what it is rounded to, where that is not a frame."""
-    return min(tick / 2, 0.001)
-
-
-def _even_rate(times: Sequence[float], tick: float) -> float | None:
-    """Return the frames a second where each stands, but for rounding, where an even rate puts it; else None."""
-    if len(times) < 2 or times[-1] <= times[0]:
-        return None
-    gap, off = (times[-1] - times[0]) / (len(times) - 1), min(tick, 0.002) * 1.001
-    is_even = all(abs(time - times[0] - number * gap) <= off for number, time in enumerate(times))
-    return 1 / gap if is_even else None
+def _without_repeats(numbers: list[int], first: int, end: int) -> tuple[int, ...]:
+    """Move ascending numbers as little as is needed for each to differ; all of them from `first` to before `end`."""
+    chosen: list[int] = []
+    for place, number in enumerate(numbers):
+        lowest = chosen[-1] + 1 if chosen else first
+        chosen.append(min(max(number, lowest), end - len(numbers) + place))
+    return tuple(chosen)
 
 
 def read_header(path: str) -> VideoHeader:
-    """Read a video's number of frames, rate and size; nothing is decoded beyond what tells the codec's settings.
+    """Read a video's number of frames, their times and size; nothing is decoded beyond what tells the codec's settings.
 
-    .mp4, .mov and .avi have an index of their frames; .mkv, .webm, .gif, .ts and streamed .mp4 are read through for
-    their stamps, and so is .mp4 whose index does not tell when each frame is shown (a cut without encoding anew). What
-    was found is kept for as long as the file does not change. Raise DataError without a place for a missing,
-    empty, truncated or damaged file, one that is no video, and one without a video stream.
+    The file is read through for the times that its frames bear: the rate in a header may be wrong, and the index of an
+    .mp4 lists when frames are decoded. Frames that a player does not show do not count: those outside of an edit list,
+    and those before the first key frame of a part that was cut out without encoding it anew. What was found is kept for
+    as long as the file does not change.
+
+    Raise DataError without a place for a missing, empty, truncated or damaged file, one that is no video, and one
+    without a video stream or without a frame that can be shown.
     """
     return _header_of(path, *_state(path))
 
@@ -149,13 +143,9 @@ def read_frames(path: str, numbers: Sequence[int]) -> Iterator[Image.Image]:
 
     Decoding begins at the last frame before each that needs no other. Raise DataError as `read_header` does.
     """
-    header = read_header(path)
+    scan = _scan(path, *_state(path))
     with open(path, "rb") as file, _damage(), _opened(file) as (container, stream):
-        packets = _list_packets(container, stream)
-        if len(packets.times) < header.num_frames:
-            raise _truncated(f"{len(packets.times)} of {header.num_frames} frames are there")
-        container.seek(0)
-        for frame in _decode(container, stream, packets, [packets.times[number] for number in numbers]):
+        for frame in _decode(container, stream, scan.keys, [scan.times[number] for number in numbers]):
             if frame.is_corrupt:
                 raise _truncated(f"the frame at {frame.time} s cannot be decoded")
             turn = _UPRIGHT.get(frame.rotation)
@@ -163,21 +153,23 @@ def read_frames(path: str, numbers: Sequence[int]) -> Iterator[Image.Image]:
             yield image if turn is None else image.transpose(turn)
 
 
-def _decode(container: "InputContainer", stream: "VideoStream", packets: _Packets, targets: list[int]) -> Iterator[Any]:
+def _decode(
+    container: "InputContainer", stream: "VideoStream", keys: list[tuple[int, int]], targets: list[int]
+) -> Iterator[Any]:
     """Yield, for each time in ascending order, the first frame that is shown then or later."""
     frames, current = container.decode(stream), None
     for target in targets:
-        place = bisect_right(packets.keys, target, key=lambda key: key[0]) - 1
-        if place >= 0 and (current is None or packets.keys[place][0] > _shown(current)):
-            container.seek(packets.keys[place][1], stream=stream)
+        time, place = keys[bisect_right(keys, target, key=lambda key: key[0]) - 1]
+        if current is None or time > _shown(current):
+            container.seek(place, stream=stream)
             frames = container.decode(stream)
             current = next(frames, None)
             if current is None or _shown(current) > target:  # the container's index leads elsewhere
-                container.seek(0)
+                container.seek(keys[0][1], stream=stream)
                 frames = container.decode(stream)
                 current = next(frames, None)
-        elif current is None:
-            current = next(frames, None)
+                if current is not None and _shown(current) > target:
+                    raise _truncated("its first key frame cannot be decoded by itself")
         while current is not None and _shown(current) < target:
             current = next(frames, None)
         if current is None:
@@ -193,87 +185,90 @@ def _shown(frame: Any) -> int:
     return int(time)
 
 
-def _list_packets(container: "InputContainer", stream: "VideoStream") -> _Packets:
-    """Read through the file, without decoding, for the times of all frames that can be shown.
+@lru_cache(maxsize=4096)
+def _header_of(path: str, size: int, changed: int) -> VideoHeader:
+    return _scan(path, size, changed).header
 
-    What a cut without encoding anew has left over is not among them: frames that the file hides, and those that come,
-    or are shown, before the first frame that needs no other.
-    """
-    times: list[int] = []
-    keys: list[tuple[int, int]] = []
-    end, first_key = 0, None
-    for packet in container.demux(stream):
+
+@lru_cache(maxsize=2)  # a row's frames are decoded right after they were counted
+def _scan(path: str, size: int, _: int) -> _Scan:
+    with open(path, "rb") as file, _damage(), _opened(file) as (container, stream):
+        if not (unit := stream.time_base):
+            raise _truncated("its times have no unit")
+        packets, end = _list_packets(container, stream)
+        entries = list(stream.index_entries)
+        if max((entry.pos + entry.size for entry in entries if entry.size), default=0) > size:
+            raise _truncated("it is shorter than its index says")
+        lost = (container.duration or 0) / 1e6 - end if "matroska" in container.format.name else 0.0
+        if lost > _LOST and not _holds_its_elements(file):
+            raise _truncated(f"its last {lost:.1f} s are missing")
+        lengths, keys = _keep_visible(packets, any(entry.is_keyframe for entry in entries))
+        if lost > _LOST:
+            lengths[max(lengths)] += round(lost / unit)  # its last frame stays, as of slides
+        rate, times = _pace(lengths, unit, (stream.average_rate, stream.guessed_rate, stream.base_rate))
+        codec = stream.codec_context
+        header = VideoHeader(len(lengths), rate, (codec.width, codec.height), times)
+        return _Scan(header, sorted(lengths), keys)
+
+
+def _list_packets(container: "InputContainer", stream: "VideoStream") -> tuple[list[_Packet], float]:
+    """Read through the file, without decoding, for the packets of its frames, and its end in seconds."""
+    packets: list[_Packet] = []
+    ends: dict[int, int] = {}  # of each stream, in its units: to make fractions of every packet's would double the time
+    keyed, by_shown = False, "matroska" in container.format.name  # its index says when key frames are shown
+    for packet in container.demux():
+        if not packet.size:
+            continue
         if packet.is_corrupt:
             raise _truncated("it ends within a frame")
-        if not packet.size or (first_key is None and not packet.is_keyframe):
-            continue
-        time = _shown(packet)
-        first_key = time if first_key is None else first_key
-        if packet.is_discard or time < first_key:
-            continue
-        times.append(time)
-        end = max(end, time + (packet.duration or 0))
-        if packet.is_keyframe:
-            keys.append((time, time if packet.dts is None else packet.dts))
-    return _Packets(sorted(times), sorted(keys), end)
+        number, shown, decoded, length = packet.stream_index, packet.pts, packet.dts, packet.duration or 0
+        if shown is not None:
+            ends[number] = max(ends.get(number, 0), shown + length)
+        if number == stream.index:
+            is_key = packet.is_keyframe
+            keyed = keyed or is_key
+            shown = decoded if shown is None else shown
+            if shown is not None:
+                place = shown if decoded is None or by_shown else decoded
+                packets.append(_Packet(shown, place, length, is_key, packet.is_discard))
+            elif keyed:  # what comes before a key frame may have lost its time
+                raise DataError("has frames without a time. Convert it to .mp4")
+    units = {each.index: each.time_base or 0 for each in container.streams}
+    return packets, max((float(units[number] * end) for number, end in ends.items()), default=0.0)
 
 
-def _list_index(container: "InputContainer", stream: "VideoStream") -> list[int] | None:
-    """Return the times of all frames from the file's index alone; None where that cannot tell them.
+def _keep_visible(packets: list[_Packet], indexed: bool) -> tuple[dict[int, int], list[tuple[int, int]]]:
+    """Return time and length of each frame that is shown, and the key frames; `indexed`: the file says it has some."""
+    if not packets:
+        raise DataError("holds no frames. Remove the row")
+    first = next((number for number, packet in enumerate(packets) if packet.is_key), 0 if indexed else None)
+    if first is None:
+        raise DataError(f"has no key frame: none of its {len(packets)} frames can be shown. Cut it anew with one")
+    start = packets[first].shown
+    visible = [packet for packet in packets[first:] if packet.shown >= start and not packet.is_discard]
+    lengths = {packet.shown: packet.length for packet in visible}
+    if not lengths:
+        raise DataError(f"hides all of its {len(packets)} frames by an edit list. Export it again, or remove the row")
+    if len(lengths) == 1 < len(visible):
+        raise DataError(f"gives all of its {len(visible)} frames the same time. Convert it anew")
+    keys = [packet for packet in packets[first:] if packet.is_key] or packets[:1]
+    return lengths, sorted((packet.shown, packet.place) for packet in keys)
 
-    It says when frames are decoded. That is when they are shown, but for a constant, where their order is the same or
-    where they come evenly, unless the file hides some of them or its first cannot be shown.
+
+def _pace(lengths: dict[int, int], unit: Fraction, rates: Iterable[Fraction | None]) -> tuple[float, tuple[float, ...]]:
+    """Return the rate of frames and, where they do not keep it, when each is shown, and the end, in seconds.
+
+    The header's rates are guesses of whoever wrote it: one counts only where every frame is shown when it says.
     """
-    entries = stream.index_entries
-    if not stream.frames or len(entries) != stream.frames or not entries[0].is_keyframe:
-        return None
-    if any(entry.is_discard for entry in entries):
-        return None
-    times = [entry.timestamp for entry in entries if entry.size > 0]
-    if not stream.codec_context.has_b_frames:
-        return times
-    is_even = _even_rate([float(time) for time in times], 1.0) is not None
-    return times if is_even and _shows_first(container, stream) else None
-
-
-def _shows_first(container: "InputContainer", stream: "VideoStream") -> bool:
-    """Tell whether the first frame to be decoded is the first to be shown."""
-    shown = [_shown(packet) for packet in islice(container.demux(stream), _REORDERED) if packet.size]
-    return bool(shown) and shown[0] == min(shown)
-
-
-@lru_cache(maxsize=512)  # a minute's times take 15 kB
-def _header_of(path: str, size: int, _: int) -> VideoHeader:
-    with open(path, "rb") as file, _damage(), _opened(file) as (container, stream):
-        if any(entry.pos + entry.size > size for entry in stream.index_entries):
-            raise _truncated("it is shorter than its index says")
-        times, end = _list_index(container, stream), 0
-        if times is None:
-            times, _keys, end = _list_packets(container, stream)
-        if not times or not stream.time_base:
-            raise DataError("holds no frames that can be shown: none stands by itself. Remove the row")
-        tick = float(stream.time_base)
-        seconds = array("d", [(time - times[0]) * tick for time in times])
-        end = max(end, _stated_end(container, stream))
-        frame = (stream.codec_context.width, stream.codec_context.height)
-        return VideoHeader(seconds, _length(seconds, tick, (end - times[0]) * tick), frame, tick)
-
-
-def _stated_end(container: "InputContainer", stream: "VideoStream") -> int:
-    """Return when the pictures end as the file says, in units of the stream; 0 where it does not."""
-    if stream.duration:
-        return (stream.start_time or 0) + stream.duration
-    if len(container.streams) > 1 or not container.duration or not stream.time_base:
-        return 0
-    return int(container.duration / 1_000_000 / stream.time_base)
-
-
-def _length(times: Sequence[float], tick: float, end: float) -> float:
-    """Return when the last frame ends, in seconds: as an even rate goes on, else as the file says, else a guess."""
-    rate = _even_rate(times, tick)
-    if rate is not None:
-        return len(times) / rate
-    return end if end > times[-1] else times[-1] + (times[-1] - times[-2] if len(times) > 1 else tick)
+    numbers = sorted(lengths)
+    seconds = [(number - numbers[0]) * unit.numerator / unit.denominator for number in numbers]
+    length = float(lengths[numbers[-1]] * unit)
+    for rate in (float(rate) for rate in rates if rate):
+        slack = min(max(float(unit), _TICK), 0.5 / rate)
+        if length < 2 / rate and all(abs(time - number / rate) <= slack for number, time in enumerate(seconds)):
+            return rate, ()
+    end = seconds[-1] + (length or seconds[-1] / max(1, len(seconds) - 1) or 1.0)
+    return len(seconds) / end, (*seconds, end)
 
 
 @lru_cache(maxsize=4096)
@@ -309,13 +304,12 @@ def _opened(file: BinaryIO) -> Iterator[tuple["InputContainer", "VideoStream"]]:
             f"needs the package av: {error}. pip install av, or extract the frames into a folder"
         ) from error
 
-    first = file.read(512)
+    first = file.read(16)
     file.seek(0)
     name = next((name for name, signature in _SIGNATURES.items() if signature.match(first)), None)
     if name is None:
         raise DataError(
-            f"is not a video of a known kind (it starts with {first[:16]!r}). Readable are mp4, mov, mkv, webm, avi, "
-            "gif, ts"
+            f"is not a video of a known kind (it starts with {first!r}). Readable are mp4, mov, mkv, webm, avi, gif"
         )
     if not is_whole(name, file):
         raise _truncated("its end is missing")
@@ -326,8 +320,34 @@ def _opened(file: BinaryIO) -> Iterator[tuple["InputContainer", "VideoStream"]]:
             raise _truncated("its index is missing")
         if not streams:
             raise DataError("has no video stream. Remove the row, or give another file")
+        if not streams[0].codec_context:
+            raise DataError("has pictures of a kind that cannot be decoded here. Convert it to .mp4 of H.264")
         streams[0].codec_context.thread_count = 1  # workers are processes: one core each
         yield container, streams[0]
+
+
+def _holds_its_elements(file: BinaryIO) -> bool:
+    """Tell whether the elements that an .mkv consists of say how long they are, and are there to their ends."""
+    end, place = file.seek(0, os.SEEK_END), 0
+    while place < end:
+        file.seek(place)
+        head = file.read(12)
+        name = 9 - head[0].bit_length()  # as many bytes as the first has zeros in front, and one
+        if name > 4 or name >= len(head):
+            return False
+        width = 9 - head[name].bit_length()  # of its length, likewise
+        unknown = (1 << 7 * width) - 1
+        size = int.from_bytes(head[name : name + width]) & unknown
+        if width > 8 or size == unknown:
+            return False
+        place += name + width
+        if not head.startswith(_SEGMENT):
+            place += size
+        elif place + size > end:
+            return False
+        else:
+            end = place + size  # what it consists of follows
+    return place == end
 
 
 @contextmanager
@@ -335,9 +355,11 @@ def _damage() -> Iterator[None]:
     """Report whatever a decoder raises on damaged bytes as a fault of the file."""
     try:
         yield
-    except (DataError, MemoryError):
+    except DataError:
         raise
     except Exception as error:  # on damaged bytes a decoder may raise whatever it likes
+        if type(error) is MemoryError:  # the machine's; a decoder has its own, for a file that says it is huge
+            raise
         raise _truncated(getattr(error, "strerror", None) or str(error)) from error
 
 
