@@ -204,7 +204,7 @@ def checked(folder: Path, parts: list[str], *overrides: str) -> tuple[dict, dict
     config = load_config(["data=own", *parts, f"data.path={folder}/train.jsonl", "data.workers=0", *overrides])
     encoder = build_encoder(config)[0]
     report = summarise(check_file(config, encoder, folder / "train.jsonl"), config, encoder.settings)
-    return report["images"] | report["transparency"], facts(report)
+    return report["images"] | report["transparency"], facts(report | {"shared": []})
 
 
 def test_check_counts_alpha_and_recommends_a_colour(tmp_path: Path, parts: list[str]) -> None:
