@@ -216,14 +216,16 @@ def cache_verb(arguments: list[str]) -> int:
 def inspect_verb(arguments: list[str]) -> int:
     """Show what the model sees of one row."""
     own, overrides = take_own("inspect", [each for each in arguments if each != "--text"])
-    if not own["row"].isdecimal():
-        raise ConfigError(f"row={own['row']}: give the number of a row, counted from 0")
+    if not own["row"].isdecimal() and ":" not in own["row"]:
+        raise ConfigError(
+            f"row={own['row']}: give the number of a row, counted from 0, or its place as in train.jsonl:17"
+        )
     config = load_config(overrides)
     require_all(config)
     from vlm_tune.data.inspect import inspect
     from vlm_tune.model.encoder import build_encoder
 
-    inspect(config, build_encoder(config), int(own["row"]), own["out"], "--text" in arguments)
+    inspect(config, build_encoder(config), own["row"], own["out"], "--text" in arguments)
     return 0
 
 

@@ -129,12 +129,23 @@ def test_the_text_shows_the_same(run_cli, file, parts, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.html"))
 
 
+def test_a_row_is_found_by_the_place_that_messages_name(run_cli, file, parts):
+    texts = [
+        run_cli("inspect", f"data.path={file}", f"row={row}", "--text", *parts).out for row in (1, "train.jsonl:2")
+    ]
+    assert texts[0] == texts[1]
+    assert 'train.jsonl:2 (id "text"), row 1 from 0' in texts[0]
+
+
 @pytest.mark.parametrize(
     ("row", "words"),
     [
         ("3", "row=3: train.jsonl has 3 rows, counted from 0: row=0 to row=2"),
         ("-1", "row=-1: give the number of a row, counted from 0"),
         ("2", 'train.jsonl:3 (id "bad"): picture "gone.png" is not there'),
+        ("train.jsonl:3", 'train.jsonl:3 (id "bad"): picture "gone.png" is not there'),
+        ("train.jsonl:4", "row=train.jsonl:4: no row has that place; the first is train.jsonl:1"),
+        ("second", "row=second: give the number of a row, counted from 0, or its place as in train.jsonl:17"),
     ],
 )
 def test_a_row_that_cannot_be_shown_is_an_error(run_cli, file, parts, row, words):

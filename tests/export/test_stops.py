@@ -21,7 +21,7 @@ from transformers import (
 from vlm_tune.config.parse import load_config
 from vlm_tune.config.schema import Precision
 from vlm_tune.data import templates
-from vlm_tune.export.parity import Parity
+from vlm_tune.export.parity import Parity, compare
 from vlm_tune.export.plain import read
 from vlm_tune.export.stranger import Questions, plain_agreement
 from vlm_tune.model.build import Model
@@ -204,6 +204,12 @@ def test_lora_alone_stands_over_a_base_with_the_trained_projector(asked, toys, t
     report = json.loads((out / "parity.json").read_text())
     assert report["max_difference"] <= 1e-4
     assert report["from_the_folder_alone"] == 1
+
+
+@pytest.mark.parametrize(("scale", "difference", "passed"), [(35, 2e-4, True), (1, 2e-4, False), (35, 2e-3, False)])
+def test_a_float32_export_is_judged_as_a_share_of_its_logits(scale, difference, passed):
+    logits = torch.linspace(-scale, scale, 20).reshape(4, 5)  # (L, V)
+    assert compare(Parity([logits], [[1]]), Parity([logits + difference], [[1]]), "fp32").passed is passed
 
 
 @pytest.mark.parametrize("train_how", ["{vision: frozen, projector: full, llm: full}"])

@@ -15,7 +15,7 @@ from vlm_tune.data.datamodule import DataModule, Part, validation_packs
 from vlm_tune.data.dataset import Conversations
 from vlm_tune.data.encode import NO_LOSS, Encoder, Example
 from vlm_tune.data.fit import EncoderSettings
-from vlm_tune.data.mixture import open_data
+from vlm_tune.data.mixture import Mixture, open_data
 from vlm_tune.data.paths import find_file, sibling
 from vlm_tune.data.sample import Sample
 from vlm_tune.data.tiles import choose_grid, make_tiles
@@ -88,13 +88,21 @@ class Seen:
     settings: dict[str, str]
 
 
-def look(config: Config, encoder: Encoder, tokenizer: "PreTrainedTokenizerBase", row: int) -> Seen:
-    """Collect what the model sees of one row of data.path, counted from 0 (through all sets of a mixture).
+def look(config: Config, encoder: Encoder, tokenizer: "PreTrainedTokenizerBase", row: int | str) -> Seen:
+    """Collect what the model sees of one row of data.path: by its number from 0 (through all sets), or by its place.
 
     Raise ConfigError for a row that is not there, DataError for one that is faulty.
     """
     path = find_file(config.data.path)
     rows = open_data(path, config, encoder)
+    if isinstance(row, str):
+        places = (number for number in range(len(rows)) if _place(rows, number) == row)
+        found = next(places, None)
+        if found is None:
+            raise ConfigError(
+                f"row={row}: no row has that place; the first is {_place(rows, 0)}. Or count from 0: row=0"
+            )
+        row = found
     if row >= len(rows):
         raise ConfigError(f"row={row}: {path.name} has {len(rows)} rows, counted from 0: row=0 to row={len(rows) - 1}")
     data, number = rows.locate(row)
@@ -116,6 +124,11 @@ def look(config: Config, encoder: Encoder, tokenizer: "PreTrainedTokenizerBase",
             "max_tokens": str(data.encoder.settings.limit.tokens),
         },
     )
+
+
+def _place(rows: Conversations | Mixture, row: int) -> str:
+    data, number = rows.locate(row)
+    return data.rows.where(number)
 
 
 def read_tokens(example: Example, encoder: Encoder, tokenizer: "PreTrainedTokenizerBase") -> Iterator[Token]:

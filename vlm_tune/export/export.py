@@ -140,7 +140,8 @@ def settle(partial: Path, folder: Path, passed: bool, summary: str) -> Path:
         failed = folder.with_name(folder.name + ".failed")
         shutil.rmtree(failed, ignore_errors=True)
         partial.rename(failed)
-        raise ConfigError(f"{failed}: the exported model differs from the trained one ({summary}). Try dtype=fp32")
+        remedy = "Try dtype=fp32, or compare its answers before you use it"
+        raise ConfigError(f"{failed}: the exported model differs from the trained one ({summary}). {remedy}")
     if folder.exists():
         folder.rmdir()
     partial.rename(folder)
