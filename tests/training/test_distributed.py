@@ -12,7 +12,7 @@ from processes import fork_cli
 from toys import turns, write_jsonl
 
 from vlm_tune.cli import main
-from vlm_tune.model.checkpoint import CHECKPOINTS, checkpoints, find_runs
+from vlm_tune.model.checkpoint import CHECKPOINTS, CONFIG, checkpoints, find_runs
 from vlm_tune.training.callbacks.metrics import read_metrics
 from vlm_tune.training.run_folder import FOLDER_VARIABLE
 
@@ -44,9 +44,9 @@ def run_two(arguments, runs, is_new=True):
     ends = time.monotonic() + PATIENCE
     ranks = [fork_cli(arguments, logs[0], **shared, LOCAL_RANK="0")]
     try:
-        while is_new and not (runs / "latest").exists() and ranks[0].is_alive():
+        while is_new and not list(runs.glob(f"*/{CONFIG}")) and ranks[0].is_alive():
             time.sleep(0.01)
-        handed = {FOLDER_VARIABLE: str((runs / "latest").resolve())} if is_new else {}
+        handed = {FOLDER_VARIABLE: str(next(runs.glob(f"*/{CONFIG}")).parent.resolve())} if is_new else {}
         ranks.append(fork_cli(arguments, logs[1], **shared, **handed, LOCAL_RANK="1"))
         for rank in ranks:
             rank.join(max(0, ends - time.monotonic()))
