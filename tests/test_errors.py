@@ -59,7 +59,7 @@ def test_a_picture_that_is_not_one(folder, fail):
     add_row(folder, image="notes.png")
     assert fail() == (
         'DataError: train.jsonl:2 (id "dish_0042"): picture "notes.png" is not an image of a known format (it starts '
-        "with b'not a picture'). Readable are JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM\n"
+        "with b'not a picture'). Readable are JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM, AVIF\n"
     )
 
 
@@ -248,7 +248,8 @@ def small_disk(tmp_path):
 
 def test_a_disk_that_is_full_when_a_checkpoint_is_written(toys, run_cli, small_disk):
     disk, enlarge = small_disk
-    given = toys.arguments(*SHORT, "stage.max_steps=9", "trainer.save_every=1", "trainer.keep=100", runs=disk)
+    steps = ("stage.max_steps=9", "trainer.save_every=1", "trainer.val_every=100", "trainer.keep=100")
+    given = toys.arguments(*SHORT, *steps, runs=disk)
     done = run_cli(*given)
     assert done.code == 2
     (run,) = (path for path in disk.iterdir() if not path.is_symlink())

@@ -59,7 +59,7 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
         "image 1 is a number. Give a path, a data URL or the encoded file.",
     ),
     ("llava", llava(human("<image>"), GPT, image=[""]), "image 1 is empty. Give a path"),
-    ("llava", llava(human("<image>"), GPT, image={}), "image 1 is null. Give a path"),
+    ("llava", llava(human("<image>"), GPT, image={}), "image 1 is an object with no fields, which holds no picture"),
     (
         "llava",
         llava(human("<image>"), GPT, image="data:image/png,x"),

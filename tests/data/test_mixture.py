@@ -168,7 +168,7 @@ def test_a_single_file_is_no_mixture(start, folder):
 
 
 def test_a_set_may_be_a_recipes_file(folder, monkeypatch):
-    monkeypatch.setattr("vlm_tune.data.dataset.run_recipe", lambda name: folder / name)
+    monkeypatch.setattr("vlm_tune.data.paths.run_recipe", lambda name: folder / name)
     path = folder / "meta.json"
     path.write_text(json.dumps([{"annotation": "recipe:here/a.png"}]), encoding="utf-8")
     entry = read_meta(path)[0]

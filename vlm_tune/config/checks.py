@@ -12,7 +12,14 @@ ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
 
 def find_problems(config: Config) -> list[str]:
     """List all contradictions of a configuration; an empty list means it can run."""
-    return [*_finite(config), *_stage(config), *_numbers(config), *_lengths(config), *_devices(config)]
+    return [
+        *_finite(config),
+        *_stage(config),
+        *_numbers(config),
+        *_colour(config),
+        *_lengths(config),
+        *_devices(config),
+    ]
 
 
 def _finite(config: Config) -> list[str]:
@@ -92,11 +99,6 @@ def _numbers(config: Config) -> list[str]:
         "stage.pack_tiles": stage.pack_tiles,
     }
     problems += [f"{key}={value}: set it to 1 or more" for key, value in positive.items() if value < 1]
-    if not re.fullmatch("drop|white|black|#[0-9A-Fa-f]{6}", config.data.image.alpha):
-        problems.append(
-            f"data.image.alpha={config.data.image.alpha}: set drop, white, black, or a colour in two pairs of quotes, "
-            """as in data.image.alpha='"#80ff00"'"""
-        )
     if config.model.projector.newline and tiles.rule is not TileRule.anyres:
         problems.append(
             f"model.projector.newline=true but model.tiles.rule={tiles.rule.value}: only any-resolution pictures have "
@@ -118,6 +120,14 @@ def _numbers(config: Config) -> list[str]:
     }
     problems += [f"{key}={value}: set 0 or more" for key, value in not_negative.items() if value < 0]
     return problems
+
+
+def _colour(config: Config) -> list[str]:
+    alpha = config.data.image.alpha
+    if re.fullmatch("drop|white|black|#[0-9A-Fa-f]{6}", alpha):
+        return []
+    remedy = """set drop, white, black, or a colour in two pairs of quotes, as in data.image.alpha='"#80ff00"'"""
+    return [f"data.image.alpha={alpha}: {remedy}"]
 
 
 def _lengths(config: Config) -> list[str]:
