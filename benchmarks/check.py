@@ -19,10 +19,10 @@ from PIL import Image
 
 from vlm_tune.cli import quiet_libraries
 from vlm_tune.config.parse import load_config
-from vlm_tune.data.check import check_file
-from vlm_tune.data.fetch import cache_folder
-from vlm_tune.data.recipe import run_recipe
+from vlm_tune.inspection.check import check_file
 from vlm_tune.model.encoder import build_encoder
+from vlm_tune.recipes.fetch import cache_folder
+from vlm_tune.recipes.recipe import run_recipe
 
 RESULTS = Path(__file__).resolve().parent / "results" / "data.json"
 TURN = 150  # characters of one turn, on average

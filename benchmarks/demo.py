@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from vlm_tune.data.recipe import run_recipe
+from vlm_tune.recipes.recipe import run_recipe
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "demo.json"

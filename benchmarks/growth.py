@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from vlm_tune.config.parse import load_config
 from vlm_tune.data.datamodule import DataModule
 from vlm_tune.data.encode import Encoder
-from vlm_tune.data.recipe import run_recipe
+from vlm_tune.recipes.recipe import run_recipe
 
 HERE = Path(__file__).resolve().parent
 STEPS, WARM = 6, 2

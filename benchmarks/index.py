@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_tune.config.parse import load_config
-from vlm_tune.data.recipe import run_recipe
+from vlm_tune.recipes.recipe import run_recipe
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "data.json"

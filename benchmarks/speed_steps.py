@@ -39,7 +39,7 @@ from vlm_tune.data.encode import Encoder  # noqa: E402
 from vlm_tune.data.stream import MicroBatch  # noqa: E402
 from vlm_tune.model.build import build_model  # noqa: E402
 from vlm_tune.model.fill_cache import use_feature_cache  # noqa: E402
-from vlm_tune.model.parts import apply_stage  # noqa: E402
+from vlm_tune.model.parts.stage import apply_stage  # noqa: E402
 from vlm_tune.training.module import VlmModule  # noqa: E402
 from vlm_tune.training.trainer import make_trainer  # noqa: E402
 

@@ -27,10 +27,10 @@ from PIL import Image
 from torchvision import transforms
 
 from vlm_tune.config.schema import ImageConfig, TilesConfig
-from vlm_tune.data.fetch import cache_folder
-from vlm_tune.data.images import ImageReader
+from vlm_tune.data.pictures.images import ImageReader
 from vlm_tune.data.sample import Picture
 from vlm_tune.data.tiles import NORMALIZATIONS, choose_grid, make_tiles, normalize
+from vlm_tune.recipes.fetch import cache_folder
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "data.json"

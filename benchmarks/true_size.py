@@ -21,9 +21,9 @@ import torch
 from sentencepiece import sentencepiece_model_pb2 as protobuf
 
 from vlm_tune.config.parse import load_config
-from vlm_tune.data.recipe import run_recipe
-from vlm_tune.model.layouts.internvl_official import empty_model, original_entries
+from vlm_tune.model.layouts.internvl.official import empty_model, original_entries
 from vlm_tune.model.layouts.weights import write_shards
+from vlm_tune.recipes.recipe import run_recipe
 
 BASE = 92544  # pieces of InternLM2's tokenizer, its own special tokens among them
 NAMED = {92538: "<|plugin|>", 92539: "<|interpreter|>", 92540: "<|action_end|>", 92541: "<|action_start|>"}
@@ -75,7 +75,7 @@ import sys, time, torch
 from pathlib import Path
 from vlm_tune.config.parse import load_config
 from vlm_tune.config.schema import Quantize
-from vlm_tune.model.layouts import internvl_official
+from vlm_tune.model.layouts.internvl import official as internvl_official
 def status(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
 model = load_config(["model=internvl2_2b"]).model

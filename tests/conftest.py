@@ -1,6 +1,7 @@
 """What all tests share: toy files, a private cache, no network, two threads, and the command line as a function."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -96,3 +97,15 @@ def start_cli() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         if process.poll() is None:
             os.killpg(process.pid, 9)
         process.communicate()
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Name a model of which only the small files are there: what reads data needs no more."""
+    folder = tmp_path_factory.mktemp("parts")
+    (folder / "vision").mkdir()
+    (folder / "vision" / "config.json").write_text('{"patch_size": 14}')
+    shutil.copytree(Path(__file__).parent / "golden" / "tokenizer", folder / "llm")
+    (folder / "llm" / "config.json").write_text('{"model_type": "llama"}')
+    paths = [f"model.{part}.path={folder / part}" for part in ("vision", "llm")]
+    return ["model=tiny", *paths, "data.workers=0"]

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 from vlm_tune.config.schema import ModelConfig, TilesConfig
-from vlm_tune.model.layouts.internvl_official import empty_model, original_entries
+from vlm_tune.model.layouts.internvl.official import empty_model, original_entries
 from vlm_tune.model.layouts.weights import write_shards
 
 TOKENIZER = Path(__file__).parent / "golden" / "tokenizer"

@@ -14,24 +14,44 @@ PACKAGE = ROOT / "vlm_tune"
 LAYERS = {  # a layer may import itself and what is lower; layers of one number do not know one another
     "errors": 0,
     "config": 1,
-    "data": 2,
-    "model": 3,
-    "evaluation": 4,
-    "training": 5,
-    "planning": 5,
-    "export": 5,
-    "serve": 5,
-    "cli": 6,
-    "__main__": 7,
+    "recipes": 2,
+    "data": 3,
+    "model": 4,
+    "evaluation": 5,
+    "pages": 6,
+    "training": 7,
+    "planning": 7,
+    "export": 7,
+    "serve": 7,
+    "inspection": 7,
+    "cli": 8,
+    "__main__": 9,
 }
-MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS, MAX_MODEL_YAML = 400, 60, 6, 20
+FLOORS = {  # of data/, in the same way
+    "sample": 0,
+    "progress": 0,
+    "rows": 1,
+    "pictures": 1,
+    "text": 1,
+    "dialects": 2,
+    "tiles": 2,
+    "fit": 2,
+    "encode": 2,
+    "sizes": 3,
+    "batch": 3,
+    "packing": 3,
+    "stream": 4,
+    "sets": 5,
+    "datamodule": 6,
+}
+MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS, MAX_MODEL_YAML, MAX_FOLDER = 400, 60, 6, 20, 12
 FILES = sorted(PACKAGE.rglob("*.py"))
 PYTHON = sorted(path for folder in ("vlm_tune", "data_recipes", "tests") for path in (ROOT / folder).rglob("*.py"))
 YAMLS = sorted((ROOT / "conf").rglob("*.yaml"))
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "base"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "print", "breakpoint"}
 FORBIDDEN_IMPORTS = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "importlib.machinery"}
-DOOR = "model/pretrained.py"  # where transformers reads folders
+DOOR = "model/layouts/pretrained.py"  # where transformers reads folders
 HYDRA_READERS = {"config/parse.py", "cli.py"}  # everything else sees plain dataclasses
 
 
@@ -97,6 +117,20 @@ def test_imports_point_down(name):
         found for found in sorted(GRAPH[name]) if (other := found.split(".")[1]) != own and LAYERS[other] >= LAYERS[own]
     ]
     assert not wrong, f"{name} imports {wrong}: a layer knows only lower ones ({LAYERS})"
+
+
+@pytest.mark.parametrize("name", sorted(name for name in MODULES if name.startswith("vlm_tune.data.")))
+def test_imports_inside_data_point_down(name):
+    own = name.split(".")[2]
+    floors = {found: found.split(".")[2] for found in GRAPH[name] if found.startswith("vlm_tune.data.")}
+    wrong = [found for found, other in floors.items() if other != own and FLOORS[other] > FLOORS[own]]
+    assert not wrong, f"{name} imports {sorted(wrong)}: a floor knows only lower ones ({FLOORS})"
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in FILES}), ids=short)
+def test_a_folder_is_seen_at_a_glance(folder):
+    files = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
+    assert len(files) <= MAX_FOLDER, f"{short(folder)} holds {len(files)} files: make a room of some"
 
 
 @by_path

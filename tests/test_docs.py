@@ -17,7 +17,7 @@ from vlm_tune import __version__
 from vlm_tune.cli import VERBS
 from vlm_tune.config import parse
 from vlm_tune.config.schema import Config
-from vlm_tune.data.formats import parse_record
+from vlm_tune.data.dialects.dialects import parse_record
 from vlm_tune.data.sample import Picture, Sample
 
 ROOT = Path(__file__).parents[1]

@@ -13,11 +13,11 @@ from transformers import AutoModel, Siglip2VisionConfig
 import vlm_tune
 from vlm_tune.config.schema import ProjectorConfig
 from vlm_tune.evaluation.evaluate import prompt_of
-from vlm_tune.model import attention
-from vlm_tune.model.attention_cpu import SHORT
 from vlm_tune.model.generate import answer
-from vlm_tune.model.projector import Projector
-from vlm_tune.model.vision import VisionEncoder
+from vlm_tune.model.kernels import attention
+from vlm_tune.model.kernels.attention_cpu import SHORT
+from vlm_tune.model.parts.projector import Projector
+from vlm_tune.model.parts.vision import VisionEncoder
 
 PACKAGE = Path(__file__).parents[1] / "vlm_tune"
 FILES = [*sorted((PACKAGE / "model").rglob("*.py")), PACKAGE / "data" / "tiles.py"]

@@ -16,7 +16,7 @@ from vlm_tune.data.batch import Batch
 from vlm_tune.data.datamodule import DataModule, MicroBatches
 from vlm_tune.data.stream import MicroBatch
 from vlm_tune.model.build import Model, build_model
-from vlm_tune.model.parts import PartSummary, apply_stage
+from vlm_tune.model.parts.stage import PartSummary, apply_stage
 
 TOKENIZER = Path(__file__).parent / "golden" / "tokenizer"
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 30), "blue": (40, 40, 220), "white": (250, 250, 250)}

@@ -197,7 +197,7 @@ def check_verb(arguments: list[str]) -> int:
     own, overrides = take_own("check", arguments)
     config = load_config(overrides)
     require_all(config)
-    from vlm_tune.data.check import check
+    from vlm_tune.inspection.check import check
     from vlm_tune.model.encoder import build_encoder
 
     return check(config, build_encoder(config), own["out"], own["repeated_ids"])
@@ -222,7 +222,7 @@ def inspect_verb(arguments: list[str]) -> int:
         )
     config = load_config(overrides)
     require_all(config)
-    from vlm_tune.data.inspect import inspect
+    from vlm_tune.inspection.inspect import inspect
     from vlm_tune.model.encoder import build_encoder
 
     inspect(config, build_encoder(config), own["row"], own["out"], "--text" in arguments)

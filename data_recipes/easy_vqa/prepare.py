@@ -12,9 +12,9 @@ from typing import Any
 
 from PIL import Image
 
-from vlm_tune.data.fetch import cache_folder, fetch_pypi, unpack
-from vlm_tune.data.recipe import recipe_main, recipe_parser, write_rows
 from vlm_tune.errors import DataError
+from vlm_tune.recipes.fetch import cache_folder, fetch_pypi, unpack
+from vlm_tune.recipes.recipe import recipe_main, recipe_parser, write_rows
 
 PACKAGE, VERSION = "easy-vqa", "1.0"
 WHEEL = "easy_vqa-1.0-py3-none-any.whl"

@@ -14,7 +14,7 @@ from vlm_tune.config.schema import TooLong
 from vlm_tune.data.encode import NO_LOSS, Encoder, Example
 from vlm_tune.data.fit import EncoderSettings, SkippedSample, no_pictures
 from vlm_tune.data.sample import Message, Picture, Sample
-from vlm_tune.data.templates import load_template
+from vlm_tune.data.text.templates import load_template
 from vlm_tune.errors import ConfigError, DataError
 
 TOKENIZER = AutoTokenizer.from_pretrained(Path(__file__).parents[1] / "golden" / "tokenizer")

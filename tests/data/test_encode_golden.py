@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from vlm_tune.data.dialects.dialects import parse_record
 from vlm_tune.data.encode import NO_LOSS, Encoder
 from vlm_tune.data.fit import EncoderSettings
-from vlm_tune.data.formats import parse_record
 from vlm_tune.data.sample import Message, Picture, Sample
-from vlm_tune.data.templates import BOS, Segment, load_template, render
+from vlm_tune.data.text.templates import BOS, Segment, load_template, render
 from vlm_tune.errors import DataError
 
 GOLDEN = Path(os.environ.get("VLM_TUNE_GOLDEN", Path(__file__).parents[1] / "golden"))

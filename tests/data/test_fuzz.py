@@ -15,8 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vlm_tune.data.formats import DIALECTS, parse_record
-from vlm_tune.data.rows import open_rows
+from vlm_tune.data.dialects.dialects import DIALECTS, parse_record
+from vlm_tune.data.rows.rows import open_rows
 from vlm_tune.data.sample import Sample
 from vlm_tune.errors import DataError
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from vlm_tune.config.schema import LossWeight
 from vlm_tune.data import stream as stream_module
-from vlm_tune.data.index import Index
 from vlm_tune.data.packing import WINDOW
+from vlm_tune.data.sizes import Index
 from vlm_tune.data.stream import BatchStream, Draw, StreamSettings
 
 SETTINGS = StreamSettings(

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vlm_tune.config.schema import ImageConfig, TileRule, TilesConfig
-from vlm_tune.data.images import ImageReader
+from vlm_tune.data.pictures.images import ImageReader
 from vlm_tune.data.sample import Picture
 from vlm_tune.data.tiles import choose_grid, count_tiles, make_tiles, normalize
 

@@ -8,8 +8,8 @@ from types import ModuleType
 
 import pytest
 
-from vlm_tune.data.recipe import recipe_folders
 from vlm_tune.errors import DataError
+from vlm_tune.recipes.recipe import recipe_folders
 
 
 def load_recipe() -> ModuleType:

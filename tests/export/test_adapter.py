@@ -21,9 +21,9 @@ from vlm_tune.config.schema import Precision
 from vlm_tune.evaluation.evaluate import open_test, prompt_of, read_questions
 from vlm_tune.export import parity
 from vlm_tune.model.generate import answering, embed_prompts
-from vlm_tune.model.layouts import internvl_hf
-from vlm_tune.model.layouts.internvl_hf import OTHER_PARTS
-from vlm_tune.model.layouts.processor import save_processor
+from vlm_tune.model.layouts.internvl import hf as internvl_hf
+from vlm_tune.model.layouts.internvl.hf import OTHER_PARTS
+from vlm_tune.model.layouts.internvl.processor import save_processor
 from vlm_tune.model.trained import open_trained
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -12,7 +12,7 @@ from torch import nn
 from toys import save_llm
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
-from vlm_tune.model.layouts import internvl_hf
+from vlm_tune.model.layouts.internvl import hf as internvl_hf
 
 TARGETS = ["q_proj", "v_proj"]
 ROWS = 2507  # as many as the golden tokenizer has tokens

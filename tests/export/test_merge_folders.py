@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from vlm_tune.model.layouts import internvl_hf
-from vlm_tune.model.layouts.processor import save_processor
+from vlm_tune.model.layouts.internvl import hf as internvl_hf
+from vlm_tune.model.layouts.internvl.processor import save_processor
 
 TARGETS = {"llm": ["q_proj", "down_proj"], "vlm": r"model\.language_model\.layers\.\d+\.self_attn\.(q|v)_proj"}
 CLASSES = {"llm": AutoModelForCausalLM, "vlm": AutoModelForImageTextToText}

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from vlm_tune.config.parse import load_config
 from vlm_tune.model.build import build_model
-from vlm_tune.model.llm import load_tokenizer
+from vlm_tune.model.parts.llm import load_tokenizer
 
 sys.path.append(str(Path(__file__).parents[1] / "model"))
 from test_llava_original import write_original

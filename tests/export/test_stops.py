@@ -20,14 +20,14 @@ from transformers import (
 
 from vlm_tune.config.parse import load_config
 from vlm_tune.config.schema import Precision
-from vlm_tune.data import templates
+from vlm_tune.data.text import templates
 from vlm_tune.export.parity import Parity, compare
 from vlm_tune.export.plain import read
 from vlm_tune.export.stranger import Questions, plain_agreement
 from vlm_tune.model.build import Model
 from vlm_tune.model.encoder import build_encoder
 from vlm_tune.model.generate import answer_ids
-from vlm_tune.model.layouts.processor import save_processor
+from vlm_tune.model.layouts.internvl.processor import save_processor
 from vlm_tune.model.trained import open_trained
 
 END, OWN = 9, 5  # <|end|> of the template, and the end token of the toy tokenizer

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vlm_tune.config.schema import Precision
-from vlm_tune.model.attention import segment_offsets
 from vlm_tune.model.build import resolve_precision
+from vlm_tune.model.kernels.attention import segment_offsets
 
 TEXT = 6  # a training row without a picture; beside a projector that learns, one blank tile is then encoded too
 KERNEL = "torch_attn._varlen_attn.default"

@@ -3,7 +3,7 @@
 import pytest
 
 from vlm_tune.cli import main
-from vlm_tune.model.vision import VisionEncoder
+from vlm_tune.model.parts.vision import VisionEncoder
 
 
 @pytest.fixture

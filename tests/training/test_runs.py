@@ -8,7 +8,7 @@ import torch
 from vlm_tune.config.parse import load_config
 from vlm_tune.errors import CheckpointError
 from vlm_tune.model.checkpoint import CHECKPOINTS, checkpoints, read_checkpoint, start_of, trained_weights
-from vlm_tune.model.parts import trained_parameters
+from vlm_tune.model.parts.stage import trained_parameters
 from vlm_tune.model.trained import open_trained
 from vlm_tune.training.run import train
 

@@ -3,8 +3,8 @@
 import pytest
 from rich.console import Console
 
+from vlm_tune.pages.report_html import cautions
 from vlm_tune.training import report
-from vlm_tune.training.report_html import cautions
 from vlm_tune.training.verdict import verdicts
 
 

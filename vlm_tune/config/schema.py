@@ -132,7 +132,7 @@ class ModelConfig:
 
     name: str = "demo"
     path: str | None = None  # a whole checkpoint: folder or hub id; null = built from vision.path and llm.path
-    template: str = "chatml"  # a name of data/templates.yaml
+    template: str = "chatml"  # a name of data/text/templates.yaml
     system: str | None = None  # system prompt; null = the template's own
     markup: list[str] | None = None  # added tokens that texts may write (<box>); null = all that control nothing
     tiles: TilesConfig = field(default_factory=TilesConfig)

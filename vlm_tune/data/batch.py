@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vlm_tune.config.schema import LossWeight
-from vlm_tune.data.anyres import Spread
 from vlm_tune.data.encode import NO_LOSS, Example
+from vlm_tune.data.pictures.anyres import Spread
 
 
 @dataclass

@@ -13,11 +13,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlm_tune.config.schema import AugmentConfig, BadSample, Config
 from vlm_tune.data.batch import Batch, add_pictures, collate, token_weight
-from vlm_tune.data.dataset import Conversations
 from vlm_tune.data.encode import Encoder, Example
-from vlm_tune.data.index import Findings, Index, refuse_faults, write_faults
-from vlm_tune.data.mixture import Mixture, open_data, open_sizes
-from vlm_tune.data.paths import find_file, sibling
+from vlm_tune.data.sets.dataset import Conversations
+from vlm_tune.data.sets.index import Findings, refuse_faults, write_faults
+from vlm_tune.data.sets.mixture import Mixture, open_data, open_sizes
+from vlm_tune.data.sets.paths import find_file, sibling
+from vlm_tune.data.sizes import Index
 from vlm_tune.data.stream import BatchStream, Cursor, MicroBatch, StreamSettings
 from vlm_tune.errors import CheckpointError, DataError, VlmTuneError
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tokenizers import Encoding
 
-from vlm_tune.data.anyres import Spread
 from vlm_tune.data.fit import EncoderSettings, Fit, Tiling, fault_of, fit_pictures, least_of, no_pictures, too_long
-from vlm_tune.data.long_rows import Beginning, most_turns, shortened
-from vlm_tune.data.markup import find_markup
-from vlm_tune.data.pieces import Item, drop_last_space, is_supervised_first, keys_of, lay_out
+from vlm_tune.data.pictures.anyres import Spread
 from vlm_tune.data.sample import Picture, Sample
-from vlm_tune.data.templates import PLAIN_TEXT, Template, render
-from vlm_tune.data.tokens import PlainKey, TextTokenizer
+from vlm_tune.data.text.long_rows import Beginning, most_turns, shortened
+from vlm_tune.data.text.markup import find_markup
+from vlm_tune.data.text.pieces import Item, drop_last_space, is_supervised_first, keys_of, lay_out
+from vlm_tune.data.text.templates import PLAIN_TEXT, Template, render
+from vlm_tune.data.text.tokens import PlainKey, TextTokenizer
 from vlm_tune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

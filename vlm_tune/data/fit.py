@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from vlm_tune.config.schema import TooLong
-from vlm_tune.data.anyres import Spread, count_tokens
-from vlm_tune.data.long_rows import Beginning
-from vlm_tune.data.positions import UNLIMITED, Limit, Positions
+from vlm_tune.data.pictures.anyres import Spread, count_tokens
 from vlm_tune.data.sample import Sample
+from vlm_tune.data.text.long_rows import Beginning
+from vlm_tune.data.text.positions import UNLIMITED, Limit, Positions
 from vlm_tune.errors import DataError
 
 Tiling = Callable[[int], Sequence[int] | Sequence[Spread]]

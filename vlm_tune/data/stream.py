@@ -14,8 +14,8 @@ from torch.utils.data import Sampler
 
 from vlm_tune.config.schema import LossWeight
 from vlm_tune.data.batch import token_weight
-from vlm_tune.data.index import Index
 from vlm_tune.data.packing import WINDOW, plan_batches, plan_packs
+from vlm_tune.data.sizes import Index
 
 COUNTED_WINDOWS = 50  # an epoch of more of them is not planned as a whole, to count its groups,
 SAMPLED_WINDOWS = 10  # but estimated from so many

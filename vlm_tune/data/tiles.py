@@ -14,7 +14,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from vlm_tune.config.schema import TileRule, TilesConfig
-from vlm_tune.data.anyres import Spread
+from vlm_tune.data.pictures.anyres import Spread
 from vlm_tune.errors import ConfigError
 
 if TYPE_CHECKING:  # the processes that only count tiles (`check`, the index) start without torch

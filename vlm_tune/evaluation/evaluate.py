@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from vlm_tune.config.schema import AugmentConfig, Config
-from vlm_tune.data.dataset import Conversations, PictureSettings
-from vlm_tune.data.paths import find_test
 from vlm_tune.data.sample import Sample
+from vlm_tune.data.sets.dataset import Conversations, PictureSettings
+from vlm_tune.data.sets.paths import find_test
 from vlm_tune.errors import DataError
 from vlm_tune.evaluation.metrics import accuracy, is_match, majority
 from vlm_tune.model.build import Model

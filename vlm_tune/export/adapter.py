@@ -19,16 +19,17 @@ from vlm_tune.export.merge_plain import GENERATION
 from vlm_tune.export.plain import read
 from vlm_tune.model.build import Model
 from vlm_tune.model.checkpoint import find_checkpoint, run_config, start_of
-from vlm_tune.model.folder_files import read_object
-from vlm_tune.model.folders import find_folder, model_kind
-from vlm_tune.model.layouts import internvl_hf, llava_hf
-from vlm_tune.model.layouts.llava_processor import save_llava_processor
+from vlm_tune.model.kernels.lora import ADAPTER
+from vlm_tune.model.layouts.folder_files import read_object
+from vlm_tune.model.layouts.folders import find_folder, model_kind
+from vlm_tune.model.layouts.internvl import hf as internvl_hf
+from vlm_tune.model.layouts.internvl.processor import save_processor
+from vlm_tune.model.layouts.llava import hf as llava_hf
+from vlm_tune.model.layouts.llava.processor import save_llava_processor
 from vlm_tune.model.layouts.parts import PROJECTOR
-from vlm_tune.model.layouts.processor import save_processor
-from vlm_tune.model.lora import ADAPTER
-from vlm_tune.model.parts import PARTS, peft_config
-from vlm_tune.model.pretrained import load_peft
-from vlm_tune.model.vision import whole_weights
+from vlm_tune.model.layouts.pretrained import load_peft
+from vlm_tune.model.parts.stage import PARTS, peft_config
+from vlm_tune.model.parts.vision import whole_weights
 from vlm_tune.model.vlm import VisionLanguageModel
 
 BASE = "base"  # the folder beside the adapter, where no other holds its base

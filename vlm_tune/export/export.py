@@ -27,8 +27,11 @@ from vlm_tune.export.stranger import Questions, plain_agreement
 from vlm_tune.export.wanted import ADAPTERS, GGUF_DTYPES, Wanted, empty_folder
 from vlm_tune.model.build import Model, build_model
 from vlm_tune.model.checkpoint import find_checkpoint, run_config
-from vlm_tune.model.layouts import internvl_hf, internvl_official, llava_hf, parts
-from vlm_tune.model.layouts.internvl_hf import OTHER_PARTS
+from vlm_tune.model.layouts import parts
+from vlm_tune.model.layouts.internvl import hf as internvl_hf
+from vlm_tune.model.layouts.internvl import official as internvl_official
+from vlm_tune.model.layouts.internvl.hf import OTHER_PARTS
+from vlm_tune.model.layouts.llava import hf as llava_hf
 from vlm_tune.model.trained import open_trained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -168,7 +171,7 @@ def choose_layout(model: Model, config: Config, layout: str) -> str:
 def write(layout: str, model: Model, config: Config, folder: Path, wanted: Wanted) -> Model:
     """Write the folder of a layout, say what it cannot do, and load it back."""
     if layout == "gguf":
-        from vlm_tune.model.layouts import gguf_files
+        from vlm_tune.model.layouts.gguf import files as gguf_files
 
         target = (config.model, folder, wanted.dtype)
         gguf_files.save(model.vlm, model.tokenizer, model.encoder, target)

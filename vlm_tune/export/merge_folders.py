@@ -14,11 +14,11 @@ from vlm_tune.export.merge_stored import KINDS, is_llava, merge_stored
 from vlm_tune.export.parity import FLOAT32_BOUND
 from vlm_tune.export.peft_folder import HOLDS_WEIGHTS, TOKENIZER, WHOLE, PeftFolder, read_peft_folder
 from vlm_tune.export.wanted import empty_folder
-from vlm_tune.model.folder_files import read_object
-from vlm_tune.model.folders import ADAPTER_SETTINGS, PARTS_SETTINGS, model_kind, read_json
-from vlm_tune.model.llm import load_tokenizer
-from vlm_tune.model.pretrained import reading
-from vlm_tune.model.tokenizer import needs_building
+from vlm_tune.model.layouts.folder_files import read_object
+from vlm_tune.model.layouts.folders import ADAPTER_SETTINGS, PARTS_SETTINGS, model_kind, read_json
+from vlm_tune.model.layouts.pretrained import reading
+from vlm_tune.model.layouts.tokenizer import needs_building
+from vlm_tune.model.parts.llm import load_tokenizer
 
 OTHERS = (WHOLE, "mm_projector.bin")  # of LLaVA's trainer: weights that belong over those of the folder
 

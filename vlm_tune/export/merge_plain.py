@@ -11,7 +11,7 @@ from vlm_tune.errors import CheckpointError
 from vlm_tune.export.peft_folder import PeftFolder, rows_after
 from vlm_tune.export.plain import read, wrap
 from vlm_tune.export.plain_names import KINDS, rename, today
-from vlm_tune.model.folders import model_kind, read_json
+from vlm_tune.model.layouts.folders import model_kind, read_json
 from vlm_tune.model.layouts.weights import listed
 
 GENERATION = "generation_config.json"

@@ -16,8 +16,8 @@ from vlm_tune.errors import CheckpointError
 from vlm_tune.export.merge_plain import distance
 from vlm_tune.export.peft_folder import PeftFolder, rows_after
 from vlm_tune.export.plain import wrap
-from vlm_tune.model.folders import LLAVA_ORIGINAL, model_kind, read_json
-from vlm_tune.model.layouts.official_config import KIND
+from vlm_tune.model.layouts.folders import LLAVA_ORIGINAL, model_kind, read_json
+from vlm_tune.model.layouts.internvl.official_config import KIND
 from vlm_tune.model.layouts.weights import Shards, listed, write_shards
 
 KINDS = (KIND, "internlm2", LLAVA_ORIGINAL)

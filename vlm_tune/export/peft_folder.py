@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from vlm_tune.errors import CheckpointError
-from vlm_tune.model.folder_files import read_object
-from vlm_tune.model.folders import ADAPTER_SETTINGS
+from vlm_tune.model.layouts.folder_files import read_object
+from vlm_tune.model.layouts.folders import ADAPTER_SETTINGS
+from vlm_tune.model.layouts.pretrained import reading
 from vlm_tune.model.layouts.weights import listed, read_tensors
-from vlm_tune.model.llm import load_tokenizer
-from vlm_tune.model.pretrained import reading
+from vlm_tune.model.parts.llm import load_tokenizer
 
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 WHOLE = "non_lora_trainables.bin"  # of LLaVA's trainer: the weights that it trained beside the adapter

@@ -10,16 +10,16 @@ from peft.utils import set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from vlm_tune.data.anyres import Spread
+from vlm_tune.data.pictures.anyres import Spread
 from vlm_tune.data.tiles import normalize
 from vlm_tune.errors import CheckpointError
 from vlm_tune.export.parity import NEW_TOKENS, Parity, precisely
 from vlm_tune.export.peft_folder import PREFIX
 from vlm_tune.model.build import Model
 from vlm_tune.model.generate import Prompt, answering, embed_prompts, greedy
+from vlm_tune.model.kernels.lora import ADAPTER
+from vlm_tune.model.layouts.pretrained import load_pretrained, read_settings
 from vlm_tune.model.layouts.weights import listed
-from vlm_tune.model.lora import ADAPTER
-from vlm_tune.model.pretrained import load_pretrained, read_settings
 
 
 def read(folder: Path) -> PreTrainedModel:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vlm_tune.model.layouts.llava_original import PROJECTORS
+from vlm_tune.model.layouts.llava.original import PROJECTORS
 
 KINDS = ("internvl", "llava", "llava_next")  # whose text part once was a whole model of its own inside
 RENAMED = (  # theirs -> ours; the first that fits

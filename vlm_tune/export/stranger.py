@@ -9,13 +9,13 @@ import torch
 from transformers import AutoImageProcessor, AutoProcessor
 
 from vlm_tune.config.schema import Config
-from vlm_tune.data.dataset import Conversations
 from vlm_tune.data.sample import Message, Picture, Sample
+from vlm_tune.data.sets.dataset import Conversations
 from vlm_tune.evaluation.evaluate import open_test, prompt_of, read_questions
 from vlm_tune.export.parity import NEW_TOKENS, agreement
 from vlm_tune.model.build import Model
 from vlm_tune.model.generate import Prompt
-from vlm_tune.model.pretrained import read_settings
+from vlm_tune.model.layouts.pretrained import read_settings
 
 
 class Questions:

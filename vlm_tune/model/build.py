@@ -8,14 +8,18 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from vlm_tune.config.schema import Config, ModelConfig, Precision, Quantize
 from vlm_tune.data.encode import Encoder
-from vlm_tune.data.positions import Positions
+from vlm_tune.data.text.positions import Positions
 from vlm_tune.errors import ConfigError
 from vlm_tune.model.encoder import make_encoder
-from vlm_tune.model.folders import LLAVA_ORIGINAL, find_folder, model_kind, require_weights
-from vlm_tune.model.isolation import check_rope
-from vlm_tune.model.layouts import internvl_hf, internvl_official, llava_hf, llava_original, parts
+from vlm_tune.model.kernels.isolation import check_rope
+from vlm_tune.model.layouts import parts
+from vlm_tune.model.layouts.folders import LLAVA_ORIGINAL, find_folder, model_kind, require_weights
+from vlm_tune.model.layouts.internvl import hf as internvl_hf
+from vlm_tune.model.layouts.internvl import official as internvl_official
+from vlm_tune.model.layouts.llava import hf as llava_hf
+from vlm_tune.model.layouts.llava import original as llava_original
 from vlm_tune.model.layouts.loaded import Loaded
-from vlm_tune.model.pretrained import reading
+from vlm_tune.model.layouts.pretrained import reading
 from vlm_tune.model.vlm import VisionLanguageModel
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}

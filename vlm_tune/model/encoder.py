@@ -7,18 +7,26 @@ from tokenizers import AddedToken
 from transformers import CONFIG_MAPPING, PreTrainedTokenizerBase
 
 from vlm_tune.config.schema import Config, ModelConfig, TileRule, TooLong
-from vlm_tune.data.chat_template import choose_template
 from vlm_tune.data.encode import Encoder
 from vlm_tune.data.fit import EncoderSettings
-from vlm_tune.data.positions import Positions
+from vlm_tune.data.text.chat_template import choose_template
+from vlm_tune.data.text.positions import Positions
 from vlm_tune.errors import ConfigError
-from vlm_tune.model.folders import LLAVA_ORIGINAL, find_folder, model_kind, read_json, read_parts, require_weights
-from vlm_tune.model.layouts import llava_original, official_config
-from vlm_tune.model.llava import LLAVA_KINDS, image_tokens, read_llava
-from vlm_tune.model.llm import load_tokenizer
-from vlm_tune.model.pretrained import reading
-from vlm_tune.model.projector import tokens_per_tile
-from vlm_tune.model.vision import VisionEncoder, resample_positions
+from vlm_tune.model.layouts.folders import (
+    LLAVA_ORIGINAL,
+    find_folder,
+    model_kind,
+    read_json,
+    read_parts,
+    require_weights,
+)
+from vlm_tune.model.layouts.internvl import official_config
+from vlm_tune.model.layouts.llava import original as llava_original
+from vlm_tune.model.layouts.llava.facts import LLAVA_KINDS, image_tokens, read_llava
+from vlm_tune.model.layouts.pretrained import reading
+from vlm_tune.model.parts.llm import load_tokenizer
+from vlm_tune.model.parts.projector import tokens_per_tile
+from vlm_tune.model.parts.vision import VisionEncoder, resample_positions
 from vlm_tune.model.vlm import ImageTokens
 
 

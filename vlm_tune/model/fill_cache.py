@@ -8,12 +8,12 @@ from rich.console import Console
 
 from vlm_tune.config.schema import AugmentConfig, Config, FeatureCaching, Train
 from vlm_tune.data.datamodule import DataModule, Part
-from vlm_tune.data.feature_cache import FeatureCache, fingerprint
-from vlm_tune.data.fetch import cache_folder
-from vlm_tune.data.mixture import is_augmented
+from vlm_tune.data.pictures.feature_cache import FeatureCache, fingerprint
 from vlm_tune.data.progress import follow
+from vlm_tune.data.sets.mixture import is_augmented
 from vlm_tune.errors import ConfigError
 from vlm_tune.model.vlm import VisionLanguageModel
+from vlm_tune.recipes.fetch import cache_folder
 
 GIB = 1024**3
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 from vlm_tune.config.own_function import require_given
 from vlm_tune.config.schema import Config, Optimizer, Quantize, Strategy
-from vlm_tune.data.formats import require_format
-from vlm_tune.data.images import ImageReader
-from vlm_tune.data.paths import find_file, find_test
-from vlm_tune.data.recipe import require_recipe
-from vlm_tune.data.rows import find_files
+from vlm_tune.data.dialects.dialects import require_format
+from vlm_tune.data.pictures.images import ImageReader
+from vlm_tune.data.rows.rows import find_files
 from vlm_tune.data.sample import Picture
+from vlm_tune.data.sets.paths import find_file, find_test
 from vlm_tune.errors import ConfigError
 from vlm_tune.model.checkpoint import find_checkpoint, run_config, start_of
-from vlm_tune.model.folders import find_folder, require_weights
+from vlm_tune.model.layouts.folders import find_folder, require_weights
+from vlm_tune.recipes.recipe import require_recipe
 
 LOGGERS = ("tensorboard", "wandb")  # the packages are of the same names
 RECIPE = "recipe:"

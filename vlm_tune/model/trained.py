@@ -6,8 +6,8 @@ from pathlib import Path
 from vlm_tune.config.schema import Config, Precision
 from vlm_tune.model.build import Model, build_model
 from vlm_tune.model.checkpoint import find_checkpoint, load_weights, run_config, start_of, trained_weights
-from vlm_tune.model.llm import dequantize
-from vlm_tune.model.parts import apply_stage
+from vlm_tune.model.parts.llm import dequantize
+from vlm_tune.model.parts.stage import apply_stage
 
 
 def open_trained(

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vlm_tune.data.anyres import NEWLINE, Spread, token_order
 from vlm_tune.data.batch import Batch
+from vlm_tune.data.pictures.anyres import NEWLINE, Spread, token_order
 from vlm_tune.data.tiles import normalize
-from vlm_tune.model.attention import Segments
-from vlm_tune.model.loss import supervised_loss
-from vlm_tune.model.projector import Projector
-from vlm_tune.model.vision import VisionEncoder
+from vlm_tune.model.kernels.attention import Segments
+from vlm_tune.model.kernels.loss import supervised_loss
+from vlm_tune.model.parts.projector import Projector
+from vlm_tune.model.parts.vision import VisionEncoder
 
 
 @dataclass(frozen=True)

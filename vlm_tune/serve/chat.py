@@ -8,9 +8,9 @@ import numpy as np
 from rich.console import Console
 
 from vlm_tune.config.schema import Config
-from vlm_tune.data.dataset import Tiling
-from vlm_tune.data.images import ImageReader
+from vlm_tune.data.pictures.images import ImageReader
 from vlm_tune.data.sample import Message, Part, Picture, Sample
+from vlm_tune.data.sets.dataset import Tiling
 from vlm_tune.data.tiles import make_tiles, tile_limits
 from vlm_tune.errors import DataError, VlmTuneError
 from vlm_tune.model.build import Model

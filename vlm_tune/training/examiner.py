@@ -11,7 +11,7 @@ from rich.console import Console
 
 from vlm_tune.config.schema import Config
 from vlm_tune.data.datamodule import DataModule
-from vlm_tune.data.dataset import Conversations
+from vlm_tune.data.sets.dataset import Conversations
 from vlm_tune.evaluation.evaluate import (
     Prediction,
     Question,

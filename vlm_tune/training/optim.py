@@ -8,8 +8,8 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from vlm_tune.config.schema import Optimizer, StageConfig
-from vlm_tune.model.parts import PARTS, trained_parameters
-from vlm_tune.model.vision import layer_list
+from vlm_tune.model.parts.stage import PARTS, trained_parameters
+from vlm_tune.model.parts.vision import layer_list
 from vlm_tune.model.vlm import VisionLanguageModel
 
 BETAS = (0.9, 0.999)

@@ -17,14 +17,14 @@ from rich.table import Table
 
 from vlm_tune.config.schema import Config
 from vlm_tune.data.datamodule import DataModule
-from vlm_tune.data.positions import length_notes
+from vlm_tune.data.text.positions import length_notes
 from vlm_tune.model.build import resolve_precision
 from vlm_tune.model.checkpoint import CONFIG, run_of
-from vlm_tune.model.parts import PartSummary
+from vlm_tune.model.parts.stage import PartSummary
+from vlm_tune.pages.report_chart import write_loss_svg
+from vlm_tune.pages.report_html import write_html
 from vlm_tune.training.callbacks.metrics import read_metrics
 from vlm_tune.training.module import VlmModule
-from vlm_tune.training.report_chart import write_loss_svg
-from vlm_tune.training.report_html import write_html
 
 Scores = dict[str, float]
 

@@ -14,7 +14,7 @@ from vlm_tune.errors import CheckpointError, TrainingError
 from vlm_tune.model.build import build_model
 from vlm_tune.model.checkpoint import checkpoint_name, run_config, run_of, start_of
 from vlm_tune.model.fill_cache import use_feature_cache
-from vlm_tune.model.parts import apply_stage
+from vlm_tune.model.parts.stage import apply_stage
 from vlm_tune.training.examiner import Examiner
 from vlm_tune.training.intervals import describe
 from vlm_tune.training.module import VlmModule

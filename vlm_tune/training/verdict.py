@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from vlm_tune.training.report_html import margin
+from vlm_tune.pages.report_html import margin
 
 CLEAR = 2  # standard errors
 RIVALS = {

@@ -7,9 +7,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vlm_tune.errors import CheckpointError
-from vlm_tune.model.layouts.official_keys import Entry
+from vlm_tune.model.layouts.internvl.official_keys import Entry
 from vlm_tune.model.layouts.weights import Shards
-from vlm_tune.model.quantize import quantized_weight
+from vlm_tune.model.parts.quantize import quantized_weight
 
 
 def fill(model: nn.Module, shards: Shards, table: list[Entry], dtype: torch.dtype) -> None:

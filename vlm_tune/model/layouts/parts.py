@@ -15,15 +15,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vlm_tune.config.schema import ModelConfig, Quantize
-from vlm_tune.model.folders import PARTS_SETTINGS, read_parts
-from vlm_tune.model.layouts.internlm2 import load_language_model
-from vlm_tune.model.layouts.internvit import load_encoder
+from vlm_tune.model.layouts.folders import PARTS_SETTINGS, read_parts
+from vlm_tune.model.layouts.internvl.internlm2 import load_language_model
+from vlm_tune.model.layouts.internvl.internvit import load_encoder
+from vlm_tune.model.layouts.llava.facts import image_tokens
 from vlm_tune.model.layouts.loaded import Loaded
 from vlm_tune.model.layouts.weights import read_tensors
-from vlm_tune.model.llava import image_tokens
-from vlm_tune.model.llm import add_tokens, load_tokenizer
-from vlm_tune.model.projector import Projector
-from vlm_tune.model.vision import VisionEncoder, resample_positions, whole_tower, whole_weights
+from vlm_tune.model.parts.llm import add_tokens, load_tokenizer
+from vlm_tune.model.parts.projector import Projector
+from vlm_tune.model.parts.vision import VisionEncoder, resample_positions, whole_tower, whole_weights
 from vlm_tune.model.vlm import View, VisionLanguageModel
 
 PROJECTOR = "projector.safetensors"

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.utils.hub import convert_file_size_to_int
 
 from vlm_tune.errors import CheckpointError
-from vlm_tune.model.folder_files import read_object
+from vlm_tune.model.layouts.folder_files import read_object
 
 MAPPED_BYTES = 64 * 1024**2  # a shard's pages that were read stay in memory until its file is opened anew
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")

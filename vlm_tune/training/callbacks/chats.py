@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlm_tune.data.batch import Batch
-from vlm_tune.data.dataset import Conversations
+from vlm_tune.data.sets.dataset import Conversations
 from vlm_tune.evaluation.evaluate import Question, ask
 from vlm_tune.model.build import Model
 from vlm_tune.model.checkpoint import write_atomically

@@ -1,0 +1,1 @@
+"""Data sets: a file as examples, its index, and mixtures of several."""

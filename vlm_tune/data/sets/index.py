@@ -1,0 +1,260 @@
+"""Sizes of all rows, found before the first step: tokens, supervised tokens, tiles; and every faulty row.
+
+They are found once, by several processes, and kept in the cache as a mapped array: 28 bytes a row. A hash of what each
+row says stands beside them, so that an interrupted run knows its rows again.
+"""
+
+import gc
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from filelock import FileLock
+from rich.console import Console
+from rich.progress import Progress
+from torch.utils.data import DataLoader, Dataset
+
+from vlm_tune.data.encode import Lengths
+from vlm_tune.data.fit import SkippedSample
+from vlm_tune.data.pictures.images import CheckedPictures
+from vlm_tune.data.rows.cache import content_key, hashed, sampled
+from vlm_tune.data.rows.rows import find_files
+from vlm_tune.data.sample import Sample
+from vlm_tune.data.sets.dataset import Conversations, Tiling
+from vlm_tune.data.sizes import ROW
+from vlm_tune.errors import DataError
+from vlm_tune.recipes.fetch import cache_folder
+
+SHOWN = 20  # faults that an error message lists
+CHUNK = 500  # rows that are tokenized together
+MANY = 5000  # rows that are worth processes of their own
+PATIENCE = 3.0  # seconds before a progress bar appears
+SIZES, FINDINGS = "sizes.npy", "findings.json"
+CODE = Path(__file__).parents[1]  # all of data/
+
+
+@dataclass
+class Findings:
+    """What the pass over all rows found beside the sizes."""
+
+    faults: list[DataError] = field(default_factory=list)
+    skipped: list[DataError] = field(default_factory=list)  # rows that data.on_too_long=skip leaves out
+    notes: list[str] = field(default_factory=list)  # rows that a policy for long rows changed
+    fault_rows: list[int] = field(default_factory=list)  # the numbers of the rows in `faults`
+
+    def merge(self, other: "Findings") -> None:
+        """Add what was found in other rows."""
+        for name, found in vars(other).items():
+            getattr(self, name).extend(found)
+
+
+Measured = tuple[npt.NDArray[np.void], Findings]
+
+
+def open_index(data: Conversations, workers: int = 0) -> Measured:
+    """Read the sizes of all rows, a table of ROWs, from the cache, or measure them and keep them there.
+
+    Rows that were faulty are looked at again each time: their pictures may have been mended since, which the key of the
+    cache does not see. Several processes may ask at once: one works, the others wait.
+    """
+    folder = cache_folder() / "index" / index_key(data)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        if not (folder / SIZES).is_file():
+            table, findings = measure_all(data, np.arange(len(data)), workers)
+            save(folder, table, findings)
+            return load(folder)
+        table, findings = load(folder)
+        if findings.faults:
+            mended, still = measure_all(data, np.array(findings.fault_rows), workers)
+            if still.fault_rows != findings.fault_rows:
+                findings.faults, findings.fault_rows = [], []
+                findings.merge(still)
+                joined = np.concatenate([table, mended])
+                save(folder, joined[np.argsort(joined["row"])], findings)
+                return load(folder)
+    return table, findings
+
+
+def index_key(data: Conversations) -> str:
+    """Name everything that the sizes and the faults of a file's rows depend on, this program's own code included."""
+    facts = [str(data.path.resolve()), *(content_key(file) for file in find_files(data.path))]
+    facts += [
+        data.format,
+        str(sorted(data.ignored)),
+        str(data.root.resolve()),
+        str(data.reader.config),
+        str(data.pictures.tiles),
+    ]
+    facts.append(data.encoder.fingerprint())
+    code = [file for file in sorted(CODE.rglob("*")) if file.suffix in (".py", ".yaml")]
+    if ":" in data.format:
+        code.append(Path(data.format.rpartition(":")[0]))
+    facts += [hashlib.blake2b(file.read_bytes()).hexdigest() for file in code]
+    return hashlib.blake2b("\n".join(facts).encode(), digest_size=12).hexdigest()
+
+
+def save(folder: Path, table: npt.NDArray[np.void], findings: Findings) -> None:
+    """Keep sizes and findings. The sizes come last, and whole or not at all: without them there is no index."""
+    (folder / SIZES).unlink(missing_ok=True)  # a kill between the two files must not leave one of each age
+    plain = {name: [as_json(each) for each in found] for name, found in vars(findings).items()}
+    (folder / FINDINGS).write_text(json.dumps(plain, ensure_ascii=True), encoding="utf-8")
+    partial = folder / f".{SIZES}"
+    with partial.open("wb") as file:
+        np.save(file, table)
+    partial.replace(folder / SIZES)
+
+
+def load(folder: Path) -> Measured:
+    """Map the sizes, which costs no memory of its own, and read the findings."""
+    # numpy's own class of mapped arrays takes ten times as long for each access as the plain view of it
+    table = np.asarray(np.load(folder / SIZES, mmap_mode="r"))
+    found: dict[str, list[Any]] = json.loads((folder / FINDINGS).read_text(encoding="utf-8"))
+    faults = [DataError(**fault) for fault in found["faults"]]
+    skipped: list[DataError] = [SkippedSample(**fault) for fault in found["skipped"]]
+    return table, Findings(faults, skipped, found["notes"], found["fault_rows"])
+
+
+def as_json(finding: DataError | str | int) -> object:
+    """Write a finding in plain values."""
+    if isinstance(finding, DataError):
+        return {"reason": finding.reason, "where": finding.where, "sample_id": finding.sample_id}
+    return finding
+
+
+def measure_all(data: Conversations, rows: npt.NDArray[np.int64], workers: int) -> Measured:
+    """Measure the named rows, many of them in two or more processes, with a progress bar where it takes long.
+
+    Processes, not the tokenizer's threads: parsing and pictures take as much time as tokenizing does.
+    """
+    chunks = Chunks(data, rows)
+    loader = DataLoader(
+        chunks,
+        batch_size=None,
+        collate_fn=as_it_is,
+        num_workers=max(2, workers) if len(rows) >= MANY else 0,
+        worker_init_fn=start_worker,
+        generator=torch.Generator(),  # or it would draw from the one that the run is seeded with
+    )
+    tables, findings = [np.zeros(0, ROW)], Findings()
+    for table, found in with_progress(loader, len(chunks), f"measuring {len(rows):,} rows of {data.path.name}"):
+        tables.append(table)
+        findings.merge(found)
+    return np.concatenate(tables), findings
+
+
+def as_it_is(measured: Any) -> Any:
+    """Keep DataLoader from making tensors; a lambda could not be sent to a process that is not forked."""
+    return measured
+
+
+class Chunks(Dataset[Measured]):
+    """Measure rows a chunk at a time; `torch.utils.data.DataLoader` spreads the chunks over processes."""
+
+    def __init__(self, data: Conversations, rows: npt.NDArray[np.int64]) -> None:
+        self.data = data
+        self.rows = rows
+        self.checked = CheckedPictures(data.reader)
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // CHUNK)
+
+    def __getitem__(self, number: int) -> Measured:
+        """Measure one chunk; pictures by their headers and last bytes alone."""
+        rows = self.rows[number * CHUNK : (number + 1) * CHUNK].tolist()
+        outcomes: dict[int, Lengths | DataError] = {}
+        read: dict[int, tuple[Sample, Tiling]] = {}
+        for row in rows:
+            try:
+                sample = self.data.sample(row)
+                read[row] = sample, self.data.tiling(sample, self.checked.check)
+            except DataError as fault:
+                outcomes[row] = fault
+        samples, tilings = zip(*read.values(), strict=True) if read else ((), ())
+        outcomes.update(zip(read, self.data.encoder.encode_lengths(samples, tilings), strict=True))
+        sizes, findings = [], Findings()
+        for row in rows:
+            outcome = outcomes[row]
+            if isinstance(outcome, SkippedSample):
+                findings.skipped.append(outcome)
+            elif isinstance(outcome, DataError):
+                findings.faults.append(outcome)
+                findings.fault_rows.append(row)
+            else:
+                counts = outcome.num_tokens, outcome.num_supervised, sum(outcome.num_tiles)
+                sizes.append((row, *counts, hashed(trained_content(read[row][0]))))
+                findings.notes += [f"{self.data.rows.where(row)}: {outcome.note}"] if outcome.note else []
+        return np.array(sizes, ROW), findings
+
+
+def trained_content(sample: Sample) -> Iterator[bytes]:
+    """Yield what is trained on in a row: its turns, and its pictures by their paths, or by samples of their bytes.
+
+    Its id, its file and the kind of the file do not count.
+    """
+    yield b"plain" if sample.is_plain else b""
+    for message in sample.messages:
+        yield f"{message.role} {message.supervised}".encode()
+        for part in message.parts:
+            if isinstance(part, str):
+                yield part.encode("utf-8", "surrogatepass")
+                continue
+            yield f"picture {part.is_frame} {part.frame}".encode()
+            yield part.path.encode("utf-8", "surrogatepass")
+            yield from sampled(part.content) if part.content is not None else ()
+
+
+def start_worker(number: int) -> None:
+    """Keep a process to one thread, and its garbage collector away from what it inherited."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    gc.freeze()
+
+
+def with_progress(chunks: Iterable[Measured], total: int, title: str) -> Iterator[Measured]:
+    """Hand the chunks on, and show a bar once that has taken a while."""
+    console = Console(stderr=True)
+    progress = Progress(console=console, transient=True)
+    task, start = progress.add_task(title, total=total), time.monotonic()
+    try:
+        for chunk in chunks:
+            yield chunk
+            progress.advance(task)
+            if not progress.live.is_started and console.is_terminal and time.monotonic() - start > PATIENCE:
+                progress.start()
+    finally:
+        if progress.live.is_started:
+            progress.stop()
+
+
+def refuse_faults(findings: Findings, path: Path) -> None:
+    """Stop before training when rows are faulty, with the list of them: what many rows say alike is said once."""
+    faults = findings.faults
+    if len(faults) == 1:
+        raise faults[0]
+    if faults:
+        alike: dict[tuple[str, str], list[DataError]] = {}
+        for fault in faults:
+            alike.setdefault((fault.where.rpartition(":")[0], fault.reason), []).append(fault)
+        lines = [f"  {first}{_and_more(len(others))}" for first, *others in alike.values()]
+        shown = "\n".join(lines[:SHOWN])
+        more = f"\n  ... and {len(lines) - SHOWN} more kinds" if len(lines) > SHOWN else ""
+        remedy = "Mend them (`python -m vlm_tune check` lists all), or leave them out with data.on_bad_sample=skip"
+        raise DataError(f"{len(faults)} bad rows\n{shown}{more}\n  {remedy}", str(path))
+
+
+def _and_more(num: int) -> str:
+    return f" (so do {num:,} more rows)" if num > 1 else " (so does 1 more row)" if num else ""
+
+
+def write_faults(faults: list[DataError], path: Path) -> None:
+    """Write one JSON line a faulty row: where, id, reason."""
+    lines = [{"where": fault.where, "id": fault.sample_id, "reason": fault.reason} for fault in faults]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")

@@ -1,0 +1,49 @@
+"""Where the files of a run are: a path as it is written, a recipe's file, and the files beside it."""
+
+from difflib import get_close_matches
+from pathlib import Path
+
+from vlm_tune.config.schema import Config
+from vlm_tune.errors import DataError
+from vlm_tune.recipes.recipe import run_recipe
+
+
+def find_file(path: str, key: str = "data.path") -> Path:
+    """Turn a path, or recipe:NAME/FILE, into a local path; the recipe is run the first time it is named.
+
+    A pattern of files (`train-*.tar`) stays as it is: `rows` finds its files.
+    """
+    if not path:
+        raise DataError(f"no file is named. Give an existing one: {key}=FILE")
+    if path.startswith("recipe:"):
+        name, _, file = path.removeprefix("recipe:").partition("/")
+        found = run_recipe(name) / file
+    else:
+        found = Path(path).expanduser()
+    if not found.exists() and "*" not in found.name:
+        near = (
+            get_close_matches(found.name, [p.name for p in found.parent.glob("*")], n=1)
+            if found.parent.is_dir()
+            else []
+        )
+        hint = f"Did you mean {found.with_name(near[0])}?" if near else f"Give an existing file: {key}=FILE"
+        place = "" if found.is_absolute() else f" in {Path.cwd()}"
+        raise DataError(f"no such file{place}. {hint}", path)
+    return found
+
+
+def sibling(path: str, part: str) -> Path | None:
+    """Find the validation or test file beside a training file: x_train.jsonl -> x_val.jsonl, or test.jsonl."""
+    train = find_file(path)
+    for name in (part.join(train.name.rsplit("train", 1)), f"{part}{train.suffix}"):  # pretrain_train: the last one
+        if name != train.name and train.with_name(name).is_file():
+            return train.with_name(name)
+    return None
+
+
+def find_test(config: Config) -> Path | None:
+    """Find the test file: data.test, or test.jsonl beside the training file; None when there is none."""
+    data = config.data
+    if data.test == "none":
+        return None
+    return sibling(data.path, "test") if data.test == "auto" else find_file(data.test, "data.test")

@@ -1,0 +1,56 @@
+"""The sizes of all good rows of a run, as columns: what packs, batches and epochs are planned from."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+ROW = np.dtype([("row", "<i8"), ("tokens", "<i4"), ("supervised", "<i4"), ("tiles", "<i4"), ("content", "<u8")])
+
+
+@dataclass(frozen=True)
+class Index:
+    """Hold one entry for each good row; `rows` are their numbers in the file."""
+
+    rows: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.int32]
+    supervised: npt.NDArray[np.int32]
+    tiles: npt.NDArray[np.int32]
+    content: npt.NDArray[np.uint64]  # a hash of what the row says: see `trained_content`
+
+    @classmethod
+    def of(cls, table: npt.NDArray[np.void], first_row: int = 0) -> "Index":
+        """View a table of ROWs; of a mixture, the rows of a set are numbered from `first_row`."""
+        rows = table["row"] + first_row if first_row else table["row"]
+        return cls(rows, table["tokens"], table["supervised"], table["tiles"], table["content"])
+
+    @classmethod
+    def join(cls, parts: list["Index"]) -> "Index":
+        """Put the entries of several sets one behind the other."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(*(np.concatenate(column) for column in zip(*(vars(part).values() for part in parts), strict=True)))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, chosen: npt.NDArray[np.int64]) -> "Index":
+        """Keep the chosen entries, in their order."""
+        return Index(*(column[chosen] for column in vars(self).values()))
+
+    def fingerprint(self) -> str:
+        """Name the entries by their sizes: with the seed and the settings, they decide the order of training."""
+        return _hash(self.rows, self.tokens, self.supervised, self.tiles)
+
+    def content_fingerprint(self, start: int = 0, end: int | None = None) -> str:
+        """Name what the entries from `start` to before `end` say."""
+        return _hash(self.content[start:end])
+
+
+def _hash(*columns: npt.NDArray[Any]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for column in columns:
+        digest.update(np.ascontiguousarray(column).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,82 @@
+"""Rows that are far too long: only as much of their beginning is tokenized as can matter.
+
+Tokenizing takes about a second and 250 MB for a million characters. A row of 60 million, mostly a book or a log that
+was meant to be many rows, is found too long by its beginning alone.
+"""
+
+from dataclasses import dataclass, replace
+
+from vlm_tune.data.sample import Message, Part, Sample
+from vlm_tune.data.text.tokens import TextTokenizer
+
+LONG = 1 << 20  # characters of a row; up to there it is tokenized whole, and its tokens are counted exactly
+_SPARE = 64  # tokens by which a text may differ beside the text of a template
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning(Sample):
+    """Stand for a row that is too long: its first tokens are those of the whole row, up to the limit."""
+
+    num_answers: int = 0  # of the whole row
+
+
+def shortened(sample: Sample, tokens: TextTokenizer, limit: int) -> Sample:
+    """Return the sample itself, or where it is longer than LONG and than `limit` tokens, its beginning.
+
+    The beginning holds more than `limit` tokens too, and a supervised answer if the row has one.
+    """
+    if sum(len(part) for message in sample.messages for part in message.parts if isinstance(part, str)) <= LONG:
+        return sample
+    room = limit + _SPARE
+    messages: list[Message] = []
+    for message in sample.messages:
+        if room <= 0 and message.role != "assistant" and any(each.supervised for each in messages):
+            break
+        parts: list[Part] = []
+        for part in message.parts:
+            if isinstance(part, str):
+                part, num_tokens = _beginning(part, tokens, max(room, _SPARE))
+                room -= num_tokens
+            parts.append(part)
+        messages.append(replace(message, parts=tuple(parts)))
+    if room > 0:
+        return sample
+    num_answers = sum(message.role == "assistant" for message in sample.messages)
+    return Beginning(sample.id, tuple(messages), sample.where, sample.is_plain, num_answers)
+
+
+def _beginning(text: str, tokens: TextTokenizer, limit: int) -> tuple[str, int]:
+    """Cut a text where its first `limit` tokens no longer depend on what follows, and count its tokens.
+
+    That is so where twice as much text begins with the same tokens. A text of fewer tokens stays whole.
+    """
+    size = max(16 * limit, 1 << 14)
+    before: list[int] = []
+    while size < len(text):
+        ids = _ids(text[:size], tokens)
+        if len(before) > limit and before[:limit] == ids[:limit]:
+            return text[:size], len(ids)
+        before, size = ids, 2 * size
+    return text, len(_ids(text, tokens))
+
+
+def _ids(text: str, tokens: TextTokenizer) -> list[int]:
+    return tokens.plain([(False, text)])[False, text].ids
+
+
+def most_turns(sample: Sample, tokens: TextTokenizer, limit: int) -> int:
+    """Bound how many of a sample's turns (each ends with an answer) can fit into `limit` tokens.
+
+    At least the turns up to the first that is trained on count, whether they fit or not.
+    """
+    texts = [message.text for message in sample.messages]
+    encodings = tokens.plain((False, text) for text in texts)
+    num_tokens = num_turns = 0
+    is_supervised = False
+    for message, text in zip(sample.messages, texts, strict=True):
+        num_tokens += len(encodings[False, text]) - 2  # at either end it may merge with what stands beside it
+        num_turns += message.role == "assistant"
+        is_supervised |= message.supervised
+        if num_tokens > limit and is_supervised and message.role == "assistant":
+            break
+    return num_turns

@@ -1,0 +1,317 @@
+"""The findings of `check` as numbers (check.json), and as tables for the terminal."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vlm_tune import __version__
+from vlm_tune.config.schema import Config
+from vlm_tune.data.fit import EncoderSettings
+from vlm_tune.data.text.positions import NAME
+from vlm_tune.inspection.check_alpha import alpha_fact
+from vlm_tune.inspection.check_rows import Findings
+
+SHOWN = 20  # bad rows in the terminal; check.json has all
+NUM_BINS = 12  # of a histogram
+BAR = 36  # characters of the longest bar in the terminal
+
+
+def summarise(found: Findings, config: Config, settings: EncoderSettings) -> dict[str, Any]:
+    """Turn findings into the contents of check.json."""
+    data, trained = config.data, found.trained
+    distinct = np.unique(np.concatenate([*found.pictures, np.zeros(0, np.uint64)])).size
+    bad_rows = [place(fault.where) | asdict(fault) for fault in found.faults]
+    return {
+        "path": data.path,
+        "rows": found.num_rows,
+        "errors": len(found.faults),
+        "num_bad_rows": len({(fault.where, fault.row) for fault in found.faults}),
+        "faults": dict(Counter(fault.kind for fault in found.faults).most_common()),
+        "dialects": dict(found.dialects.most_common()),
+        "images": {name: found.images[name] for name in ("found", "missing", "broken")} | {"distinct": int(distinct)},
+        "transparency": {name: found.images[name] for name in ("alpha", "decoded", "transparent")},
+        "trained": {name: trained[name] for name in ("rows", "tokens", "supervised")},
+        "supervised_share": trained["supervised"] / trained["tokens"] if trained["tokens"] else None,
+        "tokens": spread(found.tokens, bins([found.tokens])),
+        "tiles": spread(found.tiles, bins([found.tiles])),
+        "tokens_by_rule": by_rule(found.by_rule),
+        "long_rows": [place(long.where) | asdict(long) for long in found.long_rows],
+        "stretched_rows": [place(long.where) | asdict(long) for long in found.stretched_rows],
+        "same_id": [place(where) | {"where": where, "first": first} for where, first in found.same_id],
+        "same_content": [place(where) | {"where": where, "first": first} for where, first in found.same_content],
+        "markup": dict(found.markup.most_common()),
+        "answers": found.answers.summary(),
+        "bad_rows": bad_rows,
+        "settings": {
+            "model": config.model.name,
+            "template": config.model.template,
+            "tiles": asdict(config.model.tiles) | {"rule": config.model.tiles.rule.value},
+            "tokens_per_tile": settings.tokens_per_tile,
+            "newline": settings.newline,
+            "max_length": data.max_length,
+            "positions": asdict(settings.positions),
+            "limit": settings.limit.name,
+            "on_too_long": data.on_too_long.value,
+            "format": data.format,
+            "alpha": data.image.alpha,
+            "val_share": data.val_share if data.val == "auto" else 0.0,
+        },
+        "version": __version__,
+    }
+
+
+def place(where: str) -> dict[str, Any]:
+    """Part "train.jsonl:17" into file and line; a row of a tar file has a name instead of a line."""
+    found = re.fullmatch(r"(.+):(\d+)( row \d+)?", where, re.DOTALL)
+    if found is None or ".tar" in found[1] or found[1].endswith(".tgz"):
+        return {"file": where.rpartition(":")[0] or where, "line": None}
+    return {"file": found[1], "line": int(found[2])}
+
+
+def by_rule(counts: dict[str, Counter[int]]) -> dict[str, Any]:
+    """Describe the tokens under each tile rule, over the same bins."""
+    ranges = bins(list(counts.values()))
+    return {rule: spread(counter, ranges) for rule, counter in counts.items()}
+
+
+def spread(counts: Counter[int], ranges: Sequence[tuple[int, int]]) -> dict[str, Any] | None:
+    """Describe how a number is spread over the rows: quantiles, and a histogram [first, last, rows]."""
+    if not counts:
+        return None
+    total = sum(counts.values())
+    return {
+        "min": min(counts),
+        "median": quantile(counts, 0.5),
+        "mean": round(sum(value * rows for value, rows in counts.items()) / total, 2),
+        "p95": quantile(counts, 0.95),
+        "max": max(counts),
+        "sum": sum(value * rows for value, rows in counts.items()),
+        "histogram": [
+            [first, last, sum(rows for value, rows in counts.items() if first <= value <= last)]
+            for first, last in ranges
+        ],
+    }
+
+
+def quantile(counts: Counter[int], share: float) -> int:
+    """Return the smallest value that at least `share` of the rows do not exceed."""
+    rows, needed = 0, share * sum(counts.values())
+    for value in sorted(counts):
+        rows += counts[value]
+        if rows >= needed:
+            break
+    return value
+
+
+def bins(counters: Sequence[Counter[int]]) -> list[tuple[int, int]]:
+    """Choose some NUM_BINS ranges (first, last) of a round width; what few rows exceed is all in the last one."""
+    filled = [counter for counter in counters if counter]
+    if not filled:
+        return []
+    low, high = min(map(min, filled)), max(map(max, filled))
+    top = max(quantile(counter, 0.99) for counter in filled)
+    widths = (factor * 10**power for power in range(12) for factor in (1, 2, 5))
+    width = next(width for width in widths if (top - low) // width < NUM_BINS)
+    starts = range(low // width * width, top + 1, width)
+    ranges = [(start, start + width - 1) for start in starts]
+    return [*ranges[:-1], (ranges[-1][0], max(high, ranges[-1][1]))]
+
+
+def verdict(report: dict[str, Any]) -> str:
+    """Say in one line whether the data can be trained on."""
+    rows = f"{report['rows']:,} rows"
+    if not report["errors"]:
+        return f"{rows}, no errors"
+    if not report["rows"]:
+        return "the file cannot be read"
+    bad, errors = report["num_bad_rows"], report["errors"]
+    return f"{rows}, {bad:,} bad" + (f" ({errors:,} errors)" if errors != bad else "")
+
+
+def facts(report: dict[str, Any]) -> dict[str, str]:
+    """Say the counts in words: name -> value."""
+    images, trained, tokens, tiles = (report[name] for name in ("images", "trained", "tokens", "tiles"))
+    settings = report["settings"]
+    told = {"rows": ", ".join(f"{count:,} {name}" for name, count in report["dialects"].items()) or "none"}
+    if sum(images.values()):
+        told["images"] = ", ".join(f"{images[name]:,} {name}" for name in ("found", "missing", "broken"))
+        told["images"] += f"; {images['distinct']:,} different ones"
+    if report["transparency"]["alpha"]:
+        told["transparency"] = alpha_fact(report["transparency"], settings["alpha"])
+    if tokens:
+        told["tokens a row"] = f"{in_words(tokens)}, of {settings['limit']}"
+    if tiles and tiles["max"]:
+        about = "about " * settings["newline"]
+        told["tiles a row"] = f"{in_words(tiles)}, of {about}{settings['tokens_per_tile']} tokens each"
+    if trained["rows"]:
+        share = f"{report['supervised_share']:.1%} of {trained['tokens']:,} tokens supervised"
+        told["trained on"] = f"{trained['rows']:,} rows, {share}"
+    if report["markup"]:
+        told["markup"] = ", ".join(f"{name} {count:,}" for name, count in report["markup"].items()) + ": one token each"
+    policy = settings["on_too_long"]
+    told["too long"] = f"{len(report['long_rows']):,}, data.on_too_long={policy}" if report["long_rows"] else "none"
+    if report["stretched_rows"]:
+        scaling = settings["positions"]
+        told["stretched"] = (
+            f"{len(report['stretched_rows']):,} of more than {NAME}={scaling['named']:,}, by rope scaling"
+        )
+    same = [(len(report["same_id"]), "id"), (len(report["same_content"]), "whole conversation")]
+    told["repeated"] = ", ".join(f"{count:,} {name}{'s' * (count > 1)}" for count, name in same if count) or "none"
+    if report["answers"]["short"]:
+        told["short answers"] = answers_in_words(report["answers"])
+    told |= {Path(held["path"]).name: shared_in_words(held) for held in report["shared"]}
+    if settings["val_share"] and all(held["part"] != "val" for held in report["shared"]):
+        others = "" if images["distinct"] == images["found"] else ", and other rows show the same pictures"
+        told["validation"] = f"no file for it: {settings['val_share']:.0%} of the rows are put aside{others}"
+    return told
+
+
+def answers_in_words(answers: dict[str, Any]) -> str:
+    """Say how many short answers there are, and which are most frequent: '300, 12 longer; "yes" 71.0%, "no" 29.0%'."""
+    longer = f" and {answers['long']:,} longer ones" if answers["long"] else ""
+    return f"{answers['short']:,}{longer}; {shares(answers['most'][:3], answers['short'])}"
+
+
+def shares(answers: list[list[Any]], total: int) -> str:
+    """Say how often each answer comes: '"yes" 71.0%, "no" 29.0%'."""
+    return ", ".join(f"{quoted(text)} {times / total:.1%}" for text, times in answers)
+
+
+def quoted(text: str) -> str:
+    """Put text of the data into quotation marks, on one line."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def shared_in_words(held: dict[str, Any]) -> str:
+    """Say what the rows to train on share with a held-out file."""
+    if held["error"]:
+        return f"cannot be compared: {held['error']}"
+    parts = []
+    if held["shared_pictures"]:
+        pictures = f"{held['shared_pictures']:,} picture{'s' * (held['shared_pictures'] > 1)}"
+        showing = f"{held['rows_showing_them']:,} row{'s' * (held['rows_showing_them'] > 1)} here"
+        parts.append(f"{pictures} (in {showing})")
+    if held["shared_rows"]:
+        parts.append(f"{held['shared_rows']:,} whole row{'s' * (held['shared_rows'] > 1)}")
+    first = "the first " * held["is_cut"]
+    told = f"shares {' and '.join(parts) or 'nothing'}; {first}{held['rows']:,} rows compared"
+    bad = f", {held['bad_rows']:,} of them cannot be read: check that file too" if held["bad_rows"] else ""
+    return told + bad
+
+
+def in_words(numbers: dict[str, Any]) -> str:
+    """Say how a number is spread: 'median 40, 95% up to 52, at most 71'."""
+    return f"median {numbers['median']:,}, 95% up to {numbers['p95']:,}, at most {numbers['max']:,}"
+
+
+def print_report(report: dict[str, Any], console: Console, folder: Path) -> None:
+    """Print the tables, the first bad rows, and where the whole report is."""
+    style = "bold red" if report["errors"] else "bold green"
+    console.print(Text.assemble((f"{report['path']}: {verdict(report)}", style)))
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, value in facts(report).items():
+        table.add_row(name, Text(value))
+    console.print(table)
+    for title, series in histograms(report).items():
+        console.print(histogram_table(title, series))
+    if report["answers"]["questions"]:
+        console.print(question_table(report["answers"]["questions"][:5]))
+    for line in shared_lines(report["shared"]):
+        console.print(Text(line), soft_wrap=True)
+    if report["errors"]:
+        print_faults(report, console)
+    console.print(f"\nreport: {folder / 'check.html'}, {folder / 'check.json'}", soft_wrap=True)
+
+
+def question_table(questions: list[dict[str, Any]]) -> Table:
+    """List the questions that are asked most, with the shares of their answers."""
+    table = Table(
+        "question", "times", "answers", title="\nmost asked", title_justify="left", title_style="bold", box=None
+    )
+    table.columns[1].justify = "right"
+    for asked in questions:
+        told = shares(asked["answers"][:3], asked["times"]) + ", ..." * (len(asked["answers"]) > 3)
+        table.add_row(Text(quoted(asked["question"])), f"{asked['times']:,}", Text(told))
+    return table
+
+
+def shared_lines(files: list[dict[str, Any]], limit: int = 3) -> Iterator[str]:
+    """Name the first pictures and rows that are shared with each held-out file, a blank line before them."""
+    if any(held["first_pictures"] or held["first_rows"] for held in files):
+        yield ""
+    for held in files:
+        for each in held["first_pictures"][:limit]:
+            yield f"{each['where']} shows {each['picture']}: {each['held_where']} shows it too ({each['held_picture']})"
+        for each in held["first_rows"][:limit]:
+            yield f"{each['where']} is the row {each['held_where']} too"
+
+
+def print_faults(report: dict[str, Any], console: Console) -> None:
+    """Print how many faults of each kind there are, and the first bad rows as errors are written everywhere."""
+    table = Table("fault", "rows", title="\nfaults", title_justify="left", title_style="bold", box=None)
+    table.columns[1].justify = "right"
+    for kind, count in report["faults"].items():
+        table.add_row(kind, f"{count:,}")
+    console.print(table)
+    console.print()
+    shown = first_of_each(report["bad_rows"], max(3, SHOWN // len(report["faults"])))[:SHOWN]
+    for fault in shown:
+        identity = f' (id "{fault["id"]}")' if fault["id"] is not None else ""
+        console.print(Text.assemble((f"{fault['where']}{identity}", "bold"), f": {fault['reason']}"), soft_wrap=True)
+    if len(shown) < len(report["bad_rows"]):
+        console.print(f"... and {len(report['bad_rows']) - len(shown):,} more, all in the report")
+
+
+def first_of_each(bad_rows: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+    """Keep up to `limit` faults of each kind, so that one that is everywhere hides no other."""
+    seen: Counter[str] = Counter()
+    kept = []
+    for fault in bad_rows:
+        seen[fault["kind"]] += 1
+        kept += [fault] if seen[fault["kind"]] <= limit else []
+    return kept
+
+
+def histograms(report: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Choose what is drawn: title -> name -> numbers. The two tile rules stand side by side where they differ."""
+    drawn: dict[str, dict[str, dict[str, Any]]] = {}
+    rules = report["tokens_by_rule"]
+    if len(rules) > 1 and len({str(numbers) for numbers in rules.values()}) > 1:
+        drawn["tokens a row"] = {f"rule={rule}": numbers for rule, numbers in rules.items()}
+    elif report["tokens"]:
+        drawn["tokens a row"] = {"rows": report["tokens"]}
+    if report["tiles"] and report["tiles"]["max"] > 1:
+        drawn["tiles a row"] = {"rows": report["tiles"]}
+    return drawn
+
+
+def histogram_table(title: str, series: dict[str, dict[str, Any]]) -> Table:
+    """Draw histograms over the same bins beside one another."""
+    table = Table(title.partition(" ")[0], title=f"\n{title}", title_justify="left", title_style="bold", box=None)
+    table.columns[0].justify = "right"
+    for name in series:
+        table.add_column(name, justify="right")
+        table.add_column("")
+    longest = max(rows for numbers in series.values() for _, _, rows in numbers["histogram"])
+    width = BAR // len(series)
+    for first, last, _ in next(iter(series.values()))["histogram"]:
+        cells = []
+        for numbers in series.values():
+            rows = next(rows for start, _, rows in numbers["histogram"] if start == first)
+            cells += [f"{rows:,}", "█" * -(-rows * width // longest)]
+        table.add_row(range_text(first, last), *cells)
+    return table
+
+
+def range_text(first: int, last: int) -> str:
+    """Write the range of a bin."""
+    return f"{first:,}" if first == last else f"{first:,} to {last:,}"

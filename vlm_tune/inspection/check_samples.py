@@ -1,0 +1,89 @@
+"""A few good rows of a data set as the model sees them, for the page of `check`: pictures small, text by its kind."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from vlm_tune.data.encode import Example
+from vlm_tune.data.sample import Sample
+from vlm_tune.data.sets.dataset import Conversations
+from vlm_tune.errors import DataError
+from vlm_tune.inspection.inspect_row import Token, read_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NUM_ROWS = 6
+NUM_PICTURES = 4  # of one row
+MAX_SIDE = 240  # pixels of a picture as it is kept
+MAX_TEXT = 800  # characters of one stretch of text
+TRIES = 50  # rows in whose place the next one is taken, where they are faulty
+
+
+@dataclass(frozen=True)
+class Look:
+    """Hold one row as the model sees it."""
+
+    where: str
+    row: int  # from 0, as `inspect row=` takes it
+    id: str
+    tokens: int
+    supervised: int
+    pictures: list[tuple[str, Image.Image]]  # the first ones, what they are called and small
+    num_pictures: int
+    runs: list[tuple[str, str]]  # kind, text; neighbouring tiles are one run
+
+
+def look_at_some(sets: Sequence[Conversations], tokenizer: "PreTrainedTokenizerBase") -> list[Look]:
+    """Look at rows from the first to the last, evenly apart; a good one beside it stands in for one that is faulty."""
+    ends = np.cumsum([len(data) for data in sets])
+    total = int(ends[-1]) if len(ends) else 0
+    looks: dict[int, Look] = {}
+    for place in np.linspace(0, max(total - 1, 0), NUM_ROWS).astype(int).tolist():
+        near = [*range(place, min(place + TRIES, total)), *range(place - 1, max(place - TRIES, -1), -1)]
+        for row in [row for row in near if row not in looks]:
+            number = int(np.searchsorted(ends, row, side="right"))
+            data, first = sets[number], int(ends[number]) - len(sets[number])
+            try:
+                looks[row] = look(data, row - first, row, tokenizer)
+                break
+            except DataError:
+                continue
+    return [looks[row] for row in sorted(looks)]
+
+
+def look(data: Conversations, number: int, row: int, tokenizer: "PreTrainedTokenizerBase") -> Look:
+    """Encode one row of a set as training does; `row` is its number through all sets. Raise DataError."""
+    sample = data.sample(number)
+    example = data.encoder.encode(sample, data.tiling(sample, data.reader.check_picture))
+    shown = list(small_pictures(data, sample, example))
+    runs = list(joined(list(read_tokens(example, data.encoder, tokenizer))))
+    sizes = len(example.input_ids), example.num_supervised
+    return Look(sample.where, row, sample.id, *sizes, shown, len(example.num_tiles), runs)
+
+
+def small_pictures(data: Conversations, sample: Sample, example: Example) -> Iterator[tuple[str, Image.Image]]:
+    """Open the first pictures of a row as training does."""
+    for picture, num_tiles in zip(sample.pictures[:NUM_PICTURES], example.num_tiles, strict=False):
+        image = data.reader.open_picture(picture, sample.where, sample.id)
+        width, height = image.size
+        told = f"{width} x {height}, {num_tiles} tile{'s' * (num_tiles > 1)}"
+        image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+        yield told, image
+
+
+def joined(tokens: list[Token]) -> Iterator[tuple[str, str]]:
+    """Join neighbouring tokens of one kind; tiles are counted."""
+    for (kind, is_tile), group in groupby(tokens, key=lambda token: (token.kind, token.tile > 0)):
+        run = list(group)
+        if is_tile:
+            num_tiles = len({token.tile for token in run})
+            yield kind, f"{num_tiles} tile{'s' * (num_tiles > 1)}: {len(run):,} tokens"
+            continue
+        text = "".join(token.text for token in run)
+        more = f"… {len(text) - MAX_TEXT:,} characters more" if len(text) > MAX_TEXT else ""
+        yield kind, text[:MAX_TEXT] + more

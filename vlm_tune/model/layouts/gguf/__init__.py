@@ -1,0 +1,1 @@
+"""The two files for llama.cpp-based engines."""

@@ -1,0 +1,1 @@
+"""The layouts of LLaVA: llava-hf and haotian-liu's own."""

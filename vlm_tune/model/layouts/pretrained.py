@@ -1,0 +1,88 @@
+"""The one door to folders that transformers reads: no code comes out of them, a fault of theirs is a CheckpointError.
+
+Every `from_pretrained` and `from_config` of the project is here; a test looks.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlm_tune.errors import CheckpointError, VlmTuneError
+from vlm_tune.model.layouts.folders import model_kind, read_json
+from vlm_tune.model.layouts.weights import Shards
+
+MACHINE = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
+OURS = (VlmTuneError, AssertionError, ImportError, *MACHINE)  # not the folder's fault
+
+
+def load_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
+    """Load a model by a class of transformers, its weight files checked before: `kind.from_pretrained(folder)`.
+
+    Raises CheckpointError for a folder that would need code of its own, and for files that are not those of a model.
+    """
+    if "gguf_file" not in options:  # such a folder has no other file
+        refuse_code(folder)
+        Shards.find(folder)
+    with reading(folder):
+        return kind.from_pretrained(folder, trust_remote_code=False, **options)
+
+
+def read_settings(kind: Any, folder: Path, **options: Any) -> Any:
+    """Read what holds no weights, a configuration or a tokenizer, by a class of transformers.
+
+    Raises CheckpointError as `load_pretrained` does.
+    """
+    if kind.__name__ == "AutoConfig":
+        refuse_code(folder)
+    with reading(folder):
+        return kind.from_pretrained(folder, trust_remote_code=False, **options)
+
+
+def make_empty(kind: Any, config: Any, **options: Any) -> Any:
+    """Make a model of a configuration, without weights of its own: `kind.from_config(config)`."""
+    return kind.from_config(config, trust_remote_code=False, **options)
+
+
+def from_weights(kind: Any, weights: dict[str, torch.Tensor], **options: Any) -> Any:
+    """Make a model of weights that were read already: `kind.from_pretrained(None, state_dict=weights)`."""
+    return kind.from_pretrained(None, state_dict=weights, **options)
+
+
+def refuse_code(folder: Path) -> None:
+    """Raise CheckpointError for a folder whose model transformers has no class of: its own code is never run."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = model_kind(folder)
+    if kind in CONFIG_MAPPING:  # transformers' own class is taken, also where auto_map offers another
+        return
+    wants = "its auto_map names code" if "auto_map" in read_json(folder) else "it would need code of its own"
+    raise CheckpointError(
+        f"{folder}: a model of type {kind}, which transformers does not know; {wants}, and no code out of a folder is "
+        "run. Convert it to a type that is known"
+    )
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Turn what a library says about a folder's files into a CheckpointError that names the folder."""
+    try:
+        yield
+    except OURS:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:400]
+        raise CheckpointError(
+            f"{folder}: its files cannot be read as a model's ({type(error).__name__}: {reason}). Compare config.json "
+            "and the tokenizer's files with those of the original, or copy the folder anew"
+        ) from error
+
+
+def load_peft(model: Any, folder: Path) -> Any:
+    """Put an adapter over a model as a stranger does: `PeftModel.from_pretrained(model, folder)`."""
+    from peft import PeftModel  # late: it takes seconds to import
+
+    with reading(folder):
+        return PeftModel.from_pretrained(model, folder).eval()

@@ -1,0 +1,122 @@
+"""Apply a stage to a model: each part frozen, full, or through LoRA; and the table that says so."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import inject_adapter_in_model
+from torch import nn
+
+from vlm_tune.config.schema import Config, LoraConfig, StageConfig, Train
+from vlm_tune.errors import ConfigError
+from vlm_tune.model.kernels.lora import spare_casts
+from vlm_tune.model.kernels.norm import join_norms
+from vlm_tune.model.parts.layers import drop_paths, recompute
+from vlm_tune.model.parts.vision import layer_list
+from vlm_tune.model.vlm import VisionLanguageModel
+
+PARTS = ("vision", "projector", "llm")
+
+
+@dataclass(frozen=True)
+class PartSummary:
+    """One row of the trained-parts table."""
+
+    name: str
+    how: Train
+    num_trained: int
+    num_total: int
+    learning_rate: float
+
+
+def apply_stage(model: VisionLanguageModel, config: Config) -> list[PartSummary]:
+    """Freeze everything, then open what the stage trains. Trained weights are kept in float32.
+
+    Raises ConfigError for a LoRA target that matches no layer, and for a stage that trains nothing.
+    """
+    stage = config.stage
+    model.requires_grad_(False)
+    targets = {"vision": config.model.vision.targets, "llm": config.model.llm.targets}
+    for name in PARTS:
+        part, how = getattr(model, name), getattr(stage.train, name)
+        if how is Train.full:
+            part.requires_grad_(True)
+        elif how is Train.lora:
+            add_lora(part, stage.lora, targets[name], f"model.{name}.targets")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    join_norms(model)
+    set_aids(model, stage)
+    set_modes(model, stage)
+    summary = [_summarize(name, getattr(model, name), stage) for name in PARTS]
+    if not any(row.num_trained for row in summary):
+        raise ConfigError(
+            f"stage.train: stage {stage.name} trains no parameter of this model: set a part to full or lora"
+        )
+    return summary
+
+
+def add_lora(part: nn.Module, lora: LoraConfig, targets: list[str], key: str) -> None:
+    """Put peft's adapters beside every linear layer whose name ends in one of the targets."""
+    names = [name for name, module in part.named_modules() if isinstance(module, nn.Linear)]
+    unmatched = [target for target in targets if not any(name.split(".")[-1] == target for name in names)]
+    if unmatched or not targets:
+        known = sorted({name.split(".")[-1] for name in names})
+        raise ConfigError(f"{key}={unmatched or targets} matches no linear layer. There are: {', '.join(known)}")
+    adapter = peft_config(lora, target_modules=list(targets))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # an adapter's first weights belong to the stage: equal on every rank and after a resume
+        inject_adapter_in_model(adapter, part)
+    spare_casts(part)
+
+
+def peft_config(lora: LoraConfig, **more: Any) -> PeftLoraConfig:
+    """Say a stage's LoRA settings in peft's words."""
+    return PeftLoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        **more,
+    )
+
+
+def set_aids(model: VisionLanguageModel, stage: StageConfig) -> None:
+    """Set what acts in training alone: noise, skipped layers, and activations that are computed twice, not kept.
+
+    A frozen encoder is outside autograd: there is nothing to recompute.
+    """
+    model.neftune = stage.neftune
+    if stage.drop_path:
+        drop_paths(model.vision.tower, stage.drop_path)
+    aids = stage.gradient_checkpointing
+    layers: list[nn.Module] = [model.projector] if aids.projector else []
+    if aids.vision and stage.train.vision is not Train.frozen:
+        layers += layer_list(model.vision.tower, "stage.gradient_checkpointing.vision")
+    if aids.llm:
+        layers += model.llm.get_decoder().layers
+    for layer in layers:
+        recompute(layer)
+
+
+def set_modes(model: VisionLanguageModel, stage: StageConfig) -> None:
+    """Switch trained parts to train mode (dropout on) and frozen parts to eval mode; Lightning does neither."""
+    model.train()
+    for name in PARTS:
+        getattr(model, name).train(getattr(stage.train, name) is not Train.frozen)
+
+
+def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters that the stage trains."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def _summarize(name: str, part: nn.Module, stage: StageConfig) -> PartSummary:
+    total = sum(parameter.numel() for parameter in part.parameters())
+    trained = sum(parameter.numel() for parameter in part.parameters() if parameter.requires_grad)
+    how = getattr(stage.train, name)
+    return PartSummary(name, how, trained, total, getattr(stage.lr, name) if trained else 0.0)
