@@ -2,25 +2,20 @@
 
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
-from llava_toys import TEXT, save_llava
+from llava_toys import TEXT, save_llava, write_original
 from official_toys import SMALL_LLM, write_official
 from safetensors.torch import load_file, save_file
+from sentencepiece_toys import SETTINGS, train
 from toys import TOKENIZER, save_llm
 from transformers import AutoTokenizer
 
 from vlm_tune.config.parse import load_config
 from vlm_tune.model.build import build_model
 from vlm_tune.model.parts.llm import load_tokenizer
-
-sys.path.append(str(Path(__file__).parents[1] / "model"))
-from test_llava_original import write_original
-from test_tokenizer import SETTINGS, train
 
 INTERNLM2 = {"model_type": "internlm2", "bias": False}
 WORN = {  # layers that wear an adapter, by the names of the layout's own class

@@ -13,7 +13,9 @@ from vlm_tune.data.dialects.fields import known_fields, turn_fields
 from vlm_tune.data.sample import Sample
 from vlm_tune.errors import DataError
 
-TABLE = yaml.safe_load((Path(__file__).parents[3] / "vlm_tune" / "data" / "fields.yaml").read_text(encoding="utf-8"))
+TABLE = yaml.safe_load(
+    (Path(__file__).parents[3] / "vlm_tune" / "data" / "dialects" / "fields.yaml").read_text(encoding="utf-8")
+)
 TURNS = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
 MESSAGES = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 ROWS: dict[str, dict[str, Any]] = {

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vlm_tune.data.rows import text as rows_text
 from vlm_tune.data.rows.cache import content_key
 from vlm_tune.data.rows.rows import Rows, open_rows
-from vlm_tune.data.rows.rows import text as rows_text
 from vlm_tune.errors import DataError
 
 RECORDS = [{"id": str(number), "text": f'Zeile "{number}" \\ [x], {{y}} 菜\n'} for number in range(5)]

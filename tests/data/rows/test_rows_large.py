@@ -7,8 +7,8 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
+from vlm_tune.data.rows import table as rows_table
 from vlm_tune.data.rows.rows import open_rows
-from vlm_tune.data.rows.rows import table as rows_table
 
 LIMIT = 1 << 12  # bytes of a batch
 SIZES = {

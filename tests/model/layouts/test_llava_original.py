@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from llava_toys import TEXT, TOWER, VOCABULARY, save_llava
+from llava_toys import VOCABULARY, save_llava, write_original
 from safetensors.torch import load_file, save_file
 from test_llava_hf import ANYRES, ONE, configure, our_logits, picture, prompt_of
 from toys import TOKENIZER
@@ -16,51 +16,12 @@ from vlm_tune.model.encoder import build_encoder
 from vlm_tune.model.layouts.llava import hf as llava_hf
 from vlm_tune.model.layouts.llava import original as llava_original
 
-RENAMED = {  # llava-hf -> LLaVA
-    "multi_modal_projector.linear_1": "model.mm_projector.0",
-    "multi_modal_projector.linear_2": "model.mm_projector.2",
-    "vision_tower.vision_model.": "model.vision_tower.vision_tower.vision_model.",
-    "vision_tower.": "model.vision_tower.vision_tower.vision_model.",
-    "language_model.": "",
-    "image_newline": "model.image_newline",
-}
 KINDS = {
     "1.5": (False, "llama", ONE, True),
     "1.5 with the encoder elsewhere": (False, "llama", ONE, False),
     "1.6": (True, "llama", ANYRES, True),
     "1.6 mistral": (True, "mistral", ANYRES, True),
 }
-
-
-def rename(name):
-    old = next(old for old in RENAMED if name.startswith(old))
-    return RENAMED[old] + name.removeprefix(old)
-
-
-def write_original(folder, is_next=False, text="llama", has_vision=True, as_bin=False, **changes):
-    """Write LLaVA's layout of a model that is also written in llava-hf's: (folder/original, folder/hub)."""
-    hub, original = folder / "hub", folder / "original"
-    plain = save_llava(hub, is_next, text=text)
-    plain.model.vision_tower.save_pretrained(original / "clip")
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    tokenizer.save_pretrained(original)
-    num_rows = len(tokenizer)  # Vicuna's table has no row for pictures
-    weights = {rename(name): weight for name, weight in load_file(hub / "model.safetensors").items()}
-    for table in ("model.embed_tokens.weight", "lm_head.weight"):
-        weights[table] = weights[table][:num_rows].clone()
-    if not has_vision:
-        weights = {name: weight for name, weight in weights.items() if "vision_tower" not in name}
-    if as_bin:
-        torch.save(weights, original / "pytorch_model.bin")
-    else:
-        save_file(weights, original / "model.safetensors", metadata={"format": "pt"})
-    own = {"architectures": [{"llama": "LlavaLlamaForCausalLM", "mistral": "LlavaMistralForCausalLM"}[text]]}
-    own |= {"mm_vision_tower": "clip", "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2}
-    own |= {"model_type": "llava", "mm_vision_select_feature": "patch", "mm_hidden_size": TOWER["hidden_size"]}
-    own |= {"image_aspect_ratio": "anyres" if is_next else "pad", "tune_mm_mlp_adapter": False}
-    own |= {"mm_patch_merge_type": "spatial_unpad" if is_next else "flat", "vocab_size": num_rows}
-    (original / "config.json").write_text(json.dumps(TEXT | own | {"pad_token_id": 0} | changes))
-    return original, hub
 
 
 @pytest.fixture(scope="module", params=KINDS)

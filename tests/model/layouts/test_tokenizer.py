@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
-import sentencepiece
+from sentencepiece_toys import SETTINGS, train
 from transformers import AutoTokenizer
 
 from vlm_tune.data.text.tokens import TextTokenizer
@@ -13,22 +13,6 @@ from vlm_tune.errors import CheckpointError
 from vlm_tune.model.parts.llm import load_tokenizer
 
 TOKENIZER = Path(__file__).parents[2] / "golden" / "tokenizer"
-CORPUS = [
-    "The quick brown fox jumps over the lazy dog.",
-    "What is in the picture? A red square, 3.14 of it.",
-    "图片里有什么？一个红色的方块。上海人工智能实验室",
-    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型。",
-    "def square(x):    return x ** 2  # a comment, 100,000 of them",
-    "one two three four five six seven eight nine ten eleven twelve",
-    "A picture of a dog and a cat, and another picture of a cat.",
-]
-SETTINGS = {
-    "llama": {"model_type": "bpe", "add_dummy_prefix": True, "remove_extra_whitespaces": False},  # InternLM2's kind
-    "no_prefix": {"model_type": "bpe", "add_dummy_prefix": False, "remove_extra_whitespaces": False},
-    "trimmed": {"model_type": "bpe", "remove_extra_whitespaces": True},
-    "defined": {"model_type": "bpe", "remove_extra_whitespaces": False, "user_defined_symbols": ["<sep>", "dog", "  "]},
-    "no_bytes": {"model_type": "bpe", "byte_fallback": False, "remove_extra_whitespaces": False},
-}
 ADDED = ("<|im_end|>", "<|im_start|>", "<img>", "</img>", "<IMG_CONTEXT>")
 TEXTS = (
     "",
@@ -50,20 +34,6 @@ TEXTS = (
     "\u2581 looks like a space",
 )
 CHAT = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>{% endfor %}"
-
-
-def train(folder, settings):
-    options = {"byte_fallback": True, "normalization_rule_name": "identity", "character_coverage": 1.0} | settings
-    (folder / "corpus.txt").write_text("\n".join(CORPUS * 20), encoding="utf-8")
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "corpus.txt"),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=520 if settings.get("byte_fallback", True) else 264,
-        hard_vocab_limit=False,
-        minloglevel=2,
-        **options,
-    )
-    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
 
 
 def write_settings(folder, size, **changes):
