@@ -131,7 +131,7 @@ def test_two_at_once_prepare_it_once(checkout: Path, caplog: pytest.LogCaptureFi
 
 def test_a_killed_run_leaves_nothing_that_counts(checkout: Path) -> None:
     write_recipe(checkout, "toy", seconds=60)
-    script = "import sys; from pathlib import Path; from vlm_tune.data import recipe; "
+    script = "import sys; from pathlib import Path; from vlm_tune.recipes import recipe; "
     script += "recipe.PACKAGE = Path(sys.argv[1]); recipe.run_recipe('toy', Path(sys.argv[2]))"
     command = [sys.executable, "-c", script, str(recipe.PACKAGE), str(checkout / "cache")]
     environment = dict(os.environ, PYTHONPATH=str(Path(__file__).parents[2]))
