@@ -323,7 +323,7 @@ class RowMaker:
         width, height = self.sizes[photo.food.code]
         turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
         row: dict[str, Any] = {"id": f"{photo.food.code}-{label}", "image": f"images/{photo.food.code}.jpeg"}
-        row.update(width=width, height=height, conversations=turns, task=task, food=photo.food.short_name)
+        row.update(width=width, height=height, conversations=turns, task=task, topic=photo.food.short_name)
         return row
 
 

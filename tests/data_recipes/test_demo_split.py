@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 
+from vlm_tune.data.dialects.dialects import parse_record
 from vlm_tune.errors import DataError
 from vlm_tune.recipes.recipe import recipe_folders
 
@@ -145,10 +146,16 @@ def maker():
     return demo.RowMaker(phrases, {"M001": (307, 172), "O001": (307, 172)})
 
 
+def test_every_row_can_be_trained_on(maker) -> None:
+    mango = photo(food("Mango, ripe", code="M001", hindi="aam", protein=0.6, energy=178.0))
+    rows = [*maker.test_questions(mango), *maker.questions(mango, True), *maker.captions(mango)]
+    assert all(parse_record(row, "auto", "demo.jsonl:1", 0).pictures for row in rows)
+
+
 def test_rows(maker) -> None:
     mango = photo(food("Mango, ripe", code="M001", hindi="aam", protein=0.6, energy=178.0))
     for row in maker.test_questions(mango):
-        assert set(row) == {"id", "image", "width", "height", "conversations", "task", "food"}
+        assert set(row) == {"id", "image", "width", "height", "conversations", "task", "topic"}
     questions = {row["task"]: [turn["value"] for turn in row["conversations"]] for row in maker.test_questions(mango)}
     assert questions == {
         "food_group": ["<image>\nWhich food group is this?", "fruits"],
