@@ -111,7 +111,10 @@ CHOICES: dict[str, dict[str, str | None]] = {  # what a group has no choice for 
     }
 }
 FLAG_VALUES = {"resume": "last"}  # a flag of its own, without a value
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+PICTURE_ENDINGS = (  # by which a name is known as a picture's, where only the name is looked at
+    *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"),
+    *(".avif", ".heic", ".heif", ".jxl"),
+)
 
 
 def our_name(key: str, value: str = "") -> str | None:
@@ -149,6 +152,6 @@ def bare_hint(verb: str, word: str, groups: dict[str, list[str]]) -> str:
     meant = [f"{group}={word}" for group, choices in groups.items() if word in choices]
     if meant and verb in ("train", "check", "cache", "inspect"):
         return f"Write {' or '.join(meant)}"
-    if verb == "chat" and word.lower().endswith(PICTURES):
+    if verb == "chat" and word.lower().endswith(PICTURE_ENDINGS):
         return f"Write image={word}"
     return f"Write {USAGE[verb].bare}={word}" if USAGE[verb].bare else f"See `{PROGRAM} help {verb}`"

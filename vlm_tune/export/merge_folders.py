@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from vlm_tune.errors import ConfigError, VlmTuneError
+from vlm_tune.errors import ConfigError
 from vlm_tune.export.export import settle
 from vlm_tune.export.merge_plain import GENERATION, merge_plain
 from vlm_tune.export.merge_stored import KINDS, is_llava, merge_stored
@@ -40,8 +40,8 @@ def merge(base: str, adapter: str, out: str) -> Path:
             is_stored = model_kind(base_folder) in KINDS or is_llava(read)
             report = (merge_stored if is_stored else merge_plain)(base_folder, read, partial)
             copy_beside(base_folder, read, partial)
-    except VlmTuneError:
-        shutil.rmtree(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
         raise
     (partial / "parity.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     what = "outputs of its layers" if is_stored else "logits"

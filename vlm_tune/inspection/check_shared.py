@@ -215,7 +215,7 @@ def text_digest(sample: Sample) -> bytes:
     digest = blake2b(digest_size=16)
     for message in sample.messages:
         parts = (part if isinstance(part, str) else "\0" for part in message.parts)
-        text = " ".join("".join(parts).split())
+        text = " ".join("".join((message.reasoning, "\0", *parts)).split())
         digest.update(f"{message.role}\1{text}\2".encode("utf-8", "surrogatepass"))
     return digest.digest()
 

@@ -5,7 +5,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_tune.config.own_function import remember
+from vlm_tune.config.own_function import MARK, UNKNOWN, remember
 from vlm_tune.config.schema import Config, flatten
 from vlm_tune.errors import CheckpointError, ConfigError
 from vlm_tune.model.checkpoint import (
@@ -76,6 +76,8 @@ def differences(before: Config, now: Config) -> dict[str, str]:
     """List the settings that differ and matter, by key."""
     old, new = flatten(plain(asdict(before))), flatten(plain(asdict(now)))
     new["data.format"] = remember(now.data.format)
+    if old["data.format"] == f"{now.data.format}{MARK}{UNKNOWN}":  # a run from before its file was remembered
+        old["data.format"] = new["data.format"]
     return {
         key: f"{key}: {old[key]} then, {new[key]} now"
         for key in new

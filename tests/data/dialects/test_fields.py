@@ -59,7 +59,7 @@ def test_a_field_that_nobody_knows_is_refused(dialect: str) -> None:
 
 @by_dialect
 @pytest.mark.parametrize(
-    "field", ["objects", "tools", "kto_tag", "label", "rejected", "rejected_response", "audio", "loss_scale"]
+    "field", ["objects", "tools", "kto_tag", "rejected", "rejected_response", "audio", "loss_scale"]
 )
 def test_a_field_that_changes_a_row_is_refused_with_its_way_out(dialect: str, field: str) -> None:
     reason = f'"{field}" is not read in rows of {dialect}. {TABLE["hints"][field]}.'
@@ -232,3 +232,44 @@ def test_swift_rows_are_read() -> None:
 def test_a_faulty_swift_row_is_refused(more: dict[str, Any], reason: str) -> None:
     with pytest.raises(DataError, match=reason):
         parse(ROWS["swift"] | more)
+
+
+# Fields in other places
+
+
+def test_ignored_fields_reach_turns_that_a_cell_holds_as_text() -> None:
+    turns = '[{"from": "human", "value": "Hi", "mood": "sad"}, {"from": "gpt", "value": "Ho"}]'
+    with pytest.raises(DataError, match='"mood" is not read in turn 1'):
+        parse({"conversations": turns}, "sharegpt")
+    assert len(parse({"conversations": turns}, "sharegpt", "mood").messages) == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "remedy"),
+    [("image", 'Name it in "images" of the row'), ("videos", 'Name it in "video"'), ("system", "as a turn of its own")],
+)
+def test_a_field_of_rows_in_a_turn_is_sent_to_its_place(field: str, remedy: str) -> None:
+    turn = {"from": "human", "value": "Q", field: "a"}
+    with pytest.raises(DataError, match=f'"{field}" is not read in turn 1. .*{remedy}'):
+        parse({"conversations": [turn, TURNS[1]]}, "sharegpt")
+
+
+@pytest.mark.parametrize(("name", "written"), [("Score (1-5)", "'Score (1-5)'"), ("a,b", "'a,b'"), ("price", "price")])
+def test_the_line_that_ignores_a_field_works(name: str, written: str) -> None:
+    with pytest.raises(DataError, match=re.escape(f"data.ignore_fields=[{written}]")):
+        parse(ROWS["llava"] | {name: 3}, "llava")
+    assert load_config([f"data.ignore_fields=[{written}]"]).data.ignore_fields == [name]
+
+
+def test_a_picture_of_a_rare_kind_is_not_passed_over() -> None:
+    with pytest.raises(DataError, match='"file_name" is not read here'):
+        parse(ROWS["openai"] | {"file_name": "a.avif"}, "openai")
+
+
+def test_frames_of_a_rare_kind_are_frames(tmp_path: Path) -> None:
+    (tmp_path / "clip").mkdir()
+    for name in ("1.jpg", "2.avif", "3.TIFF"):
+        (tmp_path / "clip" / name).touch()
+    record = {"conversations": [{"from": "human", "value": "<video>Q"}, TURNS[1]], "video": "clip"}
+    sample = parse_record(record, "llava", "train.jsonl:17", 16, tmp_path)
+    assert [Path(picture.path).name for picture in sample.pictures] == ["1.jpg", "2.avif", "3.TIFF"]

@@ -9,6 +9,7 @@ import pytest
 from vlm_tune.config.schema import ImageConfig
 from vlm_tune.data.dialects.dialects import parse_record
 from vlm_tune.data.pictures.images import ImageReader
+from vlm_tune.data.pictures.near_paths import near
 from vlm_tune.data.sample import Picture
 from vlm_tune.errors import DataError
 
@@ -50,3 +51,8 @@ def test_an_object_without_a_picture_is_named_with_its_fields(value, reason: str
     said = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A pan."}]
     with pytest.raises(DataError, match=reason):
         parse_record({"images": [value], "conversations": said}, "llava", "train.jsonl:1", 0, tmp_path)
+
+
+def test_a_link_to_nothing_is_called_so(tmp_path):
+    (tmp_path / "a.jpg").symlink_to("gone.jpg")
+    assert near(str(tmp_path), "a.jpg") == ": it is a link to gone.jpg, which is not there."

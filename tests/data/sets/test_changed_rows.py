@@ -162,3 +162,13 @@ def test_each_part_of_what_is_trained_on_counts():
 @pytest.mark.parametrize("field", [{"id": "2"}, {"where": "b:2"}])
 def test_the_name_and_the_place_of_a_row_do_not_count(field):
     assert hash_of("Q", **field) == hash_of("Q")
+
+
+@pytest.mark.parametrize("field", ["reasoning", "text"])
+def test_what_a_row_says_is_all_that_it_says(field):
+    def sample(said):
+        thought = {"reasoning": said} if field == "reasoning" else {}
+        parts = ("4",) if field == "reasoning" else (said,)
+        return Sample("a", (Message("user", ("2+2?",)), Message("assistant", parts, True, **thought)))
+
+    assert list(trained_content(sample("2+2=4"))) != list(trained_content(sample("2+2=5")))

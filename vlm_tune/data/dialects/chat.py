@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from vlm_tune.config.hints import PICTURE_ENDINGS
 from vlm_tune.data.dialects.fields import check_fields, check_part, check_turn, turn_fields
 from vlm_tune.data.dialects.row import (
     VIDEO_MARK,
@@ -41,7 +42,6 @@ _OPENAI_ROLES: Mapping[str, Role] = {
     "assistant": "assistant",
 }
 REASONING = ("reasoning_content", "reasoning", "thinking")
-_FRAME_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 def read_llava(row: Row) -> list[Message]:
@@ -165,7 +165,7 @@ def _frames(row: Row, video: str) -> list[Picture]:
             raise row.fault(f'video "{video}" lies outside of the image root. Move it, or set data.image.root.')
         if path.is_file():
             return [Picture(video, is_frame=True, frame=number) for number in _chosen(row, video, str(path))]
-        names = [entry.name for entry in path.iterdir() if entry.suffix.lower() in _FRAME_FILES]
+        names = [entry.name for entry in path.iterdir() if entry.suffix.lower() in PICTURE_ENDINGS]
     except FileNotFoundError as error:
         hint = near(str(row.image_root), video)
         raise row.fault(f'video "{video}" is not there{hint} It is looked for below data.image.root.') from error
@@ -174,7 +174,7 @@ def _frames(row: Row, video: str) -> list[Picture]:
     if row.record.get("clip") is not None:
         raise row.fault(f'"clip" needs a video file, "{video}" is a folder. Keep only the clip\'s frames in it.')
     if not names:
-        raise row.fault(f'video "{video}" holds no frames. Known: {", ".join(_FRAME_FILES)}.')
+        raise row.fault(f'video "{video}" holds no frames. Known: {", ".join(PICTURE_ENDINGS)}.')
     names.sort(key=lambda name: [int(piece) if piece.isdecimal() else piece for piece in re.split(r"(\d+)", name)])
     return [Picture(str(Path(video) / name), is_frame=True) for name in names]
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+from vlm_tune.config.hints import PICTURE_ENDINGS
 from vlm_tune.config.own_function import require_given
 from vlm_tune.data.dialects.cells import read_cells
 from vlm_tune.data.dialects.chat import LLAVA_ROLES, read_llava, read_openai, read_sharegpt, read_swift, read_xtuner
@@ -51,7 +52,6 @@ DIALECTS: dict[str, Reader] = {
 
 _CONVERSATIONS = ("llava", "sharegpt", "openai", "xtuner", "swift")
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-_PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # <img>a.jpg</img>, as older rows of Qwen-VL and ms-swift name their files
 _NAMED_MEDIA = re.compile(r"<(img|image|audio|video)>(\w+://[^<]*|data:[^<]*|[^<\n]*\.\w{2,5})</\1>")
 
@@ -87,10 +87,11 @@ def parse_record(
         raise DataError(f"a row must be an object, not {kind_of(record)}. Write {{...}}.", where)
     if ":" in fmt:
         return _parse_by_user(record, fmt, where, index, (image_root, ignored))
-    if ignored:
-        record = {key: without(value, ignored) for key, value in record.items() if key not in ignored}
     own_id = _sample_id(record, where)
     record = read_cells(record, where, own_id)
+    if ignored:  # behind the cells: a table may hold its turns as text
+        record = {key: without(value, ignored) for key, value in record.items() if key not in ignored}
+        own_id = _sample_id(record, where)
     name = recognise(record, where) if fmt == "auto" else fmt
     reader = DIALECTS.get(name)
     if reader is None:
@@ -112,7 +113,7 @@ def _check_picture_fields(row: Row, messages: list[Message]) -> None:
         return
     for key in IMAGE_FIELDS:
         value = row.record.get(key)
-        if isinstance(value, str) and value.lower().endswith(_PICTURE_ENDINGS):
+        if isinstance(value, str) and value.lower().endswith(PICTURE_ENDINGS):
             raise row.fault(f'"{key}" is not read here. Name pictures in "image" or "images", with "<image>" marks.')
 
 

@@ -1,5 +1,6 @@
 """The fields of rows and turns: read, known to be harmless, or refused. What a row says is never passed over."""
 
+import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import resources
@@ -35,11 +36,12 @@ def _refuse(row: Row, record: Record, known: Fields, place: str) -> None:
     unknown = [key for key in record if key not in known and _says(record[key])]
     if not unknown:
         return
-    hints: dict[str, str] = _read()["hints"]
+    hints: dict[str, str] = _read()["hints"] | (_read()["turn_hints"] if row.record is not record else {})
     hinted = next((key for key in unknown if key in hints), None)
     if hinted is not None:
         raise row.fault(f'"{hinted}" is not read {place}. {hints[hinted]}.')
-    names, keys = " and ".join(f'"{key}"' for key in unknown), ",".join(map(str, unknown))
+    names = " and ".join(f'"{key}"' for key in unknown)
+    keys = ",".join(key if re.fullmatch(r"\w+", key) else f"'{key}'" for key in map(str, unknown))
     verb = "is" if len(unknown) == 1 else "are"
     raise row.fault(
         f"{names} {verb} not read {place}. Where the model need not know: data.ignore_fields=[{keys}]; "

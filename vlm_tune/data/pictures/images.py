@@ -30,9 +30,6 @@ from vlm_tune.errors import DataError
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\x00\x00\x00\x00IEND\xae\x42\x60\x82", "GIF": b"\x00;"}
 _MAX_CHECKED = 1 << 16  # pictures that one process remembers: about 20 MB
 
-# How a complete file ends. Others are decoded to know, and so is a file with something behind its end.
-_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\x00\x00\x00\x00IEND\xae\x42\x60\x82", "GIF": b"\x00;"}
-
 # EXIF orientation -> what puts the picture upright, as in PIL.ImageOps.exif_transpose. From 5 on, the sides change.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -15,6 +15,8 @@ def near(root: str, path: str) -> str:
     A path that differs in the case of letters, the Unicode form or the strokes between folders is told to; else a name
     of the same folder with another suffix or spelling is.
     """
+    if os.path.islink(os.path.join(root, path)):
+        return f": it is a link to {os.readlink(os.path.join(root, path))}, which is not there."
     twin = _twin(root, path)
     if twin is not None:
         real, differences = twin

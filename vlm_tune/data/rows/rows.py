@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from vlm_tune.config.hints import PICTURE_ENDINGS
 from vlm_tune.data.rows.cache import CODECS, rows_folder, unpacked
 from vlm_tune.data.rows.table import TABLES, TableRows
 from vlm_tune.data.rows.tar import TarRows
@@ -16,7 +17,6 @@ from vlm_tune.errors import DataError
 
 TEXTS = (".jsonl", ".json", ".ndjson")
 CONTAINERS = (*TEXTS, *TABLES, ".tar")
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # a folder of them is no data set
 
 
 class Rows(Protocol):
@@ -142,7 +142,7 @@ def _folder_files(folder: Path) -> list[Path]:
         return _saved_dataset(folder)
     found = _data_files(folder) or (_data_files(folder / "data") if (folder / "data").is_dir() else [])
     if not found:
-        num_pictures = sum(entry.suffix.lower() in PICTURES for entry in folder.iterdir())
+        num_pictures = sum(entry.suffix.lower() in PICTURE_ENDINGS for entry in folder.iterdir())
         pictures = f" but {num_pictures} pictures. Write a file of rows that names them" if num_pictures else ""
         raise DataError(f"holds no data file{pictures}. Known: {', '.join(CONTAINERS)}.", str(folder))
     sets = {re.sub(r"[-_.]?\d+(-of-\d+)?", "", file.name) for file in found}

@@ -203,6 +203,7 @@ def trained_content(sample: Sample) -> Iterator[bytes]:
     yield b"plain" if sample.is_plain else b""
     for message in sample.messages:
         yield f"{message.role} {message.supervised}".encode()
+        yield message.reasoning.encode("utf-8", "surrogatepass")
         for part in message.parts:
             if isinstance(part, str):
                 yield part.encode("utf-8", "surrogatepass")

@@ -25,20 +25,23 @@ def shortened(sample: Sample, tokens: TextTokenizer, limit: int) -> Sample:
 
     The beginning holds more than `limit` tokens too, and a supervised answer if the row has one.
     """
-    if sum(len(part) for message in sample.messages for part in message.parts if isinstance(part, str)) <= LONG:
+    texts = (part for message in sample.messages for part in (message.reasoning, *message.parts))
+    if sum(len(text) for text in texts if isinstance(text, str)) <= LONG:
         return sample
     room = limit + _SPARE
     messages: list[Message] = []
     for message in sample.messages:
         if room <= 0 and message.role != "assistant" and any(each.supervised for each in messages):
             break
+        thought, num_tokens = _beginning(message.reasoning, tokens, max(room, _SPARE))
+        room -= num_tokens
         parts: list[Part] = []
         for part in message.parts:
             if isinstance(part, str):
                 part, num_tokens = _beginning(part, tokens, max(room, _SPARE))
                 room -= num_tokens
             parts.append(part)
-        messages.append(replace(message, parts=tuple(parts)))
+        messages.append(replace(message, parts=tuple(parts), reasoning=thought))
     if room > 0:
         return sample
     num_answers = sum(message.role == "assistant" for message in sample.messages)
