@@ -120,7 +120,7 @@ class Encoder:
         num_asked = len(sample.messages)
         while num_asked and sample.messages[num_asked - 1].role == "assistant":
             num_asked -= 1
-        asked = replace(sample, messages=sample.messages[:num_asked])
+        asked = self.shortened(replace(sample, messages=sample.messages[:num_asked]))
         num_pictures = len(asked.pictures)
         items = self._lay_out(asked, for_generation=True)
         encodings = self._tokens.plain(keys_of(items))

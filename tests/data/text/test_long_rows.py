@@ -133,3 +133,12 @@ def test_sixty_megabytes_take_seconds(policy: TooLong) -> None:
     for each in (sample(("Q", text)), sample((text, "A")), turns):
         made.encode_lengths([each], [no_pictures])
     assert time.perf_counter() - start < 30
+
+
+@pytest.mark.parametrize("policy", TooLong)
+def test_a_question_of_sixty_megabytes_is_refused_in_seconds(policy: TooLong) -> None:
+    asked = sample(("a cat sat on the mat. " * 2_700_000, "yes"))
+    start = time.monotonic()
+    with pytest.raises(DataError, match=r"at least \d+ tokens"):
+        encoder(policy).encode_prompt(asked)
+    assert time.monotonic() - start < 20

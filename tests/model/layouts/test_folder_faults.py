@@ -1,5 +1,6 @@
 """A folder whose files lie, are cut off or contradict one another is an error that names the file, with exit code 2."""
 
+import errno
 import json
 import shutil
 import struct
@@ -11,6 +12,7 @@ from official_toys import write_official
 from safetensors.torch import load_file, save_file
 
 from vlm_tune.model.layouts.internvl import hf as internvl_hf
+from vlm_tune.model.layouts.pretrained import reading
 
 LLAVA = ("model.tiles={size: 56, max: 1, thumbnail: false, rule: pad}", "model.vision.normalize=openai_clip")
 MORE = {"native": (), "official": ("model.template=internvl2_5",), "llava": LLAVA}
@@ -229,3 +231,9 @@ def test_a_tokenizer_that_cannot_be_compiled_is_refused(copy, refused, what):
     error = refused(kind, folder)
     assert f"{folder}: its files cannot be read as a model's" in error
     assert "the tokenizer's files" in error
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "x"), OSError(errno.EDQUOT, "x"), ValueError("No space left")])
+def test_a_disk_that_is_full_is_no_fault_of_the_folder_that_is_read(tmp_path, fault):
+    with pytest.raises(OSError, match="No space left on device"), reading(tmp_path):
+        raise fault

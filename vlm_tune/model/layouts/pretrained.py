@@ -3,6 +3,8 @@
 Every `from_pretrained` and `from_config` of the project is here; a test looks.
 """
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,7 @@ from vlm_tune.model.layouts.folders import model_kind, read_json
 from vlm_tune.model.layouts.weights import Shards
 
 MACHINE = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
+FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk
 OURS = (VlmTuneError, AssertionError, ImportError, *MACHINE)  # not the folder's fault
 
 
@@ -73,6 +76,8 @@ def reading(folder: Path) -> Iterator[None]:
     except OURS:
         raise
     except Exception as error:
+        if getattr(error, "errno", None) in FULL or "No space left" in str(error):  # what is written beside is no fault
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         reason = " ".join(str(error).split())[:400]
         raise CheckpointError(
             f"{folder}: its files cannot be read as a model's ({type(error).__name__}: {reason}). Compare config.json "
