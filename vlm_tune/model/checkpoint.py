@@ -149,6 +149,8 @@ def load_weights(model: "nn.Module", weights: dict[str, "Tensor"], source: Path,
     """
     import torch
 
+    from vlm_tune.model.layouts.weights import listed  # late as torch is, which it imports
+
     parameters = dict(model.named_parameters())
     problems = [f"{name}: the model has no such weight" for name in weights if name not in parameters]
     problems += [
@@ -160,10 +162,9 @@ def load_weights(model: "nn.Module", weights: dict[str, "Tensor"], source: Path,
         trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
         problems += [f"{name}: missing in the checkpoint" for name in trained if name not in weights]
     if problems:
-        listed = "\n  ".join(problems[:10]) + (f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else "")
         raise CheckpointError(
-            f"{source}: it does not fit this model and stage\n  {listed}\n  Use the model and LoRA settings of that "
-            "run, or export it merged and start from model.path=FOLDER"
+            f"{source}: it does not fit this model and stage\n  {listed(problems)}\n  Use the model and LoRA settings "
+            "of that run, or export it merged and start from model.path=FOLDER"
         )
     with torch.no_grad():
         for name, weight in weights.items():

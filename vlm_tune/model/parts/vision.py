@@ -12,7 +12,7 @@ from vlm_tune.errors import CheckpointError, ConfigError
 from vlm_tune.model.kernels import attention
 from vlm_tune.model.layouts.folders import check_part, read_json
 from vlm_tune.model.layouts.pretrained import load_pretrained, make_empty, read_settings, reading
-from vlm_tune.model.layouts.weights import read_tensors
+from vlm_tune.model.layouts.weights import listed, read_tensors
 
 # Where a tower keeps its layers. Its final norm and pooling head, of these names, come after them.
 LAYER_LISTS = ("encoder.layer", "encoder.layers", "model.layer", "layers", "blocks")
@@ -223,5 +223,6 @@ def load_tower(folder: Path, dtype: torch.dtype) -> Any:
 
 def _refuse_missing(names: list[str], folder: Path) -> None:
     if names:
-        listed = "\n  ".join(names[:10]) + (f"\n  ... and {len(names) - 10} more" if len(names) > 10 else "")
-        raise CheckpointError(f"{folder}: weights of the vision encoder are missing\n  {listed}\n  Copy it again")
+        raise CheckpointError(
+            f"{folder}: weights of the vision encoder are missing\n  {listed(names)}\n  Copy it again"
+        )
