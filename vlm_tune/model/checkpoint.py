@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vlm_tune.config.parse import read_config
 from vlm_tune.config.schema import Config
 from vlm_tune.errors import CheckpointError, ConfigError
+from vlm_tune.model.seal import find_damage, is_zip
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a run that is not there is said before
     from torch import Tensor, nn
@@ -29,6 +30,11 @@ def checkpoint_name(step: int) -> str:
 def checkpoints(run: Path) -> list[Path]:
     """List a run's complete checkpoints, oldest first (`best.ckpt` is not among them)."""
     return sorted((run / CHECKPOINTS).glob("step_*.ckpt"))
+
+
+def newest_whole(run: Path, before: str = "~") -> Path | None:
+    """Find the newest checkpoint that is as it was written, among those whose names come before a given one."""
+    return next((path for path in reversed(checkpoints(run)) if path.name < before and not find_damage(path)), None)
 
 
 def find_runs(runs: Path) -> list[Path]:
@@ -104,15 +110,25 @@ def start_of(checkpoint: Path) -> Path | None:
     )
 
 
+def refuse_damaged(path: Path, damage: str) -> CheckpointError:
+    """Make the error for a damaged checkpoint: it names the newest whole one before it."""
+    whole = newest_whole(path.parent.parent, path.name)
+    return CheckpointError(
+        f"{path}: not a readable checkpoint ({damage}). Take an older one of the run{f': {whole}' if whole else ''}"
+    )
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint without running any code that it might hold."""
+    """Read a checkpoint, if it is as it was written, without running any code that it might hold."""
     import torch
 
     try:
+        if is_zip(path) and (damage := find_damage(path)):
+            raise refuse_damaged(path, damage)
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         reason = (str(error) or "the file ends too early").splitlines()[0]
-        raise CheckpointError(f"{path}: not a readable checkpoint ({reason}). Take an older one of the run") from error
+        raise refuse_damaged(path, reason) from error
     except Exception as error:
         if type(error).__name__ != "UnpicklingError":
             raise

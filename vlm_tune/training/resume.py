@@ -9,16 +9,22 @@ from vlm_tune.config.own_function import MARK, UNKNOWN, remember
 from vlm_tune.config.schema import Config, flatten
 from vlm_tune.errors import CheckpointError, ConfigError
 from vlm_tune.model.checkpoint import (
+    BEST,
+    CHECKPOINTS,
     checkpoint_name,
+    checkpoints,
     find_checkpoint,
     find_run,
     find_stopped,
     load_weights,
+    newest_whole,
     read_checkpoint,
+    refuse_damaged,
     run_config,
     run_of,
     trained_weights,
 )
+from vlm_tune.model.seal import find_damage, is_sealed
 
 if TYPE_CHECKING:  # settings that cannot be resumed are said before torch is imported, which takes seconds
     from vlm_tune.model.vlm import VisionLanguageModel
@@ -58,9 +64,13 @@ def find_resume(config: Config) -> Path | None:
                 f"resume=last: {stopped} was stopped before its first checkpoint (trainer.save_every="
                 f"{config.trainer.save_every}), and the run before it, {run}, is finished. Start anew without resume"
             )
-        checkpoint = find_checkpoint(str(run))
+        checkpoint = take_whole(run)
+    elif Path(config.resume).expanduser().is_dir():
+        checkpoint = take_whole(Path(config.resume).expanduser().resolve())
     else:
         checkpoint = find_checkpoint(config.resume)
+        if damage := find_damage(checkpoint):
+            raise refuse_damaged(checkpoint, damage)
     differing = differences(run_config(checkpoint), config)
     refused = [line for key, line in differing.items() if key not in config.resume_allow]
     if refused:
@@ -70,6 +80,27 @@ def find_resume(config: Config) -> Path | None:
             + "\n  Give the same settings again, or allow a change by its key: resume_allow=[KEY]"
         )
     return checkpoint
+
+
+def take_whole(run: Path) -> Path:
+    """Return a run's newest checkpoint that is as it was written; raise CheckpointError where none is."""
+    newest = find_checkpoint(str(run))
+    whole = newest_whole(run)
+    if whole is None:
+        best = run / CHECKPOINTS / BEST
+        way_on = f"resume='{best}'" if best.is_file() and not find_damage(best) else "start anew without resume"
+        raise CheckpointError(f"{newest}: {find_damage(newest)}, nor is any other of its run whole: {way_on}")
+    return whole
+
+
+def remarks_on(checkpoint: Path) -> list[str]:
+    """Say what is wrong with newer checkpoints of a run than the one that it goes on from, and that an old has no seal."""
+    newer = [path for path in checkpoints(run_of(checkpoint)) if path.name > checkpoint.name]
+    damaged = [(path, damage) for path in newer if (damage := find_damage(path))]
+    said = [f"{path.name} is damaged ({damage}): the run goes on from {checkpoint.name}" for path, damage in damaged]
+    if not is_sealed(checkpoint):
+        said.append(f"{checkpoint.name} bears no checksum, as those of older versions: it is taken as it is")
+    return said
 
 
 def differences(before: Config, now: Config) -> dict[str, str]:

@@ -19,7 +19,7 @@ from vlm_tune.training.examiner import Examiner
 from vlm_tune.training.intervals import describe
 from vlm_tune.training.module import VlmModule
 from vlm_tune.training.report import RunReport, show_data, show_parts
-from vlm_tune.training.resume import find_resume, go_on_from, initial_checkpoint, longer, start_from
+from vlm_tune.training.resume import find_resume, go_on_from, initial_checkpoint, longer, remarks_on, start_from
 from vlm_tune.training.run_folder import make_run_folder, only_here
 from vlm_tune.training.trainer import check_trainer, make_trainer
 
@@ -49,6 +49,8 @@ def train(config: Config) -> Path:
     console.print(
         f"run folder: {run}\nstarts from: {checkpoint or start or 'the base weights'}", highlight=False, soft_wrap=True
     )
+    for remark in remarks_on(checkpoint) if checkpoint else []:
+        console.print(remark, highlight=False, markup=False, soft_wrap=True)
     show_data(console, data)
     show_parts(console, parts)
 

@@ -17,8 +17,10 @@ from vlm_tune.model.checkpoint import (
     checkpoint_name,
     checkpoints,
     read_checkpoint,
+    refuse_damaged,
     write_atomically,
 )
+from vlm_tune.model.seal import find_damage, seal
 from vlm_tune.training.run_folder import link_latest
 
 
@@ -26,11 +28,18 @@ class AtomicCheckpoints(TorchCheckpointIO):
     """Write a checkpoint whole or not at all, and read it without running code that it might hold."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write under a temporary name, then rename."""
-        write_atomically(Path(path), lambda partial: torch.save(checkpoint, partial))
+        """Write under a temporary name, seal it, then rename."""
+
+        def write(partial: Path) -> None:
+            torch.save(checkpoint, partial)
+            seal(partial)
+
+        write_atomically(Path(path), write)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
-        """Read weights, numbers and text only."""
+        """Read weights, numbers and text only, of a file that is as it was written."""
+        if damage := find_damage(Path(path)):
+            raise refuse_damaged(Path(path), damage)
         return super().load_checkpoint(path, map_location, weights_only=True)
 
 
