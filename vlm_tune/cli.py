@@ -12,11 +12,11 @@ from vlm_tune.config.hints import bare_hint, flag_hint, our_name
 from vlm_tune.config.parse import GROUPS, describe_sources, load_config, nearest_of, options, short_names
 from vlm_tune.config.schema import Config
 from vlm_tune.config.usage import USAGE, usage, usage_of
-from vlm_tune.errors import ConfigError, VlmTuneError
+from vlm_tune.errors import ConfigError, Stopped, VlmTuneError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one verb; return the exit code: 0, or 2 for an error of the input."""
+    """Run one verb; return its exit code: 0; 2 for an error; 75 for a run that stopped as it was asked to."""
     given = sys.argv[1:] if arguments is None else arguments
     verb, rest = (given[0], given[1:]) if given and is_word(given[0]) else ("train", given)
     if shown := help_text(verb, given):
@@ -32,6 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return 2
+    except Stopped as stopped:
+        sys.stderr.write(f"{stopped}\n")
+        return stopped.code
     except ModuleNotFoundError as error:
         if (error.name or "vlm_tune").startswith("vlm_tune") or os.environ.get("VLM_TUNE_DEBUG"):
             raise

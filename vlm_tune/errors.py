@@ -33,3 +33,12 @@ class TrainingError(VlmTuneError):
 
 class CheckpointError(VlmTuneError):
     """Report a checkpoint that is missing, incomplete, or does not fit the model."""
+
+
+class Stopped(Exception):
+    """Report a run that was asked to stop and has saved its state: no fault, but an exit code of its own."""
+
+    code = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, go on later
+
+    def __init__(self, step: int, asked: str) -> None:
+        super().__init__(f"{asked}: stopped after step {step}, and its state is saved. Go on with resume=last")

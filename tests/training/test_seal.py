@@ -1,4 +1,4 @@
-"""A checkpoint that was cut off or altered is known by its seal: no reader takes it, and a resumed run the one before."""
+"""A checkpoint that was cut off or altered is known by its seal: no reader takes it, a resumed run the one before."""
 
 import random
 import shutil

@@ -71,6 +71,7 @@ def _numbers(config: Config) -> list[str]:
         "stage.layer_decay": (stage.layer_decay, 0.01, 1),
         "stage.neftune": (stage.neftune, 0, 100),
         "data.val_share": (config.data.val_share, 0, 0.9),
+        "trainer.save_minutes": (1 if trainer.save_minutes is None else trainer.save_minutes, 0.001, 10_000),
         "data.augment.crop": (config.data.augment.crop, 0.1, 1),
     }
     problems = [
@@ -86,6 +87,7 @@ def _numbers(config: Config) -> list[str]:
         "trainer.log_every": trainer.log_every,
         "trainer.val_every": 1 if trainer.val_every is None else trainer.val_every,
         "trainer.save_every": 1 if trainer.save_every is None else trainer.save_every,
+        "trainer.max_bad_steps": trainer.max_bad_steps,
         "trainer.keep": trainer.keep,
         "trainer.max_val_rows": trainer.max_val_rows,
         "data.image.max_pixels": config.data.image.max_pixels,

@@ -272,6 +272,8 @@ class TrainerConfig:
     val_every: int | None = None  # optimizer steps, and at the end; null = a fifth of the run, at most 200
     max_val_rows: int = 512
     save_every: int | None = None  # and at the end; null as above
+    save_minutes: float | None = None  # save after so many minutes too
+    max_bad_steps: int = 5  # skipped in a row, their loss or gradient no number, before the run stops
     keep: int = 2  # newest checkpoints kept, beside the best
     chat_every: int | None = None  # sample answers; 0 = only before and after; null as above
     num_chats: int = 6  # fixed questions

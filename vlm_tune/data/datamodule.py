@@ -1,5 +1,6 @@
 """Lightning's view of the data: a training stream that goes on from a checkpoint, and a fixed validation pass."""
 
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -124,6 +125,12 @@ class TimedLoader(DataLoader[Batch | VlmTuneError]):
             yield batch
 
 
+def ignore_stops(number: int) -> None:
+    """Leave a stop to the main process: a terminal and SLURM send it to the workers too, and the step needs them."""
+    for each in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(each, signal.SIG_IGN)
+
+
 class DataModule(L.LightningDataModule):
     """Open, measure and serve the training and validation rows of a run."""
 
@@ -229,6 +236,7 @@ class DataModule(L.LightningDataModule):
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
+            worker_init_fn=ignore_stops,
             prefetch_factor=4 if workers else None,
         )
 

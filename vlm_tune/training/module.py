@@ -28,6 +28,7 @@ class VlmModule(L.LightningModule):
         self.num_samples = self.num_tokens = 0  # of the run so far, this rank
         self.step_loss = torch.zeros(())  # of the optimizer step so far
         self.step_ids: list[str] = []
+        self.is_in_step = False  # between the micro-batches of one
         self.train_seconds = 0.0  # wall, of the run so far, interruptions left out
 
     def on_fit_start(self) -> None:
@@ -40,6 +41,10 @@ class VlmModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed dropout by the position in the stream: a resumed run then needs no generator state."""
+        self.seed_micro_batch(batch_idx)
+
+    def seed_micro_batch(self, batch_idx: int) -> None:
+        """Seed what is random in a micro-batch."""
         torch.manual_seed(hash((self.config.seed, self.global_step, batch_idx, self.global_rank)) % 2**63)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -53,8 +58,9 @@ class VlmModule(L.LightningModule):
         self.num_samples += len(batch.sample_ids)
         self.num_tokens += batch.num_tokens
         self.step_loss = loss.detach() + (self.step_loss if self._continues(batch_idx) else 0.0)
-        if not self._continues(batch_idx + 1):
-            self._log_step()
+        self.is_in_step = self._continues(batch_idx + 1)
+        if not self.is_in_step:
+            self._log_rates()
             # callbacks save before this module's own hook at the batch's end would run, so the cursor moves here
             self.trainer.datamodule.cursor = batch.cursor  # type: ignore[attr-defined]
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
@@ -62,24 +68,12 @@ class VlmModule(L.LightningModule):
     def _continues(self, batch_idx: int) -> bool:
         return batch_idx % self.trainer.accumulate_grad_batches != 0
 
-    def _log_step(self) -> None:
-        loss = self.trainer.strategy.reduce(self.step_loss, reduce_op="sum")
-        self.log("train/loss", loss, prog_bar=True)
+    def _log_rates(self) -> None:
         for group in self.optimizers().param_groups:  # type: ignore[union-attr]
             self.log(f"lr/{group['name']}", group["lr"])
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Stop at a loss that is not a number, before it reaches the weights."""
-        if torch.isfinite(self.step_loss):
-            return
-        self._require_finite_weights()
-        raise TrainingError(
-            f"the loss is {float(self.step_loss)} at step {self.global_step}, rows {', '.join(self.step_ids)}: no "
-            "weight was changed by it. Look at these rows, lower stage.lr, or set trainer.precision=bf16; then go "
-            "on with resume=last"
-        )
-
-    def _require_finite_weights(self) -> None:
+    def require_finite_weights(self) -> None:
+        """Raise TrainingError where a trained weight is no number: no step can mend that."""
         broken = [name for name, weight in trained_parameters(self.vlm) if not torch.isfinite(weight).all()]
         if broken:
             raise TrainingError(
@@ -121,7 +115,7 @@ class VlmModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the counts of the run; raise TrainingError rather than save weights that are no numbers."""
-        self._require_finite_weights()
+        self.require_finite_weights()
         now = time.perf_counter()
         self.train_seconds, self.clock = self.train_seconds + now - self.clock, now
         checkpoint["counts"] = {"samples": self.num_samples, "tokens": self.num_tokens, "seconds": self.train_seconds}

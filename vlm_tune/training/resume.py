@@ -41,6 +41,8 @@ FREE = (
     "trainer.chat_every",
     "trainer.val_every",
     "trainer.save_every",
+    "trainer.save_minutes",
+    "trainer.max_bad_steps",
 )
 NEEDED = ("global_step", "loops", "optimizer_states", "lr_schedulers", "counts", "DataModule")
 RAISED = ("stage.max_steps", "stage.epochs")  # they may grow: the run then goes on beyond its old end
@@ -94,7 +96,7 @@ def take_whole(run: Path) -> Path:
 
 
 def remarks_on(checkpoint: Path) -> list[str]:
-    """Say what is wrong with newer checkpoints of a run than the one that it goes on from, and that an old has no seal."""
+    """Say which newer checkpoints of a run are passed over as damaged, and that one of an older version has no seal."""
     newer = [path for path in checkpoints(run_of(checkpoint)) if path.name > checkpoint.name]
     damaged = [(path, damage) for path in newer if (damage := find_damage(path))]
     said = [f"{path.name} is damaged ({damage}): the run goes on from {checkpoint.name}" for path, damage in damaged]

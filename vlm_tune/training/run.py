@@ -6,15 +6,17 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from rich.console import Console
 
 from vlm_tune.config.schema import Config, FeatureCaching
 from vlm_tune.data.datamodule import DataModule
-from vlm_tune.errors import CheckpointError, TrainingError
+from vlm_tune.errors import CheckpointError, Stopped
 from vlm_tune.model.build import build_model
 from vlm_tune.model.checkpoint import checkpoint_name, run_config, run_of, start_of
 from vlm_tune.model.fill_cache import use_feature_cache
 from vlm_tune.model.parts.stage import apply_stage
+from vlm_tune.training.callbacks.faults import explain
 from vlm_tune.training.examiner import Examiner
 from vlm_tune.training.intervals import describe
 from vlm_tune.training.module import VlmModule
@@ -75,19 +77,20 @@ def train(config: Config) -> Path:
 
 
 def fit(trainer: L.Trainer, module: VlmModule, data: DataModule, checkpoint: Path | None) -> None:
-    """Train; raise KeyboardInterrupt for Ctrl-C and SIGTERM, and TrainingError where a data worker was killed."""
+    """Train; raise KeyboardInterrupt for a stop at once, and our own errors for what ends a run from outside."""
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    except SystemExit as stopped:  # what Lightning makes of Ctrl-C and of SIGTERM
+    except Stopped as stopped:
+        if trainer.global_rank and isinstance(trainer.strategy.cluster_environment, LightningEnvironment):  # type: ignore[attr-defined]
+            stopped.code = 0  # Lightning would take any other for a crash, and kill the first process at once
+        raise
+    except SystemExit as stopped:  # what Lightning makes of a KeyboardInterrupt
         raise KeyboardInterrupt from stopped
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        ours = explain(error, trainer, data.config)
+        if ours is None:
             raise
-        raise TrainingError(
-            f"a process that reads data was ended from outside ({str(error).splitlines()[0]}): mostly the memory was "
-            f"full. Set data.workers below {data.config.data.workers} (0 reads in the main process), then go on with "
-            "resume=last"
-        ) from error
+        raise ours from error
 
 
 def fill_ahead(config: Config) -> None:

@@ -17,7 +17,7 @@ from rich.console import Console
 from vlm_tune.config.parse import write_config
 from vlm_tune.config.schema import Config
 from vlm_tune.errors import ConfigError, TrainingError
-from vlm_tune.model.checkpoint import CHECKPOINTS, CONFIG, START
+from vlm_tune.model.checkpoint import CHECKPOINTS, CONFIG, START, write_atomically
 
 FOLDER_VARIABLE = "VLM_TUNE_RUN_FOLDER"  # hands the first process's folder to those it starts
 PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "pillow", "timm", "deepspeed", "hydra-core")
@@ -82,6 +82,24 @@ def link_latest(run: Path) -> None:
         Console().print(
             f"{latest} cannot name this run ({error.strerror}): write ckpt={run}", highlight=False, soft_wrap=True
         )
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Keep the lines of a JSON Lines file whose "step" is not after the one that a run goes on from."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if is_up_to(line, step)]
+    if len(kept) < len(lines):
+        write_atomically(path, lambda partial: partial.write_text("".join(kept), encoding="utf-8"))
+
+
+def is_up_to(line: str, step: int) -> bool:
+    """Tell whether a line is of a step that is done; one that a kill left unfinished is of none."""
+    try:
+        return bool(json.loads(line)["step"] <= step)
+    except ValueError:
+        return False
 
 
 def environment() -> dict[str, str]:

@@ -13,8 +13,12 @@ from vlm_tune.errors import ConfigError
 from vlm_tune.model.build import resolve_precision
 from vlm_tune.model.ready import require_packages
 from vlm_tune.training.callbacks.checkpoints import AtomicCheckpoints, SaveCheckpoints
+from vlm_tune.training.callbacks.faults import LastBatch
 from vlm_tune.training.callbacks.metrics import MetricsFile
 from vlm_tune.training.callbacks.progress import ProgressLine
+from vlm_tune.training.callbacks.ranks import WatchRanks
+from vlm_tune.training.callbacks.stop import StopWhenAsked
+from vlm_tune.training.callbacks.watch import WatchSteps
 from vlm_tune.training.intervals import every
 
 PRECISIONS = {Precision.fp32: "32-true", Precision.bf16: "bf16-mixed", Precision.fp16: "16-mixed"}
@@ -29,6 +33,8 @@ def make_trainer(config: Config, max_steps: int, run: Path, callbacks: list[L.Ca
     trainer = config.trainer
     if not has_gpu(config):
         keep_freed_memory()
+    stop = StopWhenAsked()
+    watch = WatchSteps(run, trainer.max_bad_steps, trainer.save_minutes, stop)
     slots = trainer.devices * trainer.nodes * trainer.micro_batch
     return L.Trainer(
         accelerator=trainer.accelerator,
@@ -49,8 +55,12 @@ def make_trainer(config: Config, max_steps: int, run: Path, callbacks: list[L.Ca
         callbacks=[
             ProgressLine(trainer.log_every),
             MetricsFile(run, trainer.log_every),
-            SaveCheckpoints(run, every(trainer.save_every, max_steps), trainer.keep),
-            *callbacks,
+            *callbacks,  # before the checkpoint of a step, so that a kill between the two loses no answers
+            SaveCheckpoints(run, every(trainer.save_every, max_steps), trainer.keep, watch),
+            watch,
+            stop,
+            LastBatch(),
+            WatchRanks(),  # the last, so that it knows when the others have done what a step asks of them
         ],
         plugins=[AtomicCheckpoints()],
         enable_checkpointing=False,

@@ -12,7 +12,7 @@ from vlm_tune.data.batch import Batch
 from vlm_tune.data.sets.dataset import Conversations
 from vlm_tune.evaluation.evaluate import Question, ask
 from vlm_tune.model.build import Model
-from vlm_tune.model.checkpoint import write_atomically
+from vlm_tune.training.run_folder import drop_lines_after
 
 
 class SampleAnswers(L.Callback):
@@ -40,12 +40,8 @@ class SampleAnswers(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         """Drop the answers after the step that the run goes on from: they are asked for again."""
-        if not trainer.is_global_zero:
-            return
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if json.loads(line)["step"] <= trainer.global_step]
-        if len(kept) < len(lines):
-            write_atomically(self.path, lambda partial: partial.write_text("".join(kept), encoding="utf-8"))
+        if trainer.is_global_zero:
+            drop_lines_after(self.path, trainer.global_step)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Answer every so many steps."""

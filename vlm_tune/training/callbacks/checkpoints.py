@@ -1,16 +1,19 @@
 """Save checkpoints: every so many steps, at the best validation loss, and at the end."""
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
 from rich.console import Console
 
 from vlm_tune.data.batch import Batch
-from vlm_tune.errors import CheckpointError
+from vlm_tune.data.stream import Cursor
+from vlm_tune.errors import CheckpointError, Stopped, VlmTuneError
 from vlm_tune.model.checkpoint import (
     BEST,
     CHECKPOINTS,
@@ -21,6 +24,7 @@ from vlm_tune.model.checkpoint import (
     write_atomically,
 )
 from vlm_tune.model.seal import find_damage, seal
+from vlm_tune.training.callbacks.watch import WatchSteps
 from vlm_tune.training.run_folder import link_latest
 
 
@@ -46,11 +50,14 @@ class AtomicCheckpoints(TorchCheckpointIO):
 class SaveCheckpoints(L.Callback):
     """Save `step_N.ckpt` every `save_every` optimizer steps and at the end; keep the newest ones, and `best.ckpt`."""
 
-    def __init__(self, run: Path, save_every: int, keep: int) -> None:
+    def __init__(self, run: Path, save_every: int, keep: int, watch: WatchSteps) -> None:
         self.folder = run / CHECKPOINTS
         self.run = run
         self.save_every = save_every
         self.keep = keep
+        self.watch = watch
+        self.place: tuple[dict[str, Any], int, int, Cursor] | None = None  # after the last whole step
+        self.is_between = False  # weights and optimizer are those of that step
         self.best = float("inf")
         self.best_step = -1
         self.saved_step = -1
@@ -73,14 +80,53 @@ class SaveCheckpoints(L.Callback):
         if self.validated_step != trainer.global_step:
             validate(trainer)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
-        """Save at the end of an optimizer step, never between the micro-batches of one."""
-        step = trainer.global_step
-        is_whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if is_whole_step and step != self.saved_step and (step % self.save_every == 0 or step >= trainer.max_steps):
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Save at the end of an optimizer step, never between the micro-batches of one; stop there when that is due."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        watch, step = self.watch, trainer.global_step
+        is_last = watch.must_stop or watch.error is not None or step >= trainer.max_steps
+        if step != self.saved_step and (is_last or watch.must_save or step % self.save_every == 0):
             self._save(trainer, step)
+        loops = trainer._checkpoint_connector._get_loops_state_dict()
+        self.place = loops, module.num_samples, module.num_tokens, trainer.datamodule.cursor  # type: ignore[attr-defined]
+        self.is_between = True
+        if watch.error is not None:
+            raise watch.error
+        if watch.must_stop and step < trainer.max_steps:
+            raise Stopped(step, watch.stop.asked or "a signal to another process")
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: Any) -> None:
+        """Note that from here to the end of the step weights and optimizer belong to no step."""
+        self.is_between = module.is_in_step and self.is_between
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Stop in the middle of a validation, which a resumed run does anew; ranks that share one end it first."""
+        if self.watch.stop.asked and trainer.world_size == 1:
+            raise Stopped(trainer.global_step, self.watch.stop.asked)
+
+    def on_exception(self, trainer: L.Trainer, module: Any, exception: BaseException) -> None:
+        """Save the last whole step where something else ends the run; who asks twice to stop is not kept waiting."""
+        is_alone = trainer.world_size == 1 or (isinstance(trainer.strategy, DDPStrategy) and trainer.is_global_zero)
+        if isinstance(exception, KeyboardInterrupt) or not (is_alone and self.is_between):
+            return
+        try:
+            self._save_last_whole(trainer)
+        except (VlmTuneError, OSError) as error:
+            say(f"the state after step {trainer.global_step} could not be saved: {error}")
+
+    def _save_last_whole(self, trainer: L.Trainer) -> None:
+        """Write a checkpoint as it would have been at the end of the last whole step, by this process alone."""
+        step = trainer.global_step
+        if step == self.saved_step:
+            return
+        assert self.place is not None
+        module: Any = trainer.lightning_module
+        loops, module.num_samples, module.num_tokens, trainer.datamodule.cursor = self.place  # type: ignore[attr-defined]
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False) | {"loops": loops}
+        trainer.strategy.save_checkpoint(checkpoint, self.folder / checkpoint_name(step))
+        self._after_saving(trainer, step)
+        say(f"the state after step {step} is saved")
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Keep the weights of the lowest validation loss as best.ckpt."""
@@ -93,9 +139,13 @@ class SaveCheckpoints(L.Callback):
             trainer.save_checkpoint(self.folder / BEST)
 
     def _save(self, trainer: L.Trainer, step: int) -> None:
+        trainer.save_checkpoint(self.folder / checkpoint_name(step))
+        self._after_saving(trainer, step)
+
+    def _after_saving(self, trainer: L.Trainer, step: int) -> None:
         is_first = self.saved_step < 0
         self.saved_step = step
-        trainer.save_checkpoint(self.folder / checkpoint_name(step))
+        self.watch.saved_at = time.monotonic()
         if trainer.is_global_zero:
             if is_first:
                 link_latest(self.run)
@@ -109,6 +159,11 @@ class SaveCheckpoints(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore it."""
         self.best, self.best_step = state_dict["best"], state_dict["best_step"]
+
+
+def say(text: str) -> None:
+    """Print a line."""
+    Console().print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def validate(trainer: L.Trainer) -> None:

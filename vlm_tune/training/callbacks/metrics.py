@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 
 from vlm_tune.data.batch import Batch
 from vlm_tune.model.checkpoint import write_atomically
@@ -19,6 +20,7 @@ COLUMNS = (
     "speed/samples",
     "speed/tokens",
     "speed/waiting",
+    "skipped",
 )
 
 
@@ -53,7 +55,8 @@ class MetricsFile(L.Callback):
     def _write(self, trainer: L.Trainer, names: list[str]) -> None:
         if not trainer.is_global_zero:
             return
-        values = {name: float(trainer.callback_metrics[name]) for name in names if name in trainer.callback_metrics}
+        seen = trainer.callback_metrics
+        values = {name: float(seen[name]) for name in names if name in seen and torch.isfinite(seen[name])}
         with self.path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, COLUMNS).writerow({"step": trainer.global_step, **values})
 

@@ -1,0 +1,102 @@
+"""Which rows and which module made a value that is no number: the step's forward passes are run again and watched."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from vlm_tune.data.batch import Batch
+from vlm_tune.data.stream import Cursor
+from vlm_tune.model.parts.stage import trained_parameters
+
+
+@dataclass(frozen=True)
+class Culprit:
+    """The rows of the micro-batches that failed (of the whole step, where none stands out), and the first module."""
+
+    rows: list[str]
+    module: str | None
+
+
+def find_culprit(trainer: L.Trainer, module: Any, cursor: Cursor) -> Culprit:
+    """Find out on every rank, and tell all: the batches are made again from the place in the data and their seeds."""
+    found = find_here(trainer, module, cursor)
+    if trainer.world_size == 1:
+        return found
+    gathered: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(gathered, found)
+    failing = [each for each in gathered if each.module] or gathered
+    return Culprit([row for each in failing for row in each.rows], failing[0].module)
+
+
+def find_here(trainer: L.Trainer, module: Any, cursor: Cursor) -> Culprit:
+    """Run this rank's micro-batches of the step again; see what fails in the forward pass, else in the gradients."""
+    gradients = [
+        name for name, each in trained_parameters(module.vlm) if each.grad is not None and not is_finite(each.grad)
+    ]
+    rows, first = [], None
+    for number, batch in enumerate(batches_of_step(trainer, cursor)):
+        module.seed_micro_batch(number)
+        with torch.no_grad(), watched(module.vlm) as seen, trainer.precision_plugin.forward_context():
+            loss = module.vlm(batch.to(module.device))
+        if seen or not is_finite(loss):
+            rows += batch.sample_ids
+            first = first or (seen[0] if seen else "the loss")
+    if first is None and gradients:  # a backward pass comes from the end
+        first = f"the gradient of {gradients[-1]}"
+    return Culprit(rows or module.step_ids, first)
+
+
+def batches_of_step(trainer: L.Trainer, cursor: Cursor) -> Iterator[Batch]:
+    """Make this rank's micro-batches of the optimizer step that begins at a cursor."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    after, data.cursor = data.cursor, cursor
+    stream = data.stream(trainer.global_rank, trainer.world_size)
+    data.cursor = after
+    batches: Any = trainer.train_dataloader
+    for item in islice(stream, trainer.accumulate_grad_batches):
+        yield batches.dataset.batches[item]
+
+
+@contextmanager
+def watched(model: nn.Module) -> Iterator[list[str]]:
+    """Collect the names of modules whose output is no number, the first one first: an inner one before its outer."""
+    seen: list[str] = []
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, inputs: Any, output: Any) -> None:
+            if not seen and not all(is_finite(each) for each in tensors_of(output)):
+                seen.append(name)
+
+        return hook
+
+    handles = [each.register_forward_hook(look(name)) for name, each in model.named_modules() if name]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def tensors_of(output: Any) -> Iterator[Tensor]:
+    """Yield the floating-point tensors of a module's output, at any depth."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, dict):
+        for each in output.values():
+            yield from tensors_of(each)
+    elif isinstance(output, list | tuple):
+        for each in output:
+            yield from tensors_of(each)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Tell whether all values are numbers; of a sharded tensor, those that are here."""
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return bool(torch.isfinite(local).all())

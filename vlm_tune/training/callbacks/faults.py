@@ -1,0 +1,87 @@
+"""What ends a run from outside, said in our own words: memory that is full, a data worker or a rank that is gone."""
+
+from typing import Any
+
+import lightning as L
+import torch
+
+from vlm_tune.config.schema import Config
+from vlm_tune.data.batch import Batch
+from vlm_tune.errors import Stopped, TrainingError
+from vlm_tune.training.callbacks.ranks import WatchRanks
+from vlm_tune.training.callbacks.stop import StopWhenAsked
+
+LIMITS = {"stage.pack_length": "tokens of a pack", "stage.pack_tiles": "tiles of a pack"}
+
+
+class LastBatch(L.Callback):
+    """Remember the sizes of the batch that is worked on: what fills the memory of a device is mostly its size."""
+
+    said = "before the first batch"
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Batch, batch_idx: int) -> None:
+        """Note a training batch."""
+        self._note(f"in step {trainer.global_step + 1}", batch)
+
+    def on_validation_batch_start(self, trainer: L.Trainer, module: Any, batch: Batch, *_: Any) -> None:
+        """Note a validation batch."""
+        self._note(f"in the validation after step {trainer.global_step}", batch)
+
+    def _note(self, when: str, batch: Batch) -> None:
+        pictures = batch.tiles if batch.tiles is not None else batch.features
+        num_tiles = 0 if pictures is None else len(pictures)
+        longest = max(batch.segments) if batch.segments else batch.input_ids.shape[1]
+        self.said = (
+            f"{when}, at a batch of {len(batch.sample_ids)} rows, {batch.num_tokens:,} tokens (the longest row "
+            f"{longest:,}) and {num_tiles} tiles: {', '.join(batch.sample_ids[:5])}"
+        )
+
+
+def find(trainer: L.Trainer, kind: type) -> Any:
+    """Return the trainer's callback of a kind."""
+    return next(each for each in trainer.callbacks if isinstance(each, kind))  # type: ignore[attr-defined]
+
+
+def explain(error: BaseException, trainer: L.Trainer, config: Config) -> Exception | None:
+    """Return our own error for one of a library; None where it is the program's own fault."""
+    text = str(error)
+    first = text.splitlines()[0] if text else type(error).__name__
+    lost = find(trainer, WatchRanks).lost
+    if lost:
+        return TrainingError(f"{lost}. The other processes have ended: start all of them again with resume=last")
+    if is_full(error):
+        return TrainingError(out_of_memory(first, find(trainer, LastBatch).said, config))
+    if "DataLoader worker" in text:
+        asked = find(trainer, StopWhenAsked).asked
+        if asked:  # it was sent to the workers too, and ended them before the step could end
+            return Stopped(trainer.global_step, asked)
+        return TrainingError(
+            f"a process that reads data was ended from outside ({first}): mostly the memory was "
+            f"full. Set data.workers below {config.data.workers} (0 reads in the main process), then go on with "
+            "resume=last"
+        )
+    return None
+
+
+def is_full(error: BaseException) -> bool:
+    """Tell whether an error says that memory is full, of a GPU or of the machine."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def out_of_memory(reason: str, batch: str, config: Config) -> str:
+    """Say which batch did not fit, and what makes it smaller."""
+    stage, trainer = config.stage, config.trainer
+    settings = {"stage.pack_length": stage.pack_length, "stage.pack_tiles": stage.pack_tiles} if stage.packing else {}
+    settings |= {"trainer.micro_batch": trainer.micro_batch} if trainer.micro_batch > 1 else {}
+    settings |= {"model.tiles.max": config.model.tiles.max, "data.max_length": config.data.max_length}
+    lower = ", ".join(f"{key}={value}" for key, value in settings.items())
+    held = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_initialized() else 0
+    most = f"; {held:.1f} GiB were in use at most" if held else ""
+    off = [part for part, is_on in vars(stage.gradient_checkpointing).items() if not is_on]
+    keys = ", ".join(f"stage.gradient_checkpointing.{part}" for part in off if part != "projector")
+    switch = (
+        f" Or recompute layers, which changes no result and may be resumed (resume_allow): {keys}=true." if keys else ""
+    )
+    return f"memory is full {batch} ({reason}{most}). Lower one of {lower}, and start anew.{switch}"

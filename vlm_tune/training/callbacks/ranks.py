@@ -1,0 +1,192 @@
+"""Processes of one run look after one another: where one is gone or hangs, the others say which, and end.
+
+Each writes a sign of life into the store that the processes found one another by, and reads those of the others.
+torch's own time limits name nobody, and would be too short for the others of one that writes sample answers.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+import lightning as L
+import torch.distributed as dist
+
+BEAT, SILENCE = 1.0, 20.0  # seconds between signs of life; without any, until a rank is taken to be gone
+HANG, SLOWER = (
+    45.0,
+    10.0,
+)  # seconds in one place of a step that are a hang: at least, and by how much beyond the longest
+MANNERS = 5.0  # seconds for the main thread to speak itself
+PLACES = ("reads data", "computes", "computes gradients", "ends a step")
+READS, COMPUTES, BACKWARD, ENDS = range(4)  # the last, a validation, answers and checkpoints may take any time
+OF_OTHERS = (
+    "Connection",
+    "gloo",
+    "NCCL",
+    "peer",
+    "Timed out",
+    "timeout",
+)  # in errors of a rank that another one leaves
+
+
+@dataclass
+class Sign:
+    """Where a rank is."""
+
+    number: int = 0  # of the sign
+    step: int = 0  # steps done
+    batch: int = -1  # number of the micro-batch, since the process started
+    place: int = ENDS
+    longest: float = 90.0  # seconds in one place so far; a guess until the first step is done
+    ended: str = ""  # why it has left
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """What grows as a rank gets on."""
+        return self.batch, self.place
+
+
+class WatchRanks(L.Callback):
+    """Write and read the signs in a thread of its own; `lost` says what became of another rank."""
+
+    def __init__(self) -> None:
+        self.mine = Sign()
+        self.longest = 0.0
+        self.since = time.monotonic()
+        self.lost = ""
+        self.is_over = threading.Event()
+        self.has_raised = threading.Event()  # the main thread, which then speaks itself
+        self.found = threading.Event()
+        self.thread: threading.Thread | None = None
+
+    def setup(self, trainer: L.Trainer, module: Any, stage: str) -> None:
+        """Begin, where there are other ranks."""
+        if trainer.world_size > 1 and self.thread is None:
+            self.rank, self.world = trainer.global_rank, trainer.world_size
+            self.store = dist.distributed_c10d._get_default_store().clone()  # a connection of its own
+            self.store.set_timeout(timedelta(seconds=SILENCE))
+            self.thread = threading.Thread(target=self._watch, daemon=True, name="watch-ranks")
+            self.thread.start()
+
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        """Mark where the main thread is."""
+        self._mark(trainer, 0, READS)
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        """Mark where the main thread is."""
+        self._mark(trainer, self.mine.batch, COMPUTES)
+
+    def on_before_backward(self, trainer: L.Trainer, module: Any, loss: Any) -> None:
+        """Mark where the main thread is."""
+        self._mark(trainer, self.mine.batch, BACKWARD)
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: Any) -> None:
+        """Mark where the main thread is: answers and a checkpoint may follow."""
+        self._mark(trainer, self.mine.batch, ENDS)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Mark where the main thread is."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.mine.longest = self.longest
+        self._mark(trainer, self.mine.batch + 1, READS)
+
+    def on_validation_start(self, trainer: L.Trainer, module: Any) -> None:
+        """Mark where the main thread is."""
+        self._mark(trainer, self.mine.batch, ENDS)
+
+    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
+        """Mark where the main thread is."""
+        self._mark(trainer, self.mine.batch, READS)
+
+    def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
+        """Take leave: what follows is the first rank's alone."""
+        self._leave("has done its last step")
+
+    def on_exception(self, trainer: L.Trainer, module: Any, exception: BaseException) -> None:
+        """Tell the others why this rank ends; where another one is the reason, wait until it is known which."""
+        self.has_raised.set()
+        said = f"{type(exception).__name__}: {first_line(exception)}"
+        if self.thread is not None and isinstance(exception, RuntimeError) and any(each in said for each in OF_OTHERS):
+            self.found.wait(SILENCE + 5)
+            said = "" if self.lost else said
+        self._leave(f"ended with {said}" if said else "lost another rank")
+
+    def _mark(self, trainer: L.Trainer, batch: int, place: int) -> None:
+        now = time.monotonic()
+        if self.mine.place != ENDS:
+            self.longest = max(self.longest, now - self.since)
+        self.since = now
+        self.mine.step, self.mine.batch, self.mine.place = trainer.global_step, batch, place
+
+    def _leave(self, why: str) -> None:
+        if self.thread is not None:
+            self.mine.ended = why
+            self.is_over.set()
+            self.thread.join(SILENCE)
+            self.thread = None
+
+    def _watch(self) -> None:
+        signs = {rank: Sign() for rank in range(self.world)}
+        heard = moved = dict.fromkeys(signs, time.monotonic())
+        try:
+            while not self.lost:
+                is_last = self.is_over.is_set()
+                self.mine.number += 1
+                self.store.set(f"vlm_tune_sign_{self.rank}", json.dumps(asdict(self.mine)))
+                if is_last:
+                    return
+                new = {rank: self._read(rank) or sign for rank, sign in signs.items()}
+                now = time.monotonic()
+                heard = {rank: now if new[rank].number > signs[rank].number else heard[rank] for rank in signs}
+                moved = {rank: now if new[rank].position != signs[rank].position else moved[rank] for rank in signs}
+                signs = new
+                self._judge(
+                    signs, {rank: now - heard[rank] for rank in signs}, {rank: now - moved[rank] for rank in signs}
+                )
+                self.is_over.wait(BEAT)
+        except Exception as error:  # of the store: whatever it is, the process that holds it cannot be reached
+            self._say(
+                f"rank 0, or torchrun on its machine, cannot be reached any more ({first_line(error)}): "
+                f"{signs[0].step} steps were done"
+            )
+
+    def _read(self, rank: int) -> Sign | None:
+        key = f"vlm_tune_sign_{rank}"
+        return Sign(**json.loads(self.store.get(key))) if self.store.check([key]) else None
+
+    def _judge(self, signs: dict[int, Sign], silent: dict[int, float], still: dict[int, float]) -> None:
+        """Look for a rank that has ended, is silent, or is the last one in its place of the data and stays there."""
+        done = f"{max(sign.step for sign in [self.mine, *signs.values()])} steps were done"  # by all ranks, or by none
+        for rank, sign in signs.items():
+            if sign.ended.startswith("ended"):
+                return self._say(f"rank {rank} {sign.ended}; {done}")
+            if not sign.ended and silent[rank] > SILENCE:
+                where = f"{done}, and it {PLACES[sign.place]}"
+                return self._say(f"rank {rank} has given no sign of life for {silent[rank]:.0f} s: {where}")
+        last = min(signs.values(), key=lambda sign: sign.position)
+        longest = max(sign.longest for sign in signs.values())
+        hanging = [rank for rank, sign in signs.items() if sign.position == last.position]
+        is_timed = last.place != ENDS and not last.ended
+        if is_timed and min(still[rank] for rank in hanging) > max(HANG, SLOWER * longest):
+            ranks = " and ".join(str(rank) for rank in hanging)
+            self._say(f"rank {ranks} has not moved for {still[hanging[0]]:.0f} s: {done}, and it {PLACES[last.place]}")
+
+    def _say(self, lost: str) -> None:
+        if self.is_over.is_set():
+            return
+        self.lost = lost
+        self.found.set()
+        if not self.has_raised.wait(MANNERS):
+            sys.stderr.write(f"TrainingError: {lost}. Start all processes again with resume=last\n")
+            sys.stderr.flush()
+            os._exit(2)  # the main thread waits in a library for the one that is lost, and hears nothing
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says."""
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,156 @@
+"""What all ranks learn of an optimizer step before it is made: whether it may be, and whether to save or stop after it.
+
+It takes one sum over the ranks and one wait for the device, which a check of the loss alone would take too.
+"""
+
+import json
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
+from rich.console import Console
+from torch import Tensor
+
+from vlm_tune.data.batch import Batch
+from vlm_tune.errors import TrainingError
+from vlm_tune.model.parts.stage import trained_parameters
+from vlm_tune.training.callbacks.culprit import Culprit, find_culprit
+from vlm_tune.training.callbacks.stop import StopWhenAsked
+from vlm_tune.training.run_folder import drop_lines_after
+
+REMEMBERED, LEAST = 50, 20  # losses that a new one is compared with, and how many there must be
+FAR = 10  # a spike is so many median deviations above their median, and half as much again as the median
+
+
+class WatchSteps(L.Callback):
+    """Skip the optimizer step of a loss or gradient that is no number, and mark a loss that leaps, with their rows.
+
+    Both go into RUN/unusual_steps.jsonl. A skipped step changes neither weights nor moments; the schedule and the data
+    go on. After `max_bad_steps` of them in a row the run ends, its state saved.
+    """
+
+    def __init__(self, run: Path, max_bad_steps: int, save_minutes: float | None, stop: StopWhenAsked) -> None:
+        self.path = run / "unusual_steps.jsonl"
+        self.max_bad_steps = max_bad_steps
+        self.save_seconds = math.inf if save_minutes is None else 60 * save_minutes
+        self.stop = stop
+        self.console = Console()
+        self.losses: list[float] = []  # of the last steps
+        self.skipped = self.in_row = 0  # steps skipped so far, and since the last that was made
+        self.saved_at = time.monotonic()
+        self.must_stop = self.must_save = False
+        self.error: TrainingError | None = None
+
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        """Begin to count the minutes; drop what was noted after the step that the run goes on from."""
+        self.saved_at = time.monotonic()
+        if trainer.is_global_zero:
+            drop_lines_after(self.path, trainer.global_step)
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Batch, batch_idx: int) -> None:
+        """Remember where in the data a step begins: its batches are made again where one of them is to be found."""
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self.cursor = trainer.datamodule.cursor  # type: ignore[attr-defined]
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: torch.optim.Optimizer) -> None:
+        """Learn from all ranks how the step went; log its loss; drop its gradients if they are no numbers."""
+        if module.is_in_step:  # DeepSpeed comes here with each micro-batch
+            return
+        is_due = trainer.is_global_zero and time.monotonic() - self.saved_at >= self.save_seconds
+        wishes = module.step_loss.new_tensor([bool(self.stop.asked), is_due])
+        facts = torch.cat([module.step_loss.view(1), bad_gradients(trainer, module), wishes])
+        loss, num_bad, stop, save = trainer.strategy.reduce(facts, reduce_op="sum").tolist()
+        self.must_stop, self.must_save = stop > 0, save > 0
+        if not math.isfinite(loss) or num_bad:
+            self._skip(trainer, module, loss)
+        else:
+            self.in_row = 0
+            self._compare(trainer, module, loss)
+        module.log("train/loss", loss, prog_bar=True)
+        module.log("skipped", float(self.skipped))
+
+    def _skip(self, trainer: L.Trainer, module: Any, loss: float) -> None:
+        module.require_finite_weights()
+        culprit = find_culprit(trainer, module, self.cursor)
+        rows = ", ".join(culprit.rows)
+        said = f"the loss is {loss} at step {trainer.global_step}, rows {rows}"
+        if math.isfinite(loss):
+            said = f"a gradient is no number at step {trainer.global_step}, rows {rows}"
+        if trainer.strategy.handles_gradient_accumulation:  # DeepSpeed makes the step by itself
+            raise TrainingError(f"{said}: no weight was changed by it. {way_out(culprit)}")
+        for _, parameter in trained_parameters(module.vlm):
+            parameter.grad = None  # the optimizer passes over it, its moments too
+        self.skipped, self.in_row = self.skipped + 1, self.in_row + 1
+        self._note(trainer, "skipped", loss, culprit)
+        if self.in_row >= min(self.max_bad_steps, trainer.max_steps):
+            steps = f"; {self.in_row} steps in a row (trainer.max_bad_steps)" if self.in_row > 1 else ""
+            self.error = TrainingError(f"{said}: no weight was changed by it{steps}. {way_out(culprit)}")
+
+    def _compare(self, trainer: L.Trainer, module: Any, loss: float) -> None:
+        if len(self.losses) >= LEAST:
+            usual = statistics.median(self.losses)
+            spread = statistics.median(abs(each - usual) for each in self.losses)
+            if loss > usual + FAR * spread and loss > 1.5 * usual:
+                self._note(trainer, "spike", loss, Culprit(all_ranks(trainer, module.step_ids), None))
+        self.losses = [*self.losses, loss][-REMEMBERED:]
+
+    def _note(self, trainer: L.Trainer, kind: str, loss: float, culprit: Culprit) -> None:
+        if not trainer.is_global_zero:
+            return
+        step = trainer.global_step + 1  # as metrics.csv counts
+        entry = {"step": step, "kind": kind, "loss": repr(loss), "rows": culprit.rows, "module": culprit.module}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        where = f"; first seen in {culprit.module}" if culprit.module else ""
+        what = (
+            "is skipped, its loss or gradient is no number"
+            if kind == "skipped"
+            else f"has a leap of the loss, {loss:.4g}"
+        )
+        self.console.print(
+            f"step {step} {what}{where}. Rows: {', '.join(culprit.rows)}", highlight=False, markup=False, soft_wrap=True
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Remember the last losses and the counts, so that a resumed run judges as the straight one."""
+        return {"losses": self.losses, "skipped": self.skipped, "in_row": self.in_row}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore them."""
+        self.losses, self.skipped = list(state_dict["losses"]), state_dict["skipped"]
+        self.in_row = state_dict["in_row"]
+
+
+def bad_gradients(trainer: L.Trainer, module: Any) -> Tensor:
+    """Tell whether this rank holds a gradient that is no number: (1,), 0 or 1.
+
+    In fp16 the scaler looks for them itself: while it seeks its scale they are no fault.
+    """
+    plugin = trainer.precision_plugin
+    is_scaled = isinstance(plugin, MixedPrecision) and plugin.scaler is not None
+    gradients = [each.grad for _, each in trained_parameters(module.vlm) if each.grad is not None]
+    if is_scaled or not gradients:
+        return module.step_loss.new_zeros(1)
+    local = [each.to_local() if hasattr(each, "to_local") else each for each in gradients]
+    norm = torch.nn.utils.get_total_norm(local, norm_type=math.inf)
+    return (~torch.isfinite(norm)).to(module.step_loss).view(1)
+
+
+def all_ranks(trainer: L.Trainer, rows: list[str]) -> list[str]:
+    """Join the rows of all ranks."""
+    if trainer.world_size == 1:
+        return rows
+    gathered: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(gathered, rows)
+    return [row for rank in gathered for row in rank]
+
+
+def way_out(culprit: Culprit) -> str:
+    """Say what to do."""
+    where = f"It is first seen in {culprit.module}. " if culprit.module else ""
+    return f"{where}Look at these rows, lower stage.lr, or set trainer.precision=bf16; then go on with resume=last"
