@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from test_resume import assert_same, metrics_of, state_of
+from compare import assert_same, metrics_of, state_of
 
 from vlm_tune.config.parse import load_config
 from vlm_tune.errors import TrainingError

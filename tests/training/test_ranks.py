@@ -7,8 +7,8 @@ import socket
 import time
 
 import pytest
+from compare import assert_same, metrics_of, state_of
 from processes import fork_cli
-from test_resume import assert_same, metrics_of, state_of
 
 from vlm_tune.errors import DataError
 from vlm_tune.model.checkpoint import CONFIG, checkpoints, find_runs

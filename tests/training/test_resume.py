@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compare import assert_same, metrics_of, state_of
 from processes import fork_cli
 
 from vlm_tune.config.parse import load_config
@@ -59,17 +60,6 @@ def arguments(toys, runs, *more):
     return toys.arguments(*{key.partition("=")[0]: key for key in (*ALL, *more)}.values(), runs=runs)
 
 
-def state_of(run, step):
-    path = run / CHECKPOINTS / f"step_{step:08d}.ckpt"
-    return torch.load(path, weights_only=True)
-
-
-def metrics_of(run):
-    """Read metrics.csv as text, the times left out."""
-    with (run / "metrics.csv").open(newline="", encoding="utf-8") as file:
-        return [{name: value for name, value in row.items() if "speed" not in name} for row in csv.DictReader(file)]
-
-
 def report_of(run):
     return json.loads((run / "report.json").read_text(encoding="utf-8"))
 
@@ -94,27 +84,6 @@ def interrupt(run: Path, step: int, runs: Path) -> Path:
     with (killed / "metrics.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *kept])
     return killed
-
-
-PASSING = ("seconds", "epoch_loop.val_loop.batch_progress")  # time, and how often validation was shown again
-
-
-def assert_same(one, other, place="checkpoint"):
-    """Compare what two checkpoints hold, tensors bit by bit."""
-    assert type(one) is type(other), place
-    if isinstance(one, dict):
-        assert one.keys() == other.keys(), place
-        for key in one:
-            if key not in PASSING:
-                assert_same(one[key], other[key], f"{place}[{key!r}]")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), place
-        for number, pair in enumerate(zip(one, other, strict=True)):
-            assert_same(*pair, f"{place}[{number}]")
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), f"{place} differs by {float((one - other).abs().max())}"
-    else:
-        assert one == other, place
 
 
 @pytest.fixture(scope="module")

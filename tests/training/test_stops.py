@@ -5,8 +5,8 @@ import signal
 import time
 
 import pytest
+from compare import assert_same, metrics_of, state_of
 from processes import fork_cli
-from test_resume import assert_same, metrics_of, state_of
 
 from vlm_tune.config.parse import load_config
 from vlm_tune.model.checkpoint import checkpoints

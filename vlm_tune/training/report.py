@@ -18,6 +18,7 @@ from rich.table import Table
 from vlm_tune.config.schema import Config
 from vlm_tune.data.datamodule import DataModule
 from vlm_tune.data.text.positions import length_notes
+from vlm_tune.errors import TrainingError
 from vlm_tune.model.build import resolve_precision
 from vlm_tune.model.checkpoint import CONFIG, run_of
 from vlm_tune.model.parts.stage import PartSummary
@@ -60,10 +61,18 @@ class RunReport:
             "config": (self.run / CONFIG).read_text(encoding="utf-8"),
             "environment": json.loads((self.run / "environment.json").read_text(encoding="utf-8")),
         }
-        (self.run / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
         page = self.run / "report.html"
-        write_html(report, page)
-        write_loss_svg(report, self.run / "loss.svg")
+        try:
+            (self.run / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+            write_html(report, page)
+            write_loss_svg(report, self.run / "loss.svg")
+        except OSError as error:
+            for path in (self.run / "report.json", page, self.run / "loss.svg"):
+                path.unlink(missing_ok=True)
+            raise TrainingError(
+                f"{self.run}: its report could not be written ({error.strerror}). All steps are done and saved: free "
+                "some space, and write it by resume=last"
+            ) from error
         return page
 
     def _run(self, module: VlmModule) -> dict[str, Any]:

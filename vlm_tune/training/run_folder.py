@@ -84,7 +84,19 @@ def link_latest(run: Path) -> None:
         )
 
 
-def drop_lines_after(path: Path, step: int) -> None:
+def append(path: Path, text: str) -> None:
+    """Append a text whole or not at all; an OSError of a full disk names the file."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a", newline="", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        if path.exists():
+            os.truncate(path, size)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def drop_lines_after(path: Path, step: float) -> None:
     """Keep the lines of a JSON Lines file whose "step" is not after the one that a run goes on from."""
     if not path.exists():
         return
@@ -94,7 +106,7 @@ def drop_lines_after(path: Path, step: int) -> None:
         write_atomically(path, lambda partial: partial.write_text("".join(kept), encoding="utf-8"))
 
 
-def is_up_to(line: str, step: int) -> bool:
+def is_up_to(line: str, step: float) -> bool:
     """Tell whether a line is of a step that is done; one that a kill left unfinished is of none."""
     try:
         return bool(json.loads(line)["step"] <= step)

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 
 from vlm_tune.config.schema import Config, Precision, Strategy
 from vlm_tune.errors import ConfigError
@@ -14,7 +14,7 @@ from vlm_tune.model.build import resolve_precision
 from vlm_tune.model.ready import require_packages
 from vlm_tune.training.callbacks.checkpoints import AtomicCheckpoints, SaveCheckpoints
 from vlm_tune.training.callbacks.faults import LastBatch
-from vlm_tune.training.callbacks.metrics import MetricsFile
+from vlm_tune.training.callbacks.metrics import Curves, MetricsFile
 from vlm_tune.training.callbacks.progress import ProgressLine
 from vlm_tune.training.callbacks.ranks import WatchRanks
 from vlm_tune.training.callbacks.stop import StopWhenAsked
@@ -23,7 +23,7 @@ from vlm_tune.training.intervals import every
 
 PRECISIONS = {Precision.fp32: "32-true", Precision.bf16: "bf16-mixed", Precision.fp16: "16-mixed"}
 LOGGERS: dict[str, Any] = {
-    "tensorboard": lambda run: TensorBoardLogger(run, name="", version="tensorboard"),
+    "tensorboard": lambda run: Curves(run, name="", version="tensorboard"),
     "wandb": lambda run: WandbLogger(save_dir=run, name=run.name),
 }
 

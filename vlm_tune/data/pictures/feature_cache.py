@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from vlm_tune.errors import DataError
 
 NAME = "features"
 
@@ -46,8 +48,16 @@ class FeatureCache:
         path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}")
-        save_file({NAME: features.detach().cpu().contiguous()}, partial)
-        partial.replace(path)
+        try:
+            save_file({NAME: features.detach().cpu().contiguous()}, partial)
+            partial.replace(path)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise DataError(
+                f"the features of a picture could not be kept ({error}). Free some space, name a folder on another "
+                "disk by VLM_TUNE_CACHE=FOLDER, or set data.feature_cache=off",
+                str(self.folder),
+            ) from error
 
 
 def fingerprint(weights: dict[str, Tensor], settings: str) -> str:

@@ -8,6 +8,7 @@ import gc
 import hashlib
 import json
 import os
+import signal
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -145,9 +146,18 @@ def measure_all(data: Conversations, rows: npt.NDArray[np.int64], workers: int) 
         generator=torch.Generator(),  # or it would draw from the one that the run is seeded with
     )
     tables, findings = [np.zeros(0, ROW)], Findings()
-    for table, found in with_progress(loader, len(chunks), f"measuring {len(rows):,} rows of {data.path.name}"):
-        tables.append(table)
-        findings.merge(found)
+    try:
+        for table, found in with_progress(loader, len(chunks), f"measuring {len(rows):,} rows of {data.path.name}"):
+            tables.append(table)
+            findings.merge(found)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"a process that measures rows was ended from outside ({str(error).splitlines()[0]}): mostly the memory "
+            f"was full. Free some, or set data.workers=2 (now {workers}), and start again",
+            str(data.path),
+        ) from error
     return np.concatenate(tables), findings
 
 
@@ -216,6 +226,7 @@ def trained_content(sample: Sample) -> Iterator[bytes]:
 def start_worker(number: int) -> None:
     """Keep a process to one thread, and its garbage collector away from what it inherited."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all: the main process ends the others
     gc.freeze()
 
 

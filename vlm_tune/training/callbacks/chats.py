@@ -1,6 +1,7 @@
 """Sample answers: the model answers the same few questions before, during and after training."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from vlm_tune.data.batch import Batch
 from vlm_tune.data.sets.dataset import Conversations
 from vlm_tune.evaluation.evaluate import Question, ask
 from vlm_tune.model.build import Model
-from vlm_tune.training.run_folder import drop_lines_after
+from vlm_tune.training.run_folder import append, drop_lines_after
 
 
 class SampleAnswers(L.Callback):
@@ -32,6 +33,7 @@ class SampleAnswers(L.Callback):
         """Answer before the first step; a resumed run reads its answers back."""
         if not trainer.is_global_zero:
             return
+        drop_lines_after(self.path, math.inf)  # a line that a crash left without its end
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         answers = [json.loads(line)["answer"] for line in lines]
         count = len(self.questions)
@@ -58,11 +60,12 @@ class SampleAnswers(L.Callback):
 
     def _ask(self, step: int) -> list[str]:
         predictions = ask(self.model, self.test, self.questions, max_new_tokens=32)
-        with self.path.open("a", encoding="utf-8") as file:
-            for prediction in predictions:
-                entry = {"step": step, "id": prediction.id, "question": prediction.question}
-                entry |= {"expected": prediction.expected, "answer": prediction.answer}
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        lines = ""
+        for prediction in predictions:
+            entry = {"step": step, "id": prediction.id, "question": prediction.question}
+            entry |= {"expected": prediction.expected, "answer": prediction.answer}
+            lines += json.dumps(entry, ensure_ascii=False) + "\n"
+        append(self.path, lines)
         self.now = [prediction.answer for prediction in predictions]
         return self.now
 

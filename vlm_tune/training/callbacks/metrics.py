@@ -1,14 +1,19 @@
 """metrics.csv: one row a logged step. A resumed run continues the file where its checkpoint stands."""
 
 import csv
+import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
 
 from vlm_tune.data.batch import Batch
 from vlm_tune.model.checkpoint import write_atomically
+from vlm_tune.training.run_folder import append
 
 COLUMNS = (
     "step",
@@ -30,6 +35,7 @@ class MetricsFile(L.Callback):
     def __init__(self, run: Path, log_every: int) -> None:
         self.path = run / "metrics.csv"
         self.log_every = log_every
+        self.pending: list[dict[str, float]] = []  # rows that a full disk did not take yet
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         """Keep the rows up to the step that the run goes on from; the validation of that step is run again."""
@@ -37,8 +43,11 @@ class MetricsFile(L.Callback):
             return
         step = trainer.global_step
         rows = read_metrics(self.path)
+        rows += [row for row in self.pending if row not in rows]
+        rows.sort(key=lambda row: (row["step"], "val/loss" in row))
         kept = [row for row in rows if row["step"] < step or (row["step"] == step and "val/loss" not in row)]
         write_atomically(self.path, lambda partial: write_metrics(partial, kept))
+        self.pending = []
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Write the values of an optimizer step."""
@@ -57,8 +66,58 @@ class MetricsFile(L.Callback):
             return
         seen = trainer.callback_metrics
         values = {name: float(seen[name]) for name in names if name in seen and torch.isfinite(seen[name])}
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, COLUMNS).writerow({"step": trainer.global_step, **values})
+        said_before = bool(self.pending)
+        self.pending.append({"step": trainer.global_step, **values})
+        lines = io.StringIO(newline="")
+        csv.DictWriter(lines, COLUMNS).writerows(self.pending)
+        try:
+            append(self.path, lines.getvalue())
+            self.pending = []
+        except OSError as error:
+            if not said_before:
+                reason = (
+                    f"{error.filename}: {error.strerror}: its rows are kept until there is room, and in checkpoints"
+                )
+                Console().print(reason, highlight=False, soft_wrap=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep the rows that the file lacks."""
+        return {"pending": self.pending}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore them."""
+        self.pending = state_dict["pending"]
+
+
+class Curves(TensorBoardLogger):
+    """TensorBoard on a disk that may be full: metrics.csv holds the same numbers, so the run goes on without it."""
+
+    has_failed = False
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Log, as long as that works."""
+        self._try(super().log_metrics, metrics, step)
+
+    def save(self) -> None:
+        """Flush, as long as that works."""
+        self._try(super().save)
+
+    def finalize(self, status: str) -> None:
+        """Close, as long as that works."""
+        self._try(super().finalize, status)
+
+    def _try(self, write: Callable[..., None], *values: Any) -> None:
+        if self.has_failed:
+            return
+        try:
+            write(*values)
+        except OSError as error:
+            self.has_failed = True
+            Console().print(
+                f"{self.log_dir}: {error.strerror}: the run goes on without TensorBoard, metrics.csv has the numbers",
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 def write_metrics(path: Path, rows: list[dict[str, float]]) -> None:
@@ -70,11 +129,12 @@ def write_metrics(path: Path, rows: list[dict[str, float]]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Read the rows of a metrics file; empty cells are left out."""
+    """Read the rows of a metrics file; empty cells are left out, and a row that a crash left without its end."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        return [
-            {name: int(value) if name == "step" else float(value) for name, value in row.items() if value}
-            for row in csv.DictReader(file)
-        ]
+        whole = [line for line in file if line.endswith("\n")]
+    return [
+        {name: int(value) if name == "step" else float(value) for name, value in row.items() if value}
+        for row in csv.DictReader(whole)
+    ]

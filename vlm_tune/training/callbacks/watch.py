@@ -21,7 +21,7 @@ from vlm_tune.errors import TrainingError
 from vlm_tune.model.parts.stage import trained_parameters
 from vlm_tune.training.callbacks.culprit import Culprit, find_culprit
 from vlm_tune.training.callbacks.stop import StopWhenAsked
-from vlm_tune.training.run_folder import drop_lines_after
+from vlm_tune.training.run_folder import append, drop_lines_after
 
 REMEMBERED, LEAST = 50, 20  # losses that a new one is compared with, and how many there must be
 FAR = 10  # a spike is so many median deviations above their median, and half as much again as the median
@@ -104,8 +104,7 @@ class WatchSteps(L.Callback):
             return
         step = trainer.global_step + 1  # as metrics.csv counts
         entry = {"step": step, "kind": kind, "loss": repr(loss), "rows": culprit.rows, "module": culprit.module}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        append(self.path, json.dumps(entry, ensure_ascii=False) + "\n")
         where = f"; first seen in {culprit.module}" if culprit.module else ""
         what = (
             "is skipped, its loss or gradient is no number"
