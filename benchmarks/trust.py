@@ -21,11 +21,11 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 from kills import ONE, TWO, arguments, compare, kill_and_go_on, note_order, run_to_its_end, start  # noqa: E402
 from toys import Toys, build_toys  # noqa: E402
 
-STEPS, KILLS_A_RUN = 120, 20
-DDP_STEPS, DDP_KILLS_A_RUN = 60, 5
+STEPS, KILLS_A_RUN = 60, 20
+DDP_STEPS, DDP_KILLS_A_RUN = 40, 5
 
 
-def kills(toys: Toys, folder: Path, wanted: int, is_ddp: bool, seed: int) -> dict[str, int]:
+def kills(toys: Toys, folder: Path, wanted: int, is_ddp: bool, seed: int) -> None:
     """Kill runs until there are enough kills; count those of runs that end bit by bit as the one never killed."""
     ranks, more, steps, each = (2, TWO, DDP_STEPS, DDP_KILLS_A_RUN) if is_ddp else (1, ONE, STEPS, KILLS_A_RUN)
     base = folder / ("ddp" if is_ddp else "one")
@@ -42,11 +42,9 @@ def kills(toys: Toys, folder: Path, wanted: int, is_ddp: bool, seed: int) -> dic
         differs = compare(run, straight, (own, straight_folder))
         done, in_writes = done + outcome.kills, in_writes + outcome.in_writes
         equal += 0 if differs else outcome.kills
-        print(
-            f"{done} kills, {equal} in runs that are equal, {in_writes} inside checkpoint writes {differs}", flush=True
-        )
-    name = "ddp_kills" if is_ddp else "kills"
-    return {name: done, f"{name}_bit_equal": equal, f"{name}_inside_writes": in_writes}
+        name = "ddp_kills" if is_ddp else "kills"
+        record({name: done, f"{name}_bit_equal": equal, f"{name}_inside_writes": in_writes})
+        print(differs, flush=True)
 
 
 def soak(toys: Toys, folder: Path, steps: int) -> dict[str, Any]:
@@ -54,12 +52,7 @@ def soak(toys: Toys, folder: Path, steps: int) -> dict[str, Any]:
     own = folder / "soak"
     own.mkdir()
     quiet = ("trainer.log_every=10", "trainer.val_every=1000", "trainer.save_every=1000", "trainer.chat_every=2500")
-    given = [
-        each
-        for each in arguments(toys, own, steps, *ONE)
-        if each.partition("=")[0] not in dict(q.split("=") for q in quiet)
-    ]
-    (process,) = start([*given, *quiet], own, 1, is_new=True)
+    (process,) = start(arguments(toys, own, steps, *ONE, *quiet), own, 1, is_new=True)
     seen = []
     while process.is_alive():
         metrics = next((own / "runs").glob("*/metrics.csv"), None)
@@ -124,9 +117,9 @@ def main() -> None:
         folder = Path(name)
         toys = build_toys(folder / "toys")
         if asked.kills:
-            record(kills(toys, folder, asked.kills, False, asked.seed))
+            kills(toys, folder, asked.kills, False, asked.seed)
         if asked.ddp_kills:
-            record(kills(toys, folder, asked.ddp_kills, True, asked.seed))
+            kills(toys, folder, asked.ddp_kills, True, asked.seed)
         if asked.soak:
             record(soak(toys, folder, asked.soak))
 

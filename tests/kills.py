@@ -83,7 +83,8 @@ def arguments(toys: Toys, folder: Path, steps: int, *more: str) -> list[str]:
     meta = folder / "mixture"
     path = meta / "meta.json" if meta.exists() else mixture(toys, meta)
     own = (f"data.path={path}", f"data.val={toys.data / 'val.jsonl'}", f"stage.max_steps={steps}")
-    return toys.arguments(*ALL, *own, *more, runs=folder / "runs")
+    chosen = {key.partition("=")[0]: key for key in (*ALL, *own, *more)}
+    return toys.arguments(*chosen.values(), runs=folder / "runs")
 
 
 def start(given: list[str], folder: Path, ranks: int, is_new: bool) -> list[BaseProcess]:
@@ -132,7 +133,7 @@ def kill_and_go_on(
             for process in struck:
                 process.kill()
         for process in processes:
-            process.join(90)
+            process.join(240)
             if process.is_alive():
                 process.kill()
                 raise AssertionError(f"a rank waits: {(folder / '0.log').read_text(encoding='utf-8')}")
@@ -146,17 +147,22 @@ def kill_and_go_on(
 
 
 def await_moment(process: BaseProcess, runs: Path, chance: random.Random, outcome: Outcome) -> bool:
-    """Wait for a step, and then for a random time or for a checkpoint that is being written."""
-    before = sizes(runs)
-    while process.is_alive() and sizes(runs) == before:
-        time.sleep(0.002)
+    """Wait for some steps, and then for a random time or for a checkpoint that is being written."""
+    is_first = not find_runs(runs)
+    for _ in range(chance.randint(1, 5)):
+        before = sizes(runs)
+        while process.is_alive() and sizes(runs) == before:
+            time.sleep(0.002)
+    while is_first and process.is_alive() and not find_runs(runs):
+        time.sleep(0.002)  # without a checkpoint nothing goes on
     if chance.random() < 1 / 3:
         while process.is_alive():
             if next(runs.glob(f"*/{CHECKPOINTS}/.*.partial"), None):
                 time.sleep(chance.uniform(0, 0.004))
                 outcome.in_writes += process.is_alive()
                 return True
-    time.sleep(chance.uniform(0, 0.6))
+            time.sleep(0.001)
+    time.sleep(chance.uniform(0, 0.1))
     return process.is_alive()
 
 

@@ -4,6 +4,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,22 @@ from torch.utils.data import DataLoader, Dataset
 from vlm_tune.config.schema import AugmentConfig, BadSample, Config
 from vlm_tune.data.batch import Batch, add_pictures, collate, token_weight
 from vlm_tune.data.encode import Encoder, Example
+from vlm_tune.data.rows.cache import hashed
+from vlm_tune.data.sample import Sample
 from vlm_tune.data.sets.dataset import Conversations
-from vlm_tune.data.sets.index import Findings, refuse_faults, write_faults
+from vlm_tune.data.sets.index import Findings, refuse_faults, trained_content, write_faults
 from vlm_tune.data.sets.mixture import Mixture, open_data, open_sizes
 from vlm_tune.data.sets.paths import find_file, sibling
 from vlm_tune.data.sizes import Index
 from vlm_tune.data.stream import BatchStream, Cursor, MicroBatch, StreamSettings
 from vlm_tune.errors import CheckpointError, DataError, VlmTuneError
+
+VALIDATION_KEYS = (
+    "data.val",
+    "data.val_share",
+    "trainer.max_val_rows",
+    "data.path",
+)  # they may change them
 
 
 class MicroBatches(Dataset[Batch]):
@@ -41,6 +51,7 @@ class MicroBatches(Dataset[Batch]):
             row = int(self.index.rows[entry])
             data, number = self.data.locate(row)
             sample = data.sample(number)
+            self._check_content(entry, sample)
             example = data.encoder.encode(sample, data.tiling(sample))
             self._check_sizes(entry, example)
             is_random = self.is_training and data.pictures.augment != AugmentConfig()
@@ -56,6 +67,15 @@ class MicroBatches(Dataset[Batch]):
         add_pictures(batch, examples, tiles, features)
         batch.cursor = item.after
         return batch
+
+    def _check_content(self, entry: int, sample: Sample) -> None:
+        """Refuse a row whose file was written anew since it was measured: it may be another row's place by now."""
+        if hashed(trained_content(sample)) != int(self.index.content[entry]):
+            reason = (
+                "says something else than when it was measured: the file was changed while the run goes on. Put it "
+                "back and go on with resume=last, or start a new run with stage.init_from=RUN"
+            )
+            raise DataError(reason, sample.where, sample.id)
 
     def _check_sizes(self, entry: int, example: Example) -> None:
         """Refuse a row whose pictures were replaced since it was measured: its pack was planned for others."""
@@ -80,6 +100,9 @@ class Handed(Dataset[Batch | VlmTuneError]):
             return self.batches[item]
         except VlmTuneError as error:
             return error
+        except OSError as error:
+            reason = f"{error.strerror}: it was there when the run began. Put it back and go on with resume=last"
+            return DataError(reason, str(error.filename))
 
 
 @dataclass
@@ -246,6 +269,7 @@ class DataModule(L.LightningDataModule):
         if self.train is not None:
             state |= {"num_rows": len(self.train.index), "rows": self._name_rows()}
             state["content"] = list(self.train.contents().values())
+            state["val_content"] = list(self.val.contents().values()) if self.val is not None else None
         return state
 
     def _name_rows(self) -> str:
@@ -266,20 +290,22 @@ class DataModule(L.LightningDataModule):
                 "data.path has as many rows as in the interrupted run, but not the same sizes or mixture: its order "
                 "cannot be continued. Restore the data, or start a new run with stage.init_from=RUN"
             )
-        self._check_content(state_dict.get("content"))
+        self._check_content(self.train, state_dict.get("content"), ("data.path",))
+        self._check_content(self.val, state_dict.get("val_content"), VALIDATION_KEYS)
         epoch, window, group = state_dict["cursor"]
         self.cursor = (epoch, window, group)
 
-    def _check_content(self, before: list[str] | None) -> None:
+    def _check_content(self, part: Part | None, before: list[str] | None, keys: tuple[str, ...]) -> None:
         """Refuse rows that say something else than in the interrupted run (an older checkpoint does not know)."""
-        if self.train is None or before is None or "data.path" in self.config.resume_allow:
+        if part is None or before is None or set(keys) & set(self.config.resume_allow):
             return
-        now = self.train.contents()
-        changed = [name for name, then in zip(now, before, strict=True) if now[name] != then]
+        now = part.contents()
+        changed = [name for name, then in zip_longest(now, before) if name is None or now[name] != then]
         if changed:
             raise CheckpointError(
-                f"{', '.join(changed)}: rows were changed since the run was interrupted, at equal sizes. Restore them, "
-                "go on with them as they are by resume_allow=[data.path], or start a new run with stage.init_from=RUN"
+                f"{', '.join(map(str, changed))}: rows were changed since the run was interrupted, at equal sizes. "
+                f"Restore them, go on with them as they are by resume_allow=[{keys[0]}], or start a new run with "
+                "stage.init_from=RUN"
             )
 
 

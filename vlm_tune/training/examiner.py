@@ -50,7 +50,7 @@ class Examiner:
 
     def enter(self, run: Path, max_steps: int) -> list[L.Callback]:
         """Take up a run's folder; return what runs during training."""
-        self.run = run
+        self.run, self.max_steps = run, max_steps
         self.chats = None
         if self.test is not None and self.shown:
             self.chats = SampleAnswers(self.model, self.test, self.shown, every(self.chat_every, max_steps), run)
@@ -79,6 +79,7 @@ class Examiner:
             report.evaluation["verdicts"] = verdicts(report.evaluation)
             show_scores(self.console, report.evaluation)
         if self.chats is not None:
+            self.chats.finish(self.max_steps)
             report.answers = self._answers(self.chats)
 
     def _ask(self, device: torch.device, title: str) -> list[Prediction]:

@@ -16,6 +16,7 @@ from vlm_tune.model.build import build_model
 from vlm_tune.model.checkpoint import checkpoint_name, run_config, run_of, start_of
 from vlm_tune.model.fill_cache import use_feature_cache
 from vlm_tune.model.parts.stage import apply_stage
+from vlm_tune.training.callbacks.checkpoints import catch_up
 from vlm_tune.training.callbacks.faults import explain
 from vlm_tune.training.examiner import Examiner
 from vlm_tune.training.intervals import describe
@@ -61,7 +62,8 @@ def train(config: Config) -> Path:
         console.print(change, highlight=False, soft_wrap=True)
 
     module = VlmModule(model, config, max_steps)
-    if checkpoint is not None and checkpoint.name == checkpoint_name(module.max_steps):
+    is_finished = checkpoint is not None and checkpoint.name == checkpoint_name(module.max_steps)
+    if is_finished:
         console.print("this run is finished: there is no step left, and its report is written anew")
     trainer = make_trainer(config, module.max_steps, run, examiner.enter(run, max_steps))
     with only_here(run) if trainer.is_global_zero else nullcontext():
@@ -69,6 +71,8 @@ def train(config: Config) -> Path:
         if trainer.is_global_zero:
             examiner.before(trainer.strategy.root_device)
         fit(trainer, module, data, checkpoint)
+        if is_finished:
+            catch_up(trainer, module, data, run)
         if trainer.is_global_zero:
             report = RunReport(config, run, parts, start)
             examiner.after(trainer.strategy.root_device, report)

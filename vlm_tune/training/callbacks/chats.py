@@ -28,6 +28,7 @@ class SampleAnswers(L.Callback):
         self.console = Console()
         self.before: list[str] = []
         self.now: list[str] = []
+        self.last_step = -1  # whose answers are in the file
 
     def on_fit_start(self, trainer: L.Trainer, module: Any) -> None:
         """Answer before the first step; a resumed run reads its answers back."""
@@ -36,6 +37,7 @@ class SampleAnswers(L.Callback):
         drop_lines_after(self.path, math.inf)  # a line that a crash left without its end
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         answers = [json.loads(line)["answer"] for line in lines]
+        self.last_step = json.loads(lines[-1])["step"] if lines else -1
         count = len(self.questions)
         self.before = answers[:count] if answers else self._ask(0)
         self.now = answers[-count:] if answers else self.before  # a finished run asks nothing more
@@ -58,6 +60,11 @@ class SampleAnswers(L.Callback):
         if trainer.is_global_zero:
             self._print("after training", self._ask(trainer.global_step))
 
+    def finish(self, step: int) -> None:
+        """Answer after the last step where a kill came between its checkpoint and its answers."""
+        if self.last_step < step:
+            self._ask(step)
+
     def _ask(self, step: int) -> list[str]:
         predictions = ask(self.model, self.test, self.questions, max_new_tokens=32)
         lines = ""
@@ -66,6 +73,7 @@ class SampleAnswers(L.Callback):
             entry |= {"expected": prediction.expected, "answer": prediction.answer}
             lines += json.dumps(entry, ensure_ascii=False) + "\n"
         append(self.path, lines)
+        self.last_step = step
         self.now = [prediction.answer for prediction in predictions]
         return self.now
 

@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from rich.console import Console
 
 from vlm_tune.data.batch import Batch
+from vlm_tune.data.datamodule import DataModule
 from vlm_tune.data.stream import Cursor
 from vlm_tune.errors import CheckpointError, Stopped, VlmTuneError
 from vlm_tune.model.checkpoint import (
@@ -24,6 +25,7 @@ from vlm_tune.model.checkpoint import (
     write_atomically,
 )
 from vlm_tune.model.seal import find_damage, seal
+from vlm_tune.training.callbacks.metrics import read_metrics
 from vlm_tune.training.callbacks.watch import WatchSteps
 from vlm_tune.training.run_folder import link_latest
 
@@ -173,6 +175,13 @@ def validate(trainer: L.Trainer) -> None:
     trainer.validating = True
     loop.run()
     trainer.training = True
+
+
+def catch_up(trainer: L.Trainer, module: Any, data: DataModule, run: Path) -> None:
+    """Validate a finished run that was killed between its last checkpoint and the validation after it."""
+    rows = read_metrics(run / "metrics.csv")
+    if data.val is not None and not any("val/loss" in row and row["step"] == module.max_steps for row in rows):
+        trainer.validate(module, datamodule=data, verbose=False)
 
 
 def put_newer_aside(run: Path, step: int) -> None:
