@@ -106,7 +106,7 @@ def test_a_killed_data_worker_loses_no_step(settings, monkeypatch):
         if worker is not None and self.is_training:
             self.made = getattr(self, "made", 0) + 1
             if self.made == 5:
-                while sum(path.stat().st_size for path in Path(settings().runs).glob("*/metrics.csv")) < 300:
+                while sum(path.stat().st_size for path in Path(settings().runs).glob("*/metrics.csv")) < 150:
                     time.sleep(0.05)  # the batches before this one are trained on meanwhile
                 os.kill(os.getpid(), signal.SIGKILL)
         return make(self, item)
@@ -118,7 +118,7 @@ def test_a_killed_data_worker_loses_no_step(settings, monkeypatch):
         ):
             train(settings("data.workers=1", "data.val=none"))
     run = only_run(settings)
-    assert [path.name for path in checkpoints(run)] == ["step_00000002.ckpt"]
+    assert [path.name for path in checkpoints(run)] == ["step_00000001.ckpt"]
     assert train(settings("resume=last", "data.workers=0", "data.val=none")) == run
 
 

@@ -1,4 +1,4 @@
-"""A run that is killed again and again, in the writing of checkpoints too, ends as the one that never was: bit by bit."""
+"""A run that is killed again and again, in the writing of checkpoints too, ends as one that never was: bit by bit."""
 
 import random
 

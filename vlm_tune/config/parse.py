@@ -74,7 +74,7 @@ def to_config(raw: DictConfig | dict[str, Any]) -> Config:
 def read_config(path: Path, overrides: list[str] | None = None) -> Config:
     """Read the resolved configuration of a run and lay `key=value` overrides over it."""
     try:
-        raw = OmegaConf.load(path)
+        raw = load_plain(path)
         if overrides:
             raw = OmegaConf.merge(raw, OmegaConf.from_dotlist(overrides))
     except FileNotFoundError as error:
@@ -93,10 +93,27 @@ def read_config(path: Path, overrides: list[str] | None = None) -> Config:
     return config
 
 
+LISTS = 2000  # in the settings of a run; a parser takes the square of their depth
+
+
+def load_plain(path: Path) -> Any:
+    """Read the settings of a run, which may come from a stranger: names for parts of YAML would grow without end."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if text.count("[") + text.count("{") > LISTS:
+            raise ConfigError(f"{path}: more than {LISTS} lists: no settings of a run. Take another run folder")
+        anchors = [event for event in yaml.parse(text) if getattr(event, "anchor", None)]
+        if anchors:
+            raise ConfigError(f"{path}:{anchors[0].start_mark.line + 1}: a YAML anchor or alias. Write each value out")
+        return OmegaConf.load(path)
+    except (RecursionError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: no settings of a run ({type(error).__name__}). Take another run folder") from error
+
+
 def remembered_format(path: Path) -> str:
     """Read how the rows of a run were read."""
     try:
-        return disarm(str(OmegaConf.select(OmegaConf.load(path), "data.format")))
+        return disarm(str(OmegaConf.select(load_plain(path), "data.format")))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: {explain(error)}") from error
 

@@ -80,6 +80,8 @@ def open_rows(path: str | Path, index_folder: Path | None = None) -> Rows:
 
 def _open_file(path: Path, index_folder: Path | None) -> Rows:
     kind = container(path)
+    if not path.is_file():
+        raise DataError("is not a file: a pipe or a device has no rows to go back to.", path.name)
     if path.stat().st_size == 0:
         raise DataError("holds no rows: the file is empty.", path.name)
     plain = path
