@@ -21,8 +21,8 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 from kills import ONE, TWO, arguments, compare, kill_and_go_on, note_order, run_to_its_end, start  # noqa: E402
 from toys import Toys, build_toys  # noqa: E402
 
-STEPS, KILLS_A_RUN = 60, 20
-DDP_STEPS, DDP_KILLS_A_RUN = 40, 5
+STEPS, KILLS_A_RUN = 45, 12
+DDP_STEPS, DDP_KILLS_A_RUN = 24, 5
 
 
 def kills(toys: Toys, folder: Path, wanted: int, is_ddp: bool, seed: int) -> None:

@@ -120,8 +120,7 @@ def _numbers(config: Config) -> list[str]:
         "trainer.num_chats": trainer.num_chats,
         "trainer.max_test_rows": trainer.max_test_rows,
     }
-    problems += [f"{key}={value}: set 0 or more" for key, value in not_negative.items() if value < 0]
-    return problems
+    return problems + [f"{key}={value}: set 0 or more" for key, value in not_negative.items() if value < 0]
 
 
 def _colour(config: Config) -> list[str]:
