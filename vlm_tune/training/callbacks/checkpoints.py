@@ -109,7 +109,7 @@ class SaveCheckpoints(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, module: Any, exception: BaseException) -> None:
         """Save the last whole step where something else ends the run; who asks twice to stop is not kept waiting."""
-        is_alone = trainer.world_size == 1 or (isinstance(trainer.strategy, DDPStrategy) and trainer.is_global_zero)
+        is_alone = trainer.world_size == 1 or (type(trainer.strategy) is DDPStrategy and trainer.is_global_zero)
         if isinstance(exception, KeyboardInterrupt) or not (is_alone and self.is_between):
             return
         try:

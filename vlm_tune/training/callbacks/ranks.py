@@ -67,6 +67,8 @@ class WatchRanks(L.Callback):
     def setup(self, trainer: L.Trainer, module: Any, stage: str) -> None:
         """Begin, where there are other ranks."""
         if trainer.world_size > 1 and self.thread is None:
+            self.is_over.clear()
+            self.mine.ended = ""
             self.rank, self.world = trainer.global_rank, trainer.world_size
             self.store = dist.distributed_c10d._get_default_store().clone()  # a connection of its own
             self.store.set_timeout(timedelta(seconds=SILENCE))
@@ -93,7 +95,7 @@ class WatchRanks(L.Callback):
         """Mark where the main thread is."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self.mine.longest = self.longest
-        self._mark(trainer, self.mine.batch + 1, READS)
+        self._mark(trainer, self.mine.batch + 1, READS if trainer.global_step < trainer.max_steps else ENDS)
 
     def on_validation_start(self, trainer: L.Trainer, module: Any) -> None:
         """Mark where the main thread is."""
@@ -105,6 +107,10 @@ class WatchRanks(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
         """Take leave: what follows is the first rank's alone."""
+        self._leave("has done its last step")
+
+    def teardown(self, trainer: L.Trainer, module: Any, stage: str) -> None:
+        """Take leave of a run that had no step left too."""
         self._leave("has done its last step")
 
     def on_exception(self, trainer: L.Trainer, module: Any, exception: BaseException) -> None:

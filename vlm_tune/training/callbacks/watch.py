@@ -63,7 +63,7 @@ class WatchSteps(L.Callback):
             return
         is_due = trainer.is_global_zero and time.monotonic() - self.saved_at >= self.save_seconds
         wishes = module.step_loss.new_tensor([bool(self.stop.asked), is_due])
-        facts = torch.cat([module.step_loss.view(1), bad_gradients(trainer, module), wishes])
+        facts = torch.cat([module.step_loss.view(1), bad_gradients(trainer, module, optimizer), wishes])
         loss, num_bad, stop, save = trainer.strategy.reduce(facts, reduce_op="sum").tolist()
         self.must_stop, self.must_save = stop > 0, save > 0
         if not math.isfinite(loss) or num_bad:
@@ -125,14 +125,15 @@ class WatchSteps(L.Callback):
         self.in_row = state_dict["in_row"]
 
 
-def bad_gradients(trainer: L.Trainer, module: Any) -> Tensor:
+def bad_gradients(trainer: L.Trainer, module: Any, optimizer: torch.optim.Optimizer) -> Tensor:
     """Tell whether this rank holds a gradient that is no number: (1,), 0 or 1.
 
     In fp16 the scaler looks for them itself: while it seeks its scale they are no fault.
     """
     plugin = trainer.precision_plugin
     is_scaled = isinstance(plugin, MixedPrecision) and plugin.scaler is not None
-    gradients = [each.grad for _, each in trained_parameters(module.vlm) if each.grad is not None]
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    gradients = [each.grad for each in parameters if each.grad is not None]
     if is_scaled or not gradients:
         return module.step_loss.new_zeros(1)
     local = [each.to_local() if hasattr(each, "to_local") else each for each in gradients]
