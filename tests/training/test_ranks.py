@@ -187,3 +187,15 @@ def test_a_step_that_takes_long_takes_longer_to_hang():
     assert judged([slow, sign(6, BACKWARD)]) == ""
     first = Sign(number=9, batch=0, place=COMPUTES)  # nothing is known of a step yet
     assert judged([first, Sign(number=9, batch=0, place=BACKWARD)], still=600.0) == ""
+
+
+@pytest.mark.kill
+def test_a_finished_run_of_two_ranks_ends_though_one_is_done_before_the_other(toys, tmp_path, monkeypatch):
+    hasten(monkeypatch)
+    chosen = {key.partition("=")[0]: key for key in (*ALL, "trainer.num_chats=1")}
+    given = toys.arguments(*chosen.values(), runs=tmp_path / "runs")
+    for more, is_new in ((), True), (("resume=last",), False):
+        with two([*given, *more], tmp_path / "runs", is_new) as (processes, read):
+            for process in processes:
+                process.join(100)
+            assert [process.exitcode for process in processes] == [0, 0], read(0) + read(1)

@@ -104,7 +104,7 @@ def load_plain(path: Path) -> Any:
             raise ConfigError(f"{path}: more than {LISTS} lists: no settings of a run. Take another run folder")
         anchors = [event for event in yaml.parse(text) if getattr(event, "anchor", None)]
         if anchors:
-            raise ConfigError(f"{path}: a YAML anchor or alias ({anchors[0].anchor}). Write each value out")
+            raise ConfigError(f"{path}: YAML anchors and aliases are no settings of a run. Write each value out")
         return OmegaConf.load(path)
     except (RecursionError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: no settings of a run ({type(error).__name__}). Take another run folder") from error
