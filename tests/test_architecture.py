@@ -35,6 +35,7 @@ FLOORS = {  # of data/, in the same way
     "text": 1,
     "dialects": 2,
     "tiles": 2,
+    "example": 2,
     "fit": 2,
     "encode": 2,
     "sizes": 3,

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from toys import write_jsonl
 
-from vlm_tune.data.encode import NO_LOSS
+from vlm_tune.data.example import NO_LOSS
 from vlm_tune.training.module import VlmModule
 from vlm_tune.training.trainer import make_trainer
 

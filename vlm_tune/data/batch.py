@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlm_tune.config.schema import LossWeight
-from vlm_tune.data.encode import NO_LOSS, Example
+from vlm_tune.data.example import NO_LOSS, Example
 from vlm_tune.data.pictures.anyres import Spread
 
 

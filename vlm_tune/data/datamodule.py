@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlm_tune.config.schema import AugmentConfig, BadSample, Config
 from vlm_tune.data.batch import Batch, add_pictures, collate, token_weight
-from vlm_tune.data.encode import Encoder, Example
+from vlm_tune.data.encode import Encoder
+from vlm_tune.data.example import Example
 from vlm_tune.data.sets.dataset import Conversations
 from vlm_tune.data.sets.index import Findings, refuse_faults, write_faults
 from vlm_tune.data.sets.mixture import Mixture, open_data, open_sizes

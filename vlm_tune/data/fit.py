@@ -3,12 +3,18 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from vlm_tune.config.schema import TooLong
+from vlm_tune.data.example import NO_LOSS, Example
 from vlm_tune.data.pictures.anyres import Spread, count_tokens
 from vlm_tune.data.sample import Sample
-from vlm_tune.data.text.long_rows import Beginning
+from vlm_tune.data.text.long_rows import Beginning, most_turns
 from vlm_tune.data.text.positions import UNLIMITED, Limit, Positions
+from vlm_tune.data.text.tokens import TextTokenizer
 from vlm_tune.errors import DataError
+
+FEW = 8  # turns that trim_text leaves out one by one
 
 Tiling = Callable[[int], Sequence[int] | Sequence[Spread]]
 """Tiles of each picture of a sample, in the order of the text, when the sample may have that many in all.
@@ -18,7 +24,7 @@ A Spread also says how they lie, which decides the number of tokens where rows e
 
 
 def no_pictures(max_tiles: int) -> tuple[int, ...]:
-    """Be the tiling of a sample without pictures."""
+    """Return no tiles: the tiling of a sample without pictures."""
     return ()
 
 
@@ -39,6 +45,11 @@ class EncoderSettings:
     add_bos: bool | None = None  # None = what the tokenizer itself does
     markup: tuple[str, ...] | None = None  # added tokens that texts may write; None = all that control nothing
     reasoning_loss: bool = True  # the reasoning before an answer is supervised too
+
+    @property
+    def image_tokens(self) -> tuple[str, str, str]:
+        """The tokens in front of a picture, for each of its features, and behind it."""
+        return self.image_start, self.image_context, self.image_end
 
     @property
     def limit(self) -> Limit:
@@ -112,6 +123,53 @@ def _tile(sample: Sample, tiling: Tiling, max_tiles: int, settings: EncoderSetti
     spreads = tuple(each for each in tiled if isinstance(each, Spread))
     assert len(spreads) == num_pictures, "a picture whose rows end with a newline has a Spread"
     return Fit(num_tiles, tuple(count_tokens(spread, per_tile) for spread in spreads), spreads, max_tiles)
+
+
+def trim(
+    sample: Sample,
+    fit: Fit,
+    settings: EncoderSettings,
+    tokens: TextTokenizer,
+    encode: Callable[[Sample, Fit], Example],
+) -> Example:
+    """Leave out last turns, and where one turn alone is too long, the tail of its text.
+
+    `encode` makes ids and labels of a sample whose pictures have their tiles. Raises DataError where no supervised
+    token would be left, or a picture be cut.
+    """
+    max_length = settings.limit.tokens
+    answers = [index for index, message in enumerate(sample.messages) if message.role == "assistant"]
+    num_answers = sample.num_answers if isinstance(sample, Beginning) else len(answers)
+    most = most_turns(sample, tokens, max_length) if len(answers) > FEW else len(answers)
+    shortest: Example | None = None
+    for num_turns in range(most, 0, -1):
+        shorter = replace(sample, messages=sample.messages[: answers[num_turns - 1] + 1])
+        example = encode(shorter, fit.first(len(shorter.pictures)))
+        if example.num_supervised == 0:
+            break
+        left_out = num_answers - num_turns
+        shortest = replace(example, note=f"trim_text: {left_out} of {num_answers} turns left out")
+        if len(example.input_ids) <= max_length:
+            return shortest
+    assert shortest is not None  # the whole sample holds a supervised token
+    return _cut(sample, shortest, settings, tokens)
+
+
+def _cut(sample: Sample, example: Example, settings: EncoderSettings, tokens: TextTokenizer) -> Example:
+    limit = settings.limit
+    note = f"{example.note}, {least_of(sample)}{len(example.input_ids) - limit.tokens} tokens cut"
+    ids, labels = example.input_ids[: limit.tokens], example.labels[: limit.tokens]
+    cut = replace(example, input_ids=ids, labels=labels, note=note)
+    context_id = tokens.token_id(settings.image_context)
+    num_image = np.count_nonzero(example.input_ids == context_id)
+    if cut.num_supervised == 0 or np.count_nonzero(ids == context_id) != num_image:
+        first = f"{least_of(sample)}{np.argmax(example.labels != NO_LOSS)}"
+        raise fault_of(
+            sample,
+            f"{first} tokens before the first answer ({num_image} of pictures), but {limit.name}: no text to train on "
+            f"is left after trimming: {limit.remedy}, lower model.tiles.max or set data.on_too_long=skip",
+        )
+    return cut
 
 
 def too_long(sample: Sample, num_fixed: int, fit: Fit, settings: EncoderSettings) -> DataError:

@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 
 from vlm_tune.config.schema import TileRule
 from vlm_tune.data.dialects.dialects import recognise
-from vlm_tune.data.encode import Encoder, Lengths
+from vlm_tune.data.encode import Encoder
+from vlm_tune.data.example import Lengths
 from vlm_tune.data.fit import EncoderSettings, SkippedSample
 from vlm_tune.data.pictures.images import CheckedPictures
 from vlm_tune.data.rows.cache import hashed

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from vlm_tune.data.encode import Example
+from vlm_tune.data.example import Example
 from vlm_tune.data.sample import Sample
 from vlm_tune.data.sets.dataset import Conversations
 from vlm_tune.errors import DataError

@@ -11,7 +11,8 @@ from PIL import Image
 
 from vlm_tune.config.schema import BadSample, Config, TileRule, TilesConfig
 from vlm_tune.data.datamodule import DataModule, Part, validation_packs
-from vlm_tune.data.encode import NO_LOSS, Encoder, Example
+from vlm_tune.data.encode import Encoder
+from vlm_tune.data.example import NO_LOSS, Example
 from vlm_tune.data.fit import EncoderSettings
 from vlm_tune.data.pictures.anyres import NEWLINE, token_order
 from vlm_tune.data.sample import Sample

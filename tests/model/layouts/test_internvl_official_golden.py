@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoPr
 
 from vlm_tune.config.schema import Config, ModelConfig, Precision, Quantize, TilesConfig, TrainerConfig
 from vlm_tune.data.batch import collate
-from vlm_tune.data.encode import Example
+from vlm_tune.data.example import Example
 from vlm_tune.data.sample import Message, Picture, Sample
 from vlm_tune.data.tiles import count_tiles, make_tiles, normalize
 from vlm_tune.errors import ConfigError

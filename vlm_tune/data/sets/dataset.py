@@ -12,7 +12,8 @@ from torch import Tensor
 
 from vlm_tune.config.schema import AugmentConfig, DataConfig, TileRule, TilesConfig
 from vlm_tune.data.dialects.dialects import parse_record, recognise_rows
-from vlm_tune.data.encode import Encoder, Example
+from vlm_tune.data.encode import Encoder
+from vlm_tune.data.example import Example
 from vlm_tune.data.pictures.anyres import Spread
 from vlm_tune.data.pictures.augment import augment
 from vlm_tune.data.pictures.feature_cache import FeatureCache

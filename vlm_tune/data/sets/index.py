@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch.utils.data import DataLoader, Dataset
 
-from vlm_tune.data.encode import Lengths
+from vlm_tune.data.example import Lengths
 from vlm_tune.data.fit import SkippedSample
 from vlm_tune.data.pictures.images import CheckedPictures
 from vlm_tune.data.rows.cache import content_key, hashed, sampled

@@ -39,6 +39,7 @@ class TextTokenizer:
                 f"{tokenizer.name_or_path}: {type(tokenizer).__name__} is not a fast tokenizer: "
                 "save it with tokenizer.json (transformers.AutoTokenizer converts most)"
             )
+        self.name: str = tokenizer.name_or_path
         spec = json.loads(backend.to_str())
         added = [each for each in spec["added_tokens"] if each["content"].strip()]
         self._added = {each["content"]: each["id"] for each in added}
