@@ -5,9 +5,9 @@ from typing import BinaryIO
 
 
 def is_whole(name: str, file: BinaryIO) -> bool:
-    """Tell whether a file of a format (mov, matroska, avi, gif, AVIF, HEIF) ends where it says; True for any other.
+    """Return whether a file (mov, matroska, avi, gif, AVIF, HEIF) ends where it says; True for any other format.
 
-    Where the file is read next is left somewhere else.
+    This moves the position in the file.
     """
     holds_all = _RULES.get(name)
     return holds_all is None or holds_all(file)
@@ -19,7 +19,7 @@ def _ends_as_gif(file: BinaryIO) -> bool:
 
 
 def _holds_its_boxes(file: BinaryIO) -> bool:
-    """Look at the boxes that an .mp4, .avif or .heic consists of."""
+    """Whether the boxes of an .mp4, .avif or .heic are complete."""
     end, place = file.seek(0, os.SEEK_END), 0
     while place + 8 <= end:
         file.seek(place)
@@ -51,12 +51,12 @@ def _holds_its_elements(file: BinaryIO) -> bool:
 
 
 def _holds_its_chunks(file: BinaryIO) -> bool:
-    """Look at the chunks that an .avi consists of."""
+    """Whether the chunks of an .avi are complete."""
     end, place = file.seek(0, os.SEEK_END), 0
     while place + 8 <= end:
         file.seek(place)
         head = file.read(8)
-        if head[:4] != b"RIFF":  # something behind the film
+        if head[:4] != b"RIFF":  # something after the film
             return True
         place += 8 + int.from_bytes(head[4:], "little")
     return place <= end
