@@ -20,7 +20,7 @@ def find_stop_ids(tokens: TextTokenizer, template: Template) -> tuple[int, ...]:
 
 
 def find_image_ids(tokens: TextTokenizer, start: str, context: str, end: str) -> ImageIds:
-    """Find the tokens of a picture. Raise ConfigError for one that the tokenizer lacks; "" = there is none."""
+    """Return the tokens of a picture; "" means none. Raise ConfigError for one that the tokenizer lacks."""
     ids = {content: tokens.token_id(content) for content in (start, context, end) if content}
     for content, token_id in ids.items():
         if token_id is None:
@@ -30,7 +30,7 @@ def find_image_ids(tokens: TextTokenizer, start: str, context: str, end: str) ->
 
 
 def refuse_control(tokens: TextTokenizer, stop_ids: tuple[int, ...], image: ImageIds) -> None:
-    """Keep texts from writing what ends a turn or stands for a picture, whatever model.markup says."""
+    """Refuse a model.markup that names a token that ends turns or represents pictures."""
     control = {*stop_ids, tokens.bos_id, image.context, *image.start, *image.end}
     if clash := next((content for content, token_id in tokens.markup.items() if token_id in control), ""):
         raise ConfigError(

@@ -1,7 +1,7 @@
 """The items of a conversation: control tokens, pictures, and the text between them, each with its tokens and loss.
 
-Every item answers two questions: which tokens it has (`ids`), and how many of them in a row carry loss or do not
-(`spans`). What is counted and what is assembled are answers to the same questions.
+Every item answers two questions: which tokens it has (`ids`), and how long its runs of tokens with or without loss are
+(`spans`). Counting and assembling a sample rely on the same answers.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,12 +14,12 @@ from vlm_tune.data.text.templates import Segment
 from vlm_tune.data.text.tokens import TextTokenizer
 
 Span = tuple[int, bool]
-"""Tokens in a row, and whether they are supervised."""
+"""A number of consecutive tokens, and whether they are supervised."""
 
 
 @dataclass(slots=True)
 class ControlToken:
-    """Hold a token that only templates write."""
+    """A token that only templates write."""
 
     id: int
     supervised: bool
@@ -35,7 +35,7 @@ class ControlToken:
 
 @dataclass(frozen=True, slots=True)
 class ImageIds:
-    """Hold the tokens around a picture, and the one that each of its features replaces."""
+    """The tokens around a picture, and the one that each of its features replaces."""
 
     start: tuple[int, ...] = ()
     context: int | None = None  # None = the model takes no pictures
@@ -44,26 +44,26 @@ class ImageIds:
 
 @dataclass(slots=True)
 class ImageSlot:
-    """Hold the place of a picture; how many features it has is known once its tiles are chosen."""
+    """The place of a picture; the number of its features is known once its tiles are chosen."""
 
     tokens: ImageIds
     num_features: int = 0
 
     def spans(self) -> Iterable[Span]:
-        """Return its tokens; none carries loss."""
+        """Return the number of its tokens; none carries loss."""
         return ((len(self.tokens.start) + self.num_features + len(self.tokens.end), False),)
 
     def ids(self) -> Sequence[int]:
-        """Return the picture's edges, and a token for each feature between them."""
+        """Return the tokens around the picture, with one for each feature between them."""
         return (*self.tokens.start, *[self.tokens.context or 0] * self.num_features, *self.tokens.end)
 
 
 @dataclass(slots=True)
 class TextPiece:
-    """Hold a stretch of text without control tokens: the tokenizer sees it as one string.
+    """A stretch of text without control tokens, which the tokenizer sees as one string.
 
-    It may hold parts of several kinds: in "assistant\\nA cat." the header and the answer are one piece, because the
-    references tokenize them in one string too and their characters may merge.
+    It may have parts of both kinds: in "assistant\\nA cat." the header and the answer are one piece, because the
+    references also tokenize them as one string, and characters may merge across the border.
     """
 
     opens: bool  # opens a string of the reference, where SentencePiece puts its space in front
@@ -78,7 +78,7 @@ class TextPiece:
         self.marks = (*joined, (len(self.text), supervised))
 
     def spans(self) -> Iterator[Span]:
-        """Yield the tokens of each part.
+        """Yield the number of tokens of each part.
 
         A token across the border of two parts belongs to the first, as in InternVL, which masks as many tokens as the
         header has: an answer that begins with a newline may lose it to the header "assistant\\n".
@@ -104,7 +104,7 @@ Item = ControlToken | ImageSlot | TextPiece
 
 
 def _first_token(encoding: Encoding, start: int, stop: int) -> int:
-    """Return the first token that lies wholly at or behind a character, the number of tokens where none does."""
+    """Return the index of the first token that begins at or after a character, or the number of tokens if none does."""
     for position in range(start, stop):  # a normalizer may have dropped characters
         token = encoding.char_to_token(position)
         if token is not None:
@@ -114,9 +114,9 @@ def _first_token(encoding: Encoding, start: int, stop: int) -> int:
 
 
 def lay_out(segments: Sequence[Segment], tokens: TextTokenizer, bos_id: int | None, image: ImageIds) -> list[Item]:
-    """Join the text between control tokens into pieces, the tokenizer's first token in front where it has one.
+    """Join the text between control tokens into pieces, with the tokenizer's first token, if any, in front.
 
-    After a picture without edges the text is a string of its own, as in LLaVA, which splits its prompt there.
+    After a picture without edges, the text is a string of its own, as in LLaVA, which splits its prompt there.
     """
     items: list[Item] = []
     opens = True
@@ -136,7 +136,7 @@ def lay_out(segments: Sequence[Segment], tokens: TextTokenizer, bos_id: int | No
 
 
 def _append(items: list[Item], part: int | str, supervised: bool, opens: bool, tokens: TextTokenizer) -> bool:
-    """Add a control token or some text; say whether the next text still opens a string."""
+    """Add a control token or some text; return whether the next text still opens a string."""
     if isinstance(part, int):
         items.append(ControlToken(part, supervised))
         return False
@@ -153,7 +153,7 @@ def _append(items: list[Item], part: int | str, supervised: bool, opens: bool, t
 
 
 def tokenize(items: Iterable[Item], tokens: TextTokenizer) -> None:
-    """Give every piece of text its tokens, in one batch."""
+    """Tokenize every piece of text, in one batch."""
     pieces = [item for item in items if isinstance(item, TextPiece)]
     encodings = tokens.plain((piece.opens, piece.text) for piece in pieces)
     for piece in pieces:
@@ -161,14 +161,14 @@ def tokenize(items: Iterable[Item], tokens: TextTokenizer) -> None:
 
 
 def place_features(items: Iterable[Item], num_features: Sequence[int]) -> None:
-    """Give every picture the number of its features, in the order of the text."""
+    """Set the number of features of every picture, in the order of the text."""
     slots = [item for item in items if isinstance(item, ImageSlot)]
     for slot, number in zip(slots, num_features, strict=True):
         slot.num_features = number
 
 
 def count(items: Sequence[Item]) -> tuple[int, int]:
-    """Count the tokens and the supervised ones: the first of all never is, as nothing before it could predict it."""
+    """Count the tokens and the supervised ones; the very first never is, as nothing before it could predict it."""
     num_tokens = num_supervised = 0
     for item in items:
         for number, supervised in item.spans():
