@@ -24,7 +24,7 @@ from vlm_tune.data.tiles import make_tiles, picture_spreads, picture_tiles, tile
 from vlm_tune.recipes.fetch import cache_folder
 
 Measure = Callable[[Picture, str, str | None], tuple[int, int]]
-"""The size of a picture (width, height), by ImageReader.read_size or a method that looks closer."""
+"""Returns the (width, height) of a picture: ImageReader.read_size, or a method that checks more."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class PictureSettings:
 class Conversations:
     """Read the rows of one data file as Samples and Examples.
 
-    Workers share nothing but the file: an object costs its row offsets, not its rows.
+    Workers share only the file: an object holds the offsets of the rows, not the rows.
     """
 
     def __init__(self, path: Path, config: DataConfig, encoder: Encoder, pictures: PictureSettings) -> None:
@@ -49,7 +49,7 @@ class Conversations:
         self.pictures = pictures
         self.root = Path(config.image.root) if config.image.root else path if path.is_dir() else path.parent
         self.reader = ImageReader(config.image, self.root)
-        self.cache: FeatureCache | None = None  # set where a frozen encoder's features are kept
+        self.cache: FeatureCache | None = None  # set if the features of a frozen vision tower are cached
         self.ignored = frozenset(config.ignore_fields)
         self.format = config.format if config.format != "auto" else recognise_rows(self.rows, self.ignored)
 
@@ -58,11 +58,11 @@ class Conversations:
 
     @property
     def sets(self) -> list["Conversations"]:
-        """Be a mixture of one set (see mixture.py)."""
+        """Return itself, as a mixture of one set would (see mixture.py)."""
         return [self]
 
     def locate(self, row: int) -> tuple["Conversations", int]:
-        """Find a row of a mixture of one set."""
+        """Return the set of a row and its number there, as a mixture of one set would."""
         return self, row
 
     def sample(self, row: int) -> Sample:
@@ -74,12 +74,12 @@ class Conversations:
         return parse_record(record, self.format, self.rows.where(row), row, self.root, self.ignored)
 
     def encode(self, row: int) -> Example:
-        """Encode one row; its pictures' sizes come from their headers alone."""
+        """Encode one row; only the headers of its pictures are read."""
         sample = self.sample(row)
         return self.encoder.encode(sample, self.tiling(sample))
 
     def tiling(self, sample: Sample, measure: Measure | None = None) -> "Tiling":
-        """Measure a sample's pictures once, by default from their headers; tile counts under any limit follow."""
+        """Measure a sample's pictures once, by default from their headers, to count their tiles under any limit."""
         measure = measure or self.reader.read_size
         sizes = [measure(picture, sample.where, sample.id) for picture in sample.pictures]
         return Tiling(sizes, [picture.is_frame for picture in sample.pictures], self.pictures.tiles)
@@ -87,7 +87,7 @@ class Conversations:
     def make_tiles(
         self, sample: Sample, example: Example, generator: np.random.Generator | None = None
     ) -> npt.NDArray[np.uint8]:
-        """Cut all pictures of a sample into tiles (T, H, W, 3); a generator turns augmentation on."""
+        """Cut all pictures of a sample into tiles (T, H, W, 3); with a generator, pictures are augmented."""
         size = self.pictures.tiles.size
         limited = self.limited_pictures(sample, example)
         images = self.reader.open_pictures([picture for picture, _ in limited], sample.where, sample.id)
@@ -104,7 +104,7 @@ class Conversations:
         return make_tiles(image, self.pictures.tiles, limit, self.pictures.normalization)
 
     def read_features(self, sample: Sample, example: Example) -> Tensor:
-        """Read what the frozen encoder saw in a sample's pictures: (T, P, C)."""
+        """Read the cached features of a sample's pictures: (T, P, C)."""
         assert self.cache is not None
         features = [
             self.cache.read(self.cache.key(self.reader.read_content(picture, sample.where, sample.id), limit))
@@ -121,14 +121,14 @@ class Conversations:
 
 @dataclass(frozen=True)
 class Tiling:
-    """Give the tiles of each picture of a sample under a limit."""
+    """The tiles of each picture of a sample as a function of their limit."""
 
     sizes: list[tuple[int, int]]
     is_frame: list[bool]
     tiles: TilesConfig
 
     def __call__(self, max_tiles: int) -> tuple[int, ...] | tuple[Spread, ...]:
-        """Count the tiles of each picture when the sample may have `max_tiles` in all; of anyres, say how they lie."""
+        """Count the tiles of each picture if the sample may have `max_tiles` in all; with anyres, return Spreads."""
         if self.tiles.rule is TileRule.anyres:
             return picture_spreads(self.sizes, self.is_frame, self.tiles, max_tiles)
         return picture_tiles(self.sizes, self.is_frame, self.tiles, max_tiles)
