@@ -44,20 +44,20 @@ class Encoder:
 
     @property
     def markup(self) -> dict[str, int]:
-        """Name the added tokens that texts may write, with their ids."""
+        """Return the added tokens that texts may contain, with their ids."""
         return self._tokens.markup
 
     def fingerprint(self) -> str:
-        """Name all that decides how many tokens a sample has: tokenizer, template, limits."""
+        """Return everything that decides how many tokens a sample has: tokenizer, template, limits."""
         return f"{self._tokens.fingerprint()} {self.template} {self.settings}"
 
     def encode(self, sample: Sample, tiling: Tiling = no_pictures) -> Example:
         """Encode a sample for training: ids and labels (L,).
 
-        `tiling(max_tiles)` gives the tiles of each picture. It is called with settings.max_tiles, and with smaller
-        limits where data.on_too_long=fewer_tiles needs them.
+        `tiling(max_tiles)` returns the tiles of each picture. It is called with settings.max_tiles, and with smaller
+        limits if data.on_too_long=fewer_tiles needs them.
 
-        Raises DataError for a row without a supervised token or too long, SkippedSample where the policy is `skip`.
+        Raises DataError for a row that is too long or has no supervised token, SkippedSample if the policy is `skip`.
         """
         sample = self.shortened(sample)
         items = self._lay_out(sample)
@@ -67,15 +67,15 @@ class Encoder:
         return self._trim(sample, fit) if fit.is_long else _assemble(sample, items, fit)
 
     def shortened(self, sample: Sample) -> Sample:
-        """Return a Beginning of a row that is far too long, else the sample itself."""
+        """Return the Beginning of a row that is far too long, else the sample itself."""
         return shortened(sample, self._tokens, self.settings.limit.tokens)
 
     def encode_prompt(self, sample: Sample, tiling: Tiling = no_pictures) -> Example:
-        """Encode the question for generation: ids (L,) end after the header of the answer to the last question.
+        """Encode a prompt for generation: its ids (L,) end with the header of the answer to the last question.
 
-        Up to there they are those of `encode`; what follows the last question is left out. No label carries loss.
-        Raises DataError for a prompt that is too long (its text is never trimmed), and for plain text, which asks
-        nothing.
+        Up to there they equal those of `encode`; what follows the last question is left out. No label carries loss.
+        Raises DataError for a prompt that is too long (its text is never trimmed), and for plain text, which has no
+        question.
         """
         if sample.is_plain:
             raise fault_of(sample, "plain text holds no question to answer: give rows of a conversation")
@@ -93,9 +93,9 @@ class Encoder:
         return _assemble(asked, items, fit)
 
     def encode_lengths(self, samples: Sequence[Sample], tilings: Sequence[Tiling]) -> list[Lengths | DataError]:
-        """Count the tokens of many samples at once, equal to `encode` one by one, in a fraction of its time.
+        """Count the tokens of many samples at once, as `encode` would one by one, in a fraction of its time.
 
-        A faulty sample gives its error in place of its lengths, so that it does not stop the others.
+        A faulty sample yields its error in place of its lengths, so that it does not stop the others.
         """
         samples = [self.shortened(sample) for sample in samples]
         layouts = [self._try_lay_out(sample) for sample in samples]
@@ -152,7 +152,7 @@ class Encoder:
 
 
 def _assemble(sample: Sample, items: list[Item], fit: Fit) -> Example:
-    """Put ids and labels together, each token beside its label."""
+    """Build ids and labels together, item by item."""
     place_features(items, fit.num_tokens)
     ids, labels = array("i"), array("i")
     for item in items:

@@ -11,16 +11,16 @@ NO_LOSS = -100  # label of a token that is not supervised
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Hold one encoded sample of L tokens."""
+    """One encoded sample of L tokens."""
 
     id: str
     where: str
     input_ids: np.ndarray  # (L,) int32
     labels: np.ndarray  # (L,) int32, each at its own token's position (not shifted); -100 = no loss
-    num_tiles: tuple[int, ...] = ()  # of each picture; fewer than the sample's pictures where trim_text left turns out
-    max_tiles: int = 0  # the limit that `num_tiles` was made with
+    num_tiles: tuple[int, ...] = ()  # of each picture; fewer than the sample's pictures if trim_text left out turns
+    max_tiles: int = 0  # the limit under which `num_tiles` was computed
     note: str = ""  # what data.on_too_long did to the row: "fewer_tiles: 13 -> 7 tiles"
-    spreads: tuple[Spread, ...] = ()  # how the tiles of each picture lie, where that decides its tokens
+    spreads: tuple[Spread, ...] = ()  # how the tiles of each picture lie, if its tokens depend on that
 
     @property
     def num_supervised(self) -> int:
@@ -30,7 +30,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Hold what an index needs of an encoded sample, without its tokens."""
+    """What an index needs to know about an encoded sample, without its tokens."""
 
     num_tokens: int
     num_supervised: int
