@@ -9,16 +9,10 @@ import pyarrow as pa
 from filelock import FileLock
 
 from vlm_tune.errors import DataError
-from vlm_tune.recipes.fetch import cache_folder
 
 CODECS = {".gz": "gzip", ".tgz": "gzip", ".zst": "zstd"}
 BLOCK = 1 << 24  # bytes read at once
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
-
-
-def rows_folder(folder: Path | None) -> Path:
-    """Return the folder of derived files: the caller's, or one in the user's cache."""
-    return folder if folder is not None else cache_folder() / "rows"
 
 
 def content_key(path: Path) -> str:

@@ -9,11 +9,12 @@ from typing import Protocol
 import numpy as np
 
 from vlm_tune.config.hints import PICTURE_ENDINGS
-from vlm_tune.data.rows.cache import CODECS, rows_folder, unpacked
+from vlm_tune.data.rows.cache import CODECS, unpacked
 from vlm_tune.data.rows.table import TABLES, TableRows
 from vlm_tune.data.rows.tar import TarRows
 from vlm_tune.data.rows.text import TextRows
 from vlm_tune.errors import DataError
+from vlm_tune.recipes.fetch import cache_folder
 
 TEXTS = (".jsonl", ".json", ".ndjson")
 CONTAINERS = (*TEXTS, *TABLES, ".tar")
@@ -65,28 +66,27 @@ class ShardedRows:
 def open_rows(path: str | Path, index_folder: Path | None = None) -> Rows:
     """Open a file, a folder or a pattern such as `shards/train-*.tar` as rows.
 
-    `index_folder` keeps what is derived from the files (offsets, unpacked copies, Arrow tables) for later runs and
-    other processes; a changed file is processed again. Without it, offsets live in memory, and unpacked copies and
-    tables go into the user's cache.
+    `index_folder`, by default one in the user's cache, keeps what is derived from the files (offsets, unpacked copies,
+    Arrow tables) for later runs and other processes; a changed file is processed again.
 
     Raise DataError for a missing, empty or damaged file, an unknown file type, and a folder whose files are not the
     shards of one data set.
     """
-    files = find_files(Path(path))
-    opened = [_open_file(file, index_folder) for file in files]
+    folder = index_folder or cache_folder() / "rows"
+    opened = [_open_file(file, folder) for file in find_files(Path(path))]
     return opened[0] if len(opened) == 1 else ShardedRows(opened)
 
 
-def _open_file(path: Path, index_folder: Path | None) -> Rows:
+def _open_file(path: Path, folder: Path) -> Rows:
     kind = container(path)
     if path.stat().st_size == 0:
         raise DataError("holds no rows: the file is empty.", path.name)
-    plain = unpacked(path, rows_folder(index_folder)) if path.suffix.lower() in CODECS else path
+    plain = unpacked(path, folder) if path.suffix.lower() in CODECS else path
     if kind == ".tar":
         return TarRows(plain, path.name)
     if kind in TABLES:
-        return TableRows(plain, path.name, index_folder)
-    return TextRows(plain, path.name, index_folder)
+        return TableRows(plain, path.name, folder)
+    return TextRows(plain, path.name, folder)
 
 
 def container(path: Path) -> str:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from vlm_tune.data.rows.cache import derived, rows_folder
+from vlm_tune.data.rows.cache import derived
 from vlm_tune.data.rows.features import cell_decoders
 from vlm_tune.errors import DataError
 
@@ -25,8 +25,8 @@ _MAX_ROW = 1 << 26  # bytes of a csv row: cells may hold base64 pictures
 class TableRows:
     """Read single rows of a table; `where` counts as a spreadsheet does (parquet and Arrow: from 1, no header)."""
 
-    def __init__(self, path: Path, name: str, index_folder: Path | None) -> None:
-        """Open the table; everything but .arrow is converted once, into `index_folder` (.feather is mostly compressed).
+    def __init__(self, path: Path, name: str, folder: Path) -> None:
+        """Open the table; everything but .arrow is converted once, into `folder` (.feather is mostly compressed).
 
         Raise DataError for a damaged file, rows of unequal length and text that is not UTF-8.
         """
@@ -35,7 +35,6 @@ class TableRows:
         self._first_row = 2 if suffix in SPREADSHEETS else 1
         self._path = path
         if suffix != ".arrow":
-            folder = rows_folder(index_folder)
             self._path = derived(path, folder, f"{path.name}.arrow", lambda target: _convert(path, name, target))
         self._open()
         self._ends = np.cumsum([batch.num_rows for batch in self._batches])

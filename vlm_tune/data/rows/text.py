@@ -39,19 +39,15 @@ _REMEDIES = {
 class TextRows:
     """Read single rows of a JSON text file; `where` gives the true line, counting blank lines."""
 
-    def __init__(self, path: Path, name: str, index_folder: Path | None) -> None:
-        """Scan the file, or load its offsets from `index_folder`, where another process may have saved them.
+    def __init__(self, path: Path, name: str, folder: Path) -> None:
+        """Scan the file, or load its offsets from `folder`, where another process may have saved them.
 
         Raise DataError for a file without rows, an array that is never closed, and UTF-16.
         """
         self.path, self.name = path, name
         self._layout, start = _layout(path, name)
-        self._index: Path | None = None
-        if index_folder is None:
-            self._offsets = self._scan(start)
-        else:
-            self._index = derived(path, index_folder, f"{path.name}.npy", lambda target: self._save(start, target))
-            self._offsets = np.load(self._index, mmap_mode="r")
+        self._index = derived(path, folder, f"{path.name}.npy", lambda target: self._save(start, target))
+        self._offsets = np.load(self._index, mmap_mode="r")
         self._file: BinaryIO | None = None
         if len(self) == 0:
             raise DataError("holds no rows. Write one JSON object per line.", name)
@@ -87,14 +83,12 @@ class TextRows:
         return self._where(index, self._raw(index) if self._layout == "array" else b"", 0)
 
     def __getstate__(self) -> dict[str, object]:
-        """Drop the open file, and the offsets if every process can map them from disk."""
-        state = self.__dict__ | {"_file": None}
-        return state | {"_offsets": None} if self._index is not None else state
+        """Drop the open file and the offsets, which every process can map from disk."""
+        return self.__dict__ | {"_file": None, "_offsets": None}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
-        if self._index is not None:
-            self._offsets = np.load(self._index, mmap_mode="r")
+        self._offsets = np.load(self._index, mmap_mode="r")
 
     def __del__(self) -> None:
         if getattr(self, "_file", None) is not None:

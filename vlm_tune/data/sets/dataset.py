@@ -21,7 +21,6 @@ from vlm_tune.data.pictures.images import ImageReader
 from vlm_tune.data.rows.rows import open_rows
 from vlm_tune.data.sample import Picture, Sample
 from vlm_tune.data.tiles import make_tiles, picture_spreads, picture_tiles, tile_limits
-from vlm_tune.recipes.fetch import cache_folder
 
 Measure = Callable[[Picture, str, str | None], tuple[int, int]]
 """Returns the (width, height) of a picture: ImageReader.read_size, or a method that checks more."""
@@ -44,7 +43,7 @@ class Conversations:
 
     def __init__(self, path: Path, config: DataConfig, encoder: Encoder, pictures: PictureSettings) -> None:
         self.path = path
-        self.rows = open_rows(path, cache_folder() / "rows")
+        self.rows = open_rows(path)
         self.encoder = encoder
         self.pictures = pictures
         self.root = Path(config.image.root) if config.image.root else path if path.is_dir() else path.parent
