@@ -42,9 +42,7 @@ def read_vqa(row: Row) -> list[Message]:
     pictures = _pictures(row)
     question = row.question(row.required("question"), '"question"')
     value = row.required("answer")
-    answer = (
-        str(value) if isinstance(value, int | float) and not isinstance(value, bool) else row.answer(value, '"answer"')
-    )
+    answer = str(value) if kind_of(value) == "a number" else row.answer(value, '"answer"')
     if hint := row.optional("hint").strip():  # MMBench: what the question needs beside the picture
         question = f"{hint}\n{question}"
     choices = _choices(row)

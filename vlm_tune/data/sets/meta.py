@@ -3,8 +3,8 @@
 InternVL's meta file, {name: {...}}, or a list of the same in YAML or JSON. Beyond InternVL's: `weight` and `format`.
 """
 
+import dataclasses
 import json
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,22 +15,11 @@ from vlm_tune.data.dialects.dialects import DIALECTS
 from vlm_tune.data.sets.paths import find_file
 from vlm_tune.errors import DataError
 
-_KNOWN = (
-    "root",
-    "annotation",
-    "data_augment",
-    "max_dynamic_patch",
-    "repeat_time",
-    "length",
-    "weight",
-    "format",
-    "name",
-)
 _LARGEST = 1 << 24  # bytes; a larger .json holds rows
 _YAML = (".yaml", ".yml")  # never a file of rows
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class MetaEntry:
     """One data set of a mixture."""
 
@@ -43,6 +32,9 @@ class MetaEntry:
     length: int | None = None  # number of rows according to the file; not relied on
     weight: float | None = None  # share of the mixture's rows, instead of repeat_time
     format: str | None = None  # dialect of the rows; None = data.format
+
+
+_KNOWN = (*(field.name for field in dataclasses.fields(MetaEntry)[1:]), "name")
 
 
 def is_meta(path: Path) -> bool:
