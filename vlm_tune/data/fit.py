@@ -187,7 +187,7 @@ def too_long(sample: Sample, num_fixed: int, fit: Fit, settings: EncoderSettings
 
 
 def least_of(sample: Sample) -> str:
-    """Return "at least " in front of a number of tokens that was counted only in the beginning of a row."""
+    """Return "at least " if only the beginning of a row was counted, else ""."""
     return "at least " if isinstance(sample, Beginning) else ""
 
 

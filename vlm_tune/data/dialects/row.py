@@ -23,7 +23,7 @@ class Row:
 
     record: Record
     where: str
-    sample_id: str | None  # None where the record names none
+    sample_id: str | None  # None if the record has none
     image_root: Path  # of relative video folders
 
     def fault(self, reason: str) -> DataError:

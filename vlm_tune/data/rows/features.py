@@ -15,7 +15,7 @@ Decode = Callable[[object], object]
 # Features of datasets 5.2 whose content a model would have to see or hear.
 _UNREAD = ("Audio", "Pdf", "Nifti", "Mesh", "BioSequence", "BioStructure")
 
-_TURNS = {"messages": "content", "conversations": "value"}  # columns of turns, and where their text stands
+_TURNS = {"messages": "content", "conversations": "value"}  # columns of turns, and the field of their text
 
 
 def cell_decoders(schema: pa.Schema) -> dict[str, Decode]:
@@ -99,7 +99,7 @@ def _read_json(cell: object) -> object:
 
 
 def _class_name(names: list[str], cell: object) -> object:
-    if not isinstance(cell, int) or cell == -1:  # datasets writes -1 where there is no label
+    if not isinstance(cell, int) or cell == -1:  # datasets writes -1 for a missing label
         return None
     if not 0 <= cell < len(names):
         raise ValueError(f"is class {cell}, but its ClassLabel() has {len(names)} names. Write the names as text")
@@ -130,9 +130,7 @@ def _refuse_quoted(field: str, cell: object) -> object:
     turns = cell if isinstance(cell, list) else []
     texts = [text for turn in turns if isinstance(turn, dict) and (text := turn.get(field)) is not None]
     if texts and all(isinstance(text, str) and _is_quoted(text) for text in texts):
-        reason = (
-            f'holds JSON text in every "{field}": {texts[0]!r:.60}. datasets writes so where the kinds of the values'
-        )
+        reason = f'holds JSON text in every "{field}": {texts[0]!r:.60}. datasets does that if the types of the values'
         raise ValueError(f"{reason} differ within a file. Name the .jsonl itself, or make the table again with Json()")
     return cell
 

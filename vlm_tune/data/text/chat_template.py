@@ -81,7 +81,7 @@ def _cut(tokenizer: "PreTrainedTokenizerBase") -> Template:
         return template
     if opening.endswith(header) and after.endswith(header):
         return replace(template, system=f"{before}{{system}}{after.removesuffix(header)}")
-    first_user = f"{{question}}{tail}"  # the header of the first question stands before the system prompt
+    first_user = f"{{question}}{tail}"  # the header of the first question comes before the system prompt
     return replace(template, system=f"{before}{{system}}{after}", no_system=opening, first_user=first_user)
 
 

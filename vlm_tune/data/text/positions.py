@@ -77,7 +77,7 @@ def length_notes(positions: Positions, max_length: int, tokens: npt.NDArray[np.i
     if len(long):
         rows = f"{len(long):,} row{'s' * (len(long) > 1)} of up to {long.max():,} tokens"
         notes.append(
-            f"{rows}: more than the language model's {positions}. The scaling carries them, but the model may never "
-            "have read texts of that length"
+            f"{rows}: more than the language model's {positions}. The scaling allows them, but the model may never "
+            "have seen texts of that length"
         )
     return notes

@@ -12,7 +12,7 @@ import yaml
 from vlm_tune.data.sample import Message, Part, Picture, Sample
 from vlm_tune.errors import ConfigError, DataError
 
-BOS = "<BOS>"  # in control text: the tokenizer's own first token, nothing where it has none
+BOS = "<BOS>"  # in control text: the tokenizer's own first token, or nothing if it has none
 EOS = "<EOS>"  # in control text: the tokenizer's own end token
 
 
@@ -24,14 +24,14 @@ class Template:
     """
 
     name: str
-    user: str  # holds {question} (text, and pictures where they stand) or {pictures} (text left out)
+    user: str  # holds {question} (text, with pictures in their places) or {pictures} (without the text)
     assistant: str  # header of an answer; generation starts after it
     end: str  # closes an answer; its last token ends generation
     after: str = ""  # follows `end`, no loss
     system: str = ""  # holds {system}; empty = no place for a system prompt
     default_system: str | None = None
-    no_system: str = ""  # written in place of `system` where the conversation has no system prompt
-    first_user: str = ""  # `user` of the first turn, where it differs
+    no_system: str = ""  # written in place of `system` if the conversation has no system prompt
+    first_user: str = ""  # `user` of the first turn, if it differs
     drops_greeting: bool = False  # an answer before the first question is left out
     pictures_first: bool = False  # LLaVA: pictures move to the front of their turn, a newline after each
     trims: bool = False  # white space around a message is left out
