@@ -156,7 +156,7 @@ def find_normalization(name: str) -> Normalization:
 
 
 def _has_overview(columns: int, rows: int, tiles: TilesConfig) -> bool:
-    """Whether the whole picture is one more tile: never with a single tile, else always with anyres."""
+    """Whether the whole picture is one more tile: never with a single tile; else always with anyres."""
     return columns * rows > 1 and (tiles.thumbnail or tiles.rule is TileRule.anyres)
 
 

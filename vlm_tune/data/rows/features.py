@@ -19,7 +19,7 @@ _TURNS = {"messages": "content", "conversations": "value"}  # columns of turns, 
 
 
 def cell_decoders(schema: pa.Schema) -> dict[str, Decode]:
-    """Return a decoder for each column whose cells mean something else than they store.
+    """Return a decoder for each column whose cells mean something other than they store.
 
     A decoder raises ValueError, saying what is wrong and what to do, for a cell that cannot be read.
     """

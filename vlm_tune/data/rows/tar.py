@@ -1,6 +1,6 @@
 """Rows of webdataset shards: the neighbouring members of a tar file whose names differ only behind the first dot.
 
-Members are grouped into samples as webdataset 1.0 does; what it would silently skip is an error here.
+Members are grouped into samples as webdataset 1.0 does; if it would silently skip something, an error says so.
 """
 
 import io

@@ -35,7 +35,7 @@ from vlm_tune.recipes.fetch import cache_folder
 
 SHOWN = 20  # faults that an error message lists
 CHUNK = 500  # rows that are tokenized together
-MANY = 5000  # rows from which on it pays to start processes
+MANY = 5000  # from this many rows on, starting processes pays off
 PATIENCE = 3.0  # seconds before a progress bar appears
 SIZES, FINDINGS = "sizes.npy", "findings.json"
 CODE = Path(__file__).parents[1]  # all of data/
