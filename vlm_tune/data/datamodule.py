@@ -1,4 +1,4 @@
-"""Lightning's view of the data: a training stream that goes on from a checkpoint, and a fixed validation pass."""
+"""Lightning's view of the data: a training stream that continues from a checkpoint, and a fixed validation pass."""
 
 import time
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What a Sample becomes: token ids beside their labels, or their numbers alone."""
+"""What a Sample becomes: token ids with their labels, or only their numbers."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""(1) One conversation of the user, free of any dialect: `formats` makes it, `encode` turns it into tokens."""
+"""(1) One conversation, independent of any dialect: `dialects` creates it, `encode` turns it into tokens."""
 
 from dataclasses import dataclass
 from typing import Literal

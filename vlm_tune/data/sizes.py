@@ -1,4 +1,4 @@
-"""The sizes of all good rows of a run, as columns: what packs, batches and epochs are planned from."""
+"""The sizes of all good rows of a run, as columns, from which packs, batches and epochs are planned."""
 
 import hashlib
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Fields that a table holds as text: JSON where a dialect wants a list or an object, read as what it is.
+"""Fields that a table holds as text: parsed where a dialect wants a list or an object.
 
 The name of the field decides, never the look of the text: an answer may be JSON, and stays text.
 """

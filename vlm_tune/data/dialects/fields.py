@@ -1,4 +1,4 @@
-"""The fields of rows and turns: read, known to be harmless, or refused. What a row says is never passed over."""
+"""The fields of rows and turns: read, known to be harmless, or refused. Nothing is silently ignored."""
 
 import re
 from collections.abc import Mapping

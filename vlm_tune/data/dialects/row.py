@@ -1,4 +1,4 @@
-"""What the dialects share: a raw record with its place, its pictures, and the order of its turns."""
+"""What the dialects share: a raw record with its location, its pictures, and the order of its turns."""
 
 import ast
 import base64

@@ -1,4 +1,4 @@
-"""How the tokens of an any-resolution picture (LLaVA-NeXT) lie: counted and ordered by the same functions.
+"""The layout of the tokens of an any-resolution picture (LLaVA-NeXT): counted and ordered by the same functions.
 
 The tokens of the base tile come first. Those of the grid follow, row by row over the whole grid, without the ones that
 show nothing but padding, and a newline token ends each row.

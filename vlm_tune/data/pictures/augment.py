@@ -1,4 +1,4 @@
-"""Vary training pictures at random, before they are tiled. Plumbing between images and tiles (2)."""
+"""Augment training pictures at random, before they are tiled. Plumbing between images and tiles (2)."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""What a frozen vision encoder sees in a picture, kept on disk: the encoder then runs once a picture, not once a step.
+"""Features of a frozen vision tower, cached on disk: it then runs once per picture, not once per step.
 
 There is one file per picture, named by its content and tile limit, in a folder named by everything else that decides
 the encoder's output. Files are written aside and renamed, so runs, ranks and workers can share the folder, and a killed

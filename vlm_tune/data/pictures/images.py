@@ -1,4 +1,4 @@
-"""Read the user's pictures safely: inside the image root only, of listed formats only, each fault an error of its own.
+"""Read the user's pictures safely: only inside the image root, only known formats, each fault with an error of its own.
 
 Plumbing before tiles (2). The size comes from the header, without decoding, so that millions of rows can be indexed.
 """

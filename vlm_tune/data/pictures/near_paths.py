@@ -1,4 +1,4 @@
-"""Words for a file that is not there: which one may be meant."""
+"""Hints for a missing file: which one may be meant."""
 
 import difflib
 import json

@@ -1,4 +1,4 @@
-"""What a picture file is, by its first bytes alone: the formats that are read, and words for those that are not."""
+"""What a picture file is, by its first bytes alone: the supported formats, and messages for the others."""
 
 import re
 from typing import BinaryIO

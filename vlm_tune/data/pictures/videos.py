@@ -1,4 +1,4 @@
-"""Read video files through PyAV: how many frames there are, and when, from their stamps; pixels when asked for.
+"""Read video files with PyAV: how many frames there are, and when, from their timestamps; pixels on demand.
 
 Plumbing before tiles (2). `choose_frames` alone decides which frames of a video the model sees: those it returns are
 counted in the text, and the same ones are decoded.

@@ -1,4 +1,4 @@
-"""Whether a file is there to its end, by the lengths that its format writes before its parts. Nothing is decoded."""
+"""Whether a file is complete, judging by the lengths that its format stores. Nothing is decoded."""
 
 import os
 from typing import BinaryIO

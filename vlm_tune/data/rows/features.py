@@ -1,4 +1,4 @@
-"""What the columns of a table mean beyond what they store: JSON, names of classes, and media that nobody reads here.
+"""What the columns of a table mean beyond what they store: JSON, class names, and media that are not supported.
 
 Arrow itself marks JSON (parquet's logical type, and the `Json()` of datasets); the rest follows from the features that
 datasets stores with the schema. A cell becomes what datasets itself would return, or an error naming its feature.

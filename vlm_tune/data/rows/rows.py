@@ -1,4 +1,4 @@
-"""The user's files as rows: any container, one row at a time. `formats` turns a row into a Sample."""
+"""The user's files as rows: any container, one row at a time. `dialects` turns a row into a Sample."""
 
 import difflib
 import json

@@ -1,4 +1,4 @@
-"""Rows of tables: csv, tsv, xlsx, parquet and Arrow. All become Arrow files, mapped and never loaded whole."""
+"""Rows of tables: csv, tsv, xlsx, parquet and Arrow. All become Arrow files, memory-mapped and never loaded whole."""
 
 import csv
 import zipfile

@@ -1,4 +1,4 @@
-"""Rows of webdataset shards: the neighbouring members of a tar file whose names differ only behind the first dot.
+"""Rows of webdataset shards: neighbouring members of a tar file whose names differ only after the first dot.
 
 Members are grouped into samples as webdataset 1.0 does; if it would silently skip something, an error says so.
 """

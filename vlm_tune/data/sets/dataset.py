@@ -1,4 +1,4 @@
-"""One data file as examples: a row is parsed, measured, encoded and cut into tiles when it is asked for."""
+"""One data file as examples: a row is parsed, measured, encoded and cut into tiles on demand."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

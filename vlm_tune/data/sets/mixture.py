@@ -1,4 +1,4 @@
-"""Several data sets as one: a file names them (see meta.py), their rows are numbered through, set after set."""
+"""Several data sets as one: a file names them (see meta.py), their rows are numbered consecutively, set after set."""
 
 from copy import copy
 from dataclasses import replace

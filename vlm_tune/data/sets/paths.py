@@ -1,4 +1,4 @@
-"""Where the files of a run are: a path as it is written, a recipe's file, and the files beside it."""
+"""Where the files of a run are: a path as it is written, a recipe's file, and the files next to it."""
 
 from difflib import get_close_matches
 from pathlib import Path

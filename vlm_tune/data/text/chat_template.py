@@ -1,4 +1,4 @@
-"""Read a tokenizer's own chat template as a Template: rendered once on marks, cut at them, and checked."""
+"""Read a tokenizer's own chat template as a Template: rendered once with marks, cut at them, and checked."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The control tokens of a template and a model, found in the tokenizer and kept from texts."""
+"""The control tokens of a template and a model, found in the tokenizer and kept out of texts."""
 
 from vlm_tune.data.text.pieces import ImageIds
 from vlm_tune.data.text.templates import Template

@@ -1,4 +1,4 @@
-"""Rows that are far too long: only as much of their beginning is tokenized as can matter.
+"""Rows that are far too long: only the part of their beginning that can matter is tokenized.
 
 Tokenizing takes about a second and 250 MB per million characters. A row of 60 million, usually a book or a log that
 should have been many rows, is found to be too long by its beginning alone.

@@ -1,4 +1,4 @@
-"""Tell the tokens that belong to what is said (`<box>`, `<think>`) from those that control a conversation."""
+"""Distinguish added tokens that belong to the content (`<box>`, `<think>`) from those that control a conversation."""
 
 import re
 from collections.abc import Iterable, Iterator

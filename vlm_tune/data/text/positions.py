@@ -1,4 +1,4 @@
-"""How many tokens of one sample the positions of a language model carry, read from its configuration."""
+"""How many tokens of a sample the positions of a language model support, read from its configuration."""
 
 from dataclasses import dataclass
 from typing import Any
