@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from vlm_tune.config.schema import AugmentConfig, BadSample, Config
 from vlm_tune.data.batch import Batch, add_pictures, collate, token_weight
 from vlm_tune.data.encode import Encoder, Example
+from vlm_tune.data.progress import Follow, unseen
 from vlm_tune.data.sets.dataset import Conversations
 from vlm_tune.data.sets.index import Findings, refuse_faults, write_faults
 from vlm_tune.data.sets.mixture import Mixture, open_data, open_sizes
@@ -125,12 +126,13 @@ class TimedLoader(DataLoader[Batch | VlmTuneError]):
 
 
 class DataModule(L.LightningDataModule):
-    """Open, measure and serve the training and validation rows of a run."""
+    """Open, measure and serve the training and validation rows of a run; `follow` shows how far measuring is."""
 
-    def __init__(self, config: Config, encoder: Encoder) -> None:
+    def __init__(self, config: Config, encoder: Encoder, follow: Follow = unseen) -> None:
         super().__init__()
         self.config = config
         self.encoder = encoder
+        self.follow = follow
         self.cursor: Cursor = (0, 0, 0)
         self.train: Part | None = None
         self.val: Part | None = None
@@ -155,7 +157,7 @@ class DataModule(L.LightningDataModule):
 
     def _open(self, path: Path) -> Part:
         data = open_data(path, self.config, self.encoder)
-        index, findings = open_sizes(data, self.config.data.workers)
+        index, findings = open_sizes(data, self.config.data.workers, self.follow)
         if self.config.data.on_bad_sample is BadSample.error:
             refuse_faults(findings, path)
         return Part(data, index, findings)

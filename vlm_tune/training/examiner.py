@@ -33,10 +33,10 @@ from vlm_tune.training.verdict import verdicts
 class Examiner:
     """Hold the test questions of a run: of the test file, or of the validation rows where there is none."""
 
-    def __init__(self, config: Config, model: Model, data: DataModule) -> None:
+    def __init__(self, config: Config, model: Model, data: DataModule, console: Console) -> None:
         self.model = model
         self.chat_every = config.trainer.chat_every
-        self.console = Console()
+        self.console = console
         self.scored: list[Question] = []
         self.shown: list[Question] = []
         self.test: Conversations | None = open_test(config, model)
@@ -53,7 +53,8 @@ class Examiner:
         self.run = run
         self.chats = None
         if self.test is not None and self.shown:
-            self.chats = SampleAnswers(self.model, self.test, self.shown, every(self.chat_every, max_steps), run)
+            chat_every = every(self.chat_every, max_steps)
+            self.chats = SampleAnswers(self.model, self.test, self.shown, chat_every, run, self.console)
         return [self.chats] if self.chats else []
 
     def before(self, device: torch.device) -> None:
@@ -87,7 +88,7 @@ class Examiner:
         start = time.perf_counter()
         predictions = ask(self.model, self.test, self.scored)
         seconds = time.perf_counter() - start
-        self.console.print(f"{title}: {len(predictions)} questions answered in {seconds:.0f} s", highlight=False)
+        self.console.print(f"{title}: {len(predictions)} questions answered in {seconds:.0f} s")
         return predictions
 
     def _answers(self, chats: SampleAnswers) -> list[dict[str, Any]]:

@@ -127,13 +127,12 @@ def show_data(console: Console, data: DataModule) -> None:
         f"data: {facts['rows']:,} rows, {facts['val_rows']:,} for validation, {facts['skipped']:,} left out; "
         f"{facts['tokens']['p50']} tokens a row (most {facts['tokens']['max']}), "
         f"{facts['tiles']['p50']} tiles (most {facts['tiles']['max']}), "
-        f"{facts['supervised_share']:.0%} of the tokens supervised{fill}",
-        highlight=False,
+        f"{facts['supervised_share']:.0%} of the tokens supervised{fill}"
     )
     assert data.train is not None
     settings = data.encoder.settings
     for note in length_notes(settings.positions, settings.max_length, data.train.index.tokens):
-        console.print(f"note: {note}", highlight=False, markup=False)
+        console.print(f"note: {note}")
 
 
 def show_parts(console: Console, parts: list[PartSummary]) -> None:
@@ -153,4 +152,4 @@ def show_scores(console: Console, evaluation: dict[str, Any]) -> None:
         table.add_row(task, str(count), *(f"{evaluation[name][task]:.1%}" for name in columns))
     console.print(table)
     for verdict in evaluation.get("verdicts", []):
-        console.print(verdict, highlight=False, soft_wrap=True)
+        console.print(verdict, soft_wrap=True)

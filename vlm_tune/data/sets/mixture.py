@@ -8,6 +8,7 @@ import numpy as np
 
 from vlm_tune.config.schema import AugmentConfig, Config
 from vlm_tune.data.encode import Encoder
+from vlm_tune.data.progress import Follow, unseen
 from vlm_tune.data.sets.dataset import Conversations, PictureSettings
 from vlm_tune.data.sets.index import Findings, open_index
 from vlm_tune.data.sets.meta import MetaEntry, is_meta, read_meta
@@ -92,11 +93,11 @@ def with_max_tiles(encoder: Encoder, max_tiles: int) -> Encoder:
     return limited
 
 
-def open_sizes(data: Conversations | Mixture, workers: int) -> tuple[Index, Findings]:
+def open_sizes(data: Conversations | Mixture, workers: int, follow: Follow = unseen) -> tuple[Index, Findings]:
     """Find the sizes and the faults of all rows, numbered through."""
     indexes, findings, start = [], Findings(), 0
     for each in data.sets:
-        table, found = open_index(each, workers)
+        table, found = open_index(each, workers, follow)
         indexes.append(Index.of(table, start))
         found.fault_rows = [row + start for row in found.fault_rows]
         findings.merge(found)
