@@ -1,7 +1,6 @@
 """`python -m vlm_tune evaluate ckpt=RUN`: a table of scores, and predictions.jsonl."""
 
 from rich.console import Console
-from rich.table import Table
 
 from vlm_tune.console import follow
 from vlm_tune.errors import ConfigError
@@ -9,11 +8,12 @@ from vlm_tune.evaluation.evaluate import (
     BATCH,
     Prediction,
     ask,
-    by_task,
+    count_tasks,
     majority_scores,
     open_test,
     read_questions,
     score,
+    score_table,
     write_predictions,
 )
 from vlm_tune.model.checkpoint import find_checkpoint, run_of
@@ -35,11 +35,8 @@ def evaluate(ckpt: str, out: str, overrides: list[str], console: Console) -> lis
     chunks = [questions[start : start + 4 * BATCH] for start in range(0, len(questions), 4 * BATCH)]
     for chunk in follow(chunks, "answering", "questions", len(questions), len):
         predictions += ask(model, test, chunk)
-    scores, guesses = score(predictions), majority_scores(predictions)
-    table = Table("task", "questions", "exact match", "majority", title=str(test.path), title_justify="left")
-    for task, chosen in by_task(predictions):
-        table.add_row(task, str(len(chosen)), f"{scores[task]:.1%}", f"{guesses[task]:.1%}")
-    console.print(table)
+    columns = {"exact match": score(predictions), "majority": majority_scores(predictions)}
+    console.print(score_table(str(test.path), count_tasks(predictions), columns))
     write_predictions(predictions, path)
     console.print(f"answers: {path}")
     return predictions
