@@ -14,6 +14,7 @@ PACKAGE = ROOT / "vlm_tune"
 LAYERS = {  # a layer may import itself and what is lower; layers of one number do not know one another
     "errors": 0,
     "console": 0,
+    "words": 0,
     "config": 1,
     "recipes": 2,
     "data": 3,

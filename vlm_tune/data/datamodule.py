@@ -162,9 +162,14 @@ class DataModule(L.LightningDataModule):
             refuse_faults(findings, path)
         return Part(data, index, findings)
 
+    @property
+    def parts(self) -> list[Part]:
+        """The training rows, and those for validation where there are any."""
+        return [part for part in (self.train, self.val) if part is not None]
+
     def write_quarantine(self, path: Path) -> None:
         """List the rows that were left out, with the reason of each."""
-        parts = {id(part.findings): part for part in (self.train, self.val) if part is not None}
+        parts = {id(part.findings): part for part in self.parts}
         faults = [fault for part in parts.values() for fault in (*part.findings.faults, *part.findings.skipped)]
         if faults:
             write_faults(faults, path)

@@ -9,6 +9,7 @@ from vlm_tune.data.sample import Sample
 from vlm_tune.data.text.long_rows import Beginning
 from vlm_tune.data.text.positions import UNLIMITED, Limit, Positions
 from vlm_tune.errors import DataError
+from vlm_tune.words import counted
 
 Tiling = Callable[[int], Sequence[int] | Sequence[Spread]]
 """Tiles of each picture of a sample, in the order of the text, when the sample may have that many in all.
@@ -100,7 +101,7 @@ def fit_pictures(sample: Sample, num_fixed: int, tiling: Tiling, settings: Encod
 def _tile(sample: Sample, tiling: Tiling, max_tiles: int, settings: EncoderSettings) -> Fit:
     num_pictures = len(sample.pictures)
     if num_pictures and not settings.image_context:
-        raise fault_of(sample, f"{num_pictures} pictures in the row, but this model takes none: remove them")
+        raise fault_of(sample, f"{counted(num_pictures, 'picture')} in the row, but this model takes none: remove them")
     tiled: tuple[int | Spread, ...] = tuple(tiling(max_tiles))
     if isinstance(sample, Beginning):
         tiled = tiled[:num_pictures]

@@ -124,5 +124,4 @@ def open_file(path: Path, entry: MetaEntry | None, config: Config, encoder: Enco
 
 def as_json(look: Look) -> dict[str, Any]:
     """Write a row that was looked at in plain values, its pictures left out."""
-    plain = {name: getattr(look, name) for name in ("where", "row", "id", "tokens", "supervised", "num_pictures")}
-    return plain | {"pictures": [told for told, _ in look.pictures], "runs": [list(run) for run in look.runs]}
+    return vars(look) | {"pictures": [told for told, _ in look.pictures], "runs": [list(run) for run in look.runs]}

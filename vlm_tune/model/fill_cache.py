@@ -1,8 +1,8 @@
 """Run a frozen vision encoder over all pictures of a run, once, before the first step."""
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from filelock import FileLock
@@ -19,32 +19,12 @@ from vlm_tune.recipes.fetch import cache_folder
 GIB = 1024**3
 
 
-@dataclass(frozen=True)
-class CachePlan:
-    """What keeping the features needs beside what is allowed."""
+class CachePlan(NamedTuple):
+    """Where features are kept, and whether they fit."""
 
     folder: Path
-    num_tiles: int  # an upper bound: a picture that stands in several rows is kept once
-    tile_bytes: int
-    allowed: float  # GiB
-
-    @property
-    def need(self) -> float:
-        """GiB on the disk."""
-        return self.num_tiles * self.tile_bytes / GIB
-
-    @property
-    def fits(self) -> bool:
-        """Whether the features are kept."""
-        return self.need <= self.allowed
-
-    @property
-    def summary(self) -> str:
-        """The arithmetic in one line."""
-        return (
-            f"feature cache: {self.num_tiles:,} tiles x {self.tile_bytes / 1024:,.0f} KiB = {self.need:.2f} GiB at "
-            f"most, {self.allowed:.1f} GiB allowed: {'on' if self.fits else 'off'}"
-        )
+    fits: bool
+    summary: str  # the arithmetic in one line
 
 
 def plan_cache(vlm: VisionLanguageModel, data: DataModule, config: Config) -> CachePlan | None:
@@ -52,13 +32,12 @@ def plan_cache(vlm: VisionLanguageModel, data: DataModule, config: Config) -> Ca
 
     Raise ConfigError where data.feature_cache=on cannot be.
     """
-    parts = parts_of(data)
-    num_tiles = sum(int(part.index.tiles.sum()) for part in parts)
+    num_tiles = sum(int(part.index.tiles.sum()) for part in data.parts)
     wanted = config.data.feature_cache
     if wanted is FeatureCaching.off or num_tiles == 0:
         return None
     reason = obstacle(config)
-    if reason is None and any(is_augmented(part.data) for part in parts):
+    if reason is None and any(is_augmented(part.data) for part in data.parts):
         reason = '"data_augment" of the mixture changes pictures at random'
     if reason:
         if wanted is FeatureCaching.on:
@@ -68,13 +47,15 @@ def plan_cache(vlm: VisionLanguageModel, data: DataModule, config: Config) -> Ca
     tile_bytes = vlm.vision.num_patches(config.model.tiles.size) * vlm.vision.width * vlm.vision.dtype.itemsize
     folder.mkdir(parents=True, exist_ok=True)
     allowed = min(config.data.feature_cache_gib, shutil.disk_usage(folder).free / GIB / 2)
-    plan = CachePlan(folder, num_tiles, tile_bytes, allowed)
-    if not plan.fits and wanted is FeatureCaching.on:
+    need = num_tiles * tile_bytes / GIB  # an upper bound: a picture that stands in several rows is kept once
+    fits = need <= allowed
+    if not fits and wanted is FeatureCaching.on:
         raise ConfigError(
-            f"data.feature_cache=on needs {plan.need:.1f} GiB, {allowed:.1f} are allowed or free: raise "
+            f"data.feature_cache=on needs {need:.1f} GiB, {allowed:.1f} are allowed or free: raise "
             "data.feature_cache_gib, or set data.feature_cache=auto"
         )
-    return plan
+    told = f"{num_tiles:,} tiles x {tile_bytes / 1024:,.0f} KiB = {need:.2f} GiB at most, {allowed:.1f} GiB allowed"
+    return CachePlan(folder, fits, f"feature cache: {told}: {'on' if fits else 'off'}")
 
 
 def fill_cache(
@@ -85,20 +66,15 @@ def fill_cache(
     Each picture is encoded by itself, so that its features do not depend on what happened to share a batch with it:
     a resumed run sees the same bits.
     """
-    cache, parts = FeatureCache(plan.folder), parts_of(data)
+    cache = FeatureCache(plan.folder)
     with FileLock(plan.folder / ".lock"):  # of several ranks one works, the others find everything done
         vlm.to(device)
-        for part in parts:
+        for part in data.parts:
             rows = part.index.rows[part.index.tiles > 0].tolist()
             for row in follow(rows, "encoding pictures", "rows"):
                 keep_row(vlm, part, row, cache)
-    for each in (each for part in parts for each in part.data.sets):
+    for each in (each for part in data.parts for each in part.data.sets):
         each.cache = cache
-
-
-def parts_of(data: DataModule) -> list[Part]:
-    """Return the training rows and those for validation."""
-    return [part for part in (data.train, data.val) if part is not None]
 
 
 def obstacle(config: Config) -> str | None:

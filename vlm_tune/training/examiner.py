@@ -17,6 +17,7 @@ from vlm_tune.evaluation.evaluate import (
     Question,
     ask,
     blind,
+    count_tasks,
     majority_scores,
     open_test,
     read_questions,
@@ -28,6 +29,7 @@ from vlm_tune.training.callbacks.chats import SampleAnswers
 from vlm_tune.training.intervals import every
 from vlm_tune.training.report import RunReport, show_scores
 from vlm_tune.training.verdict import verdicts
+from vlm_tune.words import counted
 
 
 class Examiner:
@@ -88,7 +90,7 @@ class Examiner:
         start = time.perf_counter()
         predictions = ask(self.model, self.test, self.scored)
         seconds = time.perf_counter() - start
-        self.console.print(f"{title}: {len(predictions)} questions answered in {seconds:.0f} s")
+        self.console.print(f"{title}: {counted(len(predictions), 'question')} answered in {seconds:.0f} s")
         return predictions
 
     def _answers(self, chats: SampleAnswers) -> list[dict[str, Any]]:
@@ -100,9 +102,3 @@ class Examiner:
             entry = {"picture": path, "question": question.text, "expected": question.expected}
             answers.append(entry | {"before": before, "after": after})
         return answers
-
-
-def count_tasks(predictions: list[Prediction]) -> dict[str, int]:
-    """Count the questions of each task."""
-    tasks = [prediction.task for prediction in predictions]
-    return {task: tasks.count(task) for task in dict.fromkeys(tasks)}

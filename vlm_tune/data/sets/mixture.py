@@ -3,6 +3,7 @@
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -70,7 +71,7 @@ def open_set(path: Path, entry: MetaEntry, config: Config, encoder: Encoder) -> 
     tiles, stage = config.model.tiles, config.stage
     if entry.max_dynamic_patch is not None:
         tiles = replace(tiles, max=entry.max_dynamic_patch)
-        encoder = with_max_tiles(encoder, tiles.max)
+        encoder = with_settings(encoder, max_tiles=tiles.max)
         most = tiles.max + (tiles.thumbnail and tiles.max > 1)
         if stage.packing and most > stage.pack_tiles:
             reason = f'"max_dynamic_patch" makes up to {most} tiles of one picture, stage.pack_tiles is'
@@ -86,11 +87,11 @@ def open_set(path: Path, entry: MetaEntry, config: Config, encoder: Encoder) -> 
     )
 
 
-def with_max_tiles(encoder: Encoder, max_tiles: int) -> Encoder:
-    """Limit the tiles of a sample; tokenizer and template stay shared."""
-    limited = copy(encoder)
-    limited.settings = replace(encoder.settings, max_tiles=max_tiles)
-    return limited
+def with_settings(encoder: Encoder, **changes: Any) -> Encoder:
+    """Return the encoder with other limits; tokenizer and template stay shared."""
+    changed = copy(encoder)
+    changed.settings = replace(encoder.settings, **changes)
+    return changed
 
 
 def open_sizes(data: Conversations | Mixture, workers: int, follow: Follow = unseen) -> tuple[Index, Findings]:

@@ -20,6 +20,7 @@ from vlm_tune.model.checkpoint import (
     write_atomically,
 )
 from vlm_tune.training.run_folder import link_latest
+from vlm_tune.words import counted
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -133,7 +134,7 @@ def put_newer_aside(run: Path, step: int) -> str:
         while aside.exists():
             aside = aside.with_name(f"{aside.name}.replaced")
         path.rename(aside)
-    return f"back to step {step}: {len(newer)} newer checkpoints are put aside as {run / CHECKPOINTS}/*.replaced"
+    return f"back to step {step}: {counted(len(newer), 'newer checkpoint')} put aside as {run / CHECKPOINTS}/*.replaced"
 
 
 def step_of(path: Path) -> float:
