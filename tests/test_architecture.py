@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "vlm_tune"
 LAYERS = {  # a layer may import itself and what is lower; layers of one number do not know one another
     "errors": 0,
+    "console": 0,
+    "words": 0,
     "config": 1,
     "recipes": 2,
     "data": 3,
@@ -52,6 +54,8 @@ YAMLS = sorted((ROOT / "conf").rglob("*.yaml"))
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "base"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "print", "breakpoint"}
 FORBIDDEN_IMPORTS = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "importlib.machinery"}
+VOICE = "console.py"  # where a console of rich is made
+PRINTING = {f"model/layouts/{name}.py" for name in ("weights", "internvl/official", "llava/processor")}
 DOOR = "model/layouts/pretrained.py"  # where transformers reads folders
 HYDRA_READERS = {"config/parse.py", "cli.py"}  # everything else sees plain dataclasses
 
@@ -188,6 +192,20 @@ def test_no_text_is_run_and_nothing_is_printed_aside(path):
         if isinstance(call.func, ast.Name) and call.func.id in FORBIDDEN_CALLS
     ]
     assert not wrong
+
+
+@by_path
+def test_a_console_is_made_in_one_place(path):
+    made = [call.lineno for call in called(TREES[path]) if ast.unparse(call.func).split(".")[-1] == "Console"]
+    assert not made or path.relative_to(PACKAGE).as_posix() in {VOICE, *PRINTING}, (
+        f"take the one handed down ({VOICE}): line {made}"
+    )
+
+
+@pytest.mark.parametrize("path", [*(PACKAGE / "data").rglob("*.py"), *(PACKAGE / "model").rglob("*.py")], ids=short)
+def test_data_and_model_return_findings_and_print_nothing(path):
+    speaking = [name for name in imported_names(TREES[path]) if name.startswith(("rich", "vlm_tune.console"))]
+    assert not speaking or path.relative_to(PACKAGE).as_posix() in PRINTING, "return what was found; a verb says it"
 
 
 @by_path

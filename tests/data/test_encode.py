@@ -195,7 +195,7 @@ def test_pictures_move_to_the_front_where_the_template_says_so():
 
 def test_pictures_for_a_model_that_takes_none_are_refused():
     text_only = encoder(image_start="", image_context="", image_end="")
-    with pytest.raises(DataError, match="1 pictures in the row, but this model takes none"):
+    with pytest.raises(DataError, match="1 picture in the row, but this model takes none"):
         text_only.encode(sample(((PICTURE, "?"), "A cat.")), tiles(1))
 
 

@@ -15,6 +15,7 @@ from vlm_tune.config.schema import AugmentConfig, BadSample, Config
 from vlm_tune.data.batch import Batch, add_pictures, collate, token_weight
 from vlm_tune.data.encode import Encoder
 from vlm_tune.data.example import Example
+from vlm_tune.data.progress import Follow, unseen
 from vlm_tune.data.sets.dataset import Conversations
 from vlm_tune.data.sets.index import Findings, refuse_faults, write_faults
 from vlm_tune.data.sets.mixture import Mixture, open_data, open_sizes
@@ -126,12 +127,13 @@ class TimedLoader(DataLoader[Batch | VlmTuneError]):
 
 
 class DataModule(L.LightningDataModule):
-    """Open, measure and serve the training and validation rows of a run."""
+    """Open, measure and serve the training and validation rows of a run; `follow` shows how far measuring is."""
 
-    def __init__(self, config: Config, encoder: Encoder) -> None:
+    def __init__(self, config: Config, encoder: Encoder, follow: Follow = unseen) -> None:
         super().__init__()
         self.config = config
         self.encoder = encoder
+        self.follow = follow
         self.cursor: Cursor = (0, 0, 0)
         self.train: Part | None = None
         self.val: Part | None = None
@@ -156,14 +158,19 @@ class DataModule(L.LightningDataModule):
 
     def _open(self, path: Path) -> Part:
         data = open_data(path, self.config, self.encoder)
-        index, findings = open_sizes(data, self.config.data.workers)
+        index, findings = open_sizes(data, self.config.data.workers, self.follow)
         if self.config.data.on_bad_sample is BadSample.error:
             refuse_faults(findings, path)
         return Part(data, index, findings)
 
+    @property
+    def parts(self) -> list[Part]:
+        """The training rows, and those for validation where there are any."""
+        return [part for part in (self.train, self.val) if part is not None]
+
     def write_quarantine(self, path: Path) -> None:
         """Write the rows that were left out, each with its reason."""
-        parts = {id(part.findings): part for part in (self.train, self.val) if part is not None}
+        parts = {id(part.findings): part for part in self.parts}
         faults = [fault for part in parts.values() for fault in (*part.findings.faults, *part.findings.skipped)]
         if faults:
             write_faults(faults, path)

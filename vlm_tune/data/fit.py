@@ -13,6 +13,7 @@ from vlm_tune.data.text.long_rows import Beginning, most_turns
 from vlm_tune.data.text.positions import UNLIMITED, Limit, Positions
 from vlm_tune.data.text.tokens import TextTokenizer
 from vlm_tune.errors import DataError
+from vlm_tune.words import counted
 
 FEW = 8  # turns that trim_text leaves out one by one
 
@@ -111,7 +112,7 @@ def fit_pictures(sample: Sample, num_fixed: int, tiling: Tiling, settings: Encod
 def _tile(sample: Sample, tiling: Tiling, max_tiles: int, settings: EncoderSettings) -> Fit:
     num_pictures = len(sample.pictures)
     if num_pictures and not settings.image_context:
-        raise fault_of(sample, f"{num_pictures} pictures in the row, but this model takes none: remove them")
+        raise fault_of(sample, f"{counted(num_pictures, 'picture')} in the row, but this model takes none: remove them")
     tiled: tuple[int | Spread, ...] = tuple(tiling(max_tiles))
     if isinstance(sample, Beginning):
         tiled = tiled[:num_pictures]

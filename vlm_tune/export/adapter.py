@@ -94,7 +94,7 @@ def require_language_model(layout: str, ckpt: str, overrides: list[str]) -> None
         checkpoint, overrides = start_of(checkpoint), []
 
 
-def write_adapter(model: Model, config: Config, goal: Goal) -> tuple[Any, str]:
+def write_adapter(model: Model, config: Config, goal: Goal, console: Console) -> tuple[Any, str]:
     """Write the folder and load it back by plain transformers and peft; return the plain model and its base's name.
 
     The model has no adapters left afterwards.
@@ -116,7 +116,7 @@ def write_adapter(model: Model, config: Config, goal: Goal) -> tuple[Any, str]:
     save_adapter(read_base(base), config, adapters | projector_weights(vlm, carries), (goal, base))
     save_side_files(model, config, goal)
     vlm.float()
-    tell(model, goal, base)
+    tell(model, goal, base, console)
     plain = load_peft(read_base(base), goal.partial)
     # the base of others may end its answers elsewhere: the folder says how (`tell` names the way)
     plain.get_base_model().generation_config = GenerationConfig.from_dict(read_object(goal.partial / GENERATION))
@@ -239,32 +239,25 @@ def save_adapter(plain: Any, config: Config, weights: dict[str, Tensor], place: 
     (goal.partial / "README.md").unlink(missing_ok=True)  # peft's form of a model card, with nothing filled in
 
 
-def tell(model: Model, goal: Goal, base: Base) -> None:
+def tell(model: Model, goal: Goal, base: Base, console: Console) -> None:
     """Say which base the adapter needs, and what the folder cannot do."""
-    say = Console().print
+    say = console.print
     theirs, ours = base.folder / GENERATION, model.vlm.llm.generation_config
     settings = read_object(theirs) if theirs.is_file() else {}
     if settings.get("eos_token_id") != ours.eos_token_id or settings.get("do_sample"):
         say(
             f"answers end at the tokens {ours.eos_token_id}, greedily; the base's {GENERATION} says otherwise: "
-            "generate(..., generation_config=GenerationConfig.from_pretrained(FOLDER)) takes those of the adapter",
-            highlight=False,
-            markup=False,
+            "generate(..., generation_config=GenerationConfig.from_pretrained(FOLDER)) takes those of the adapter"
         )
     if goal.layout != "adapter":
-        say(
-            f"the trained projector is in the base, {goal.folder / BASE}, and LoRA alone in the adapter",
-            highlight=False,
-        )
+        say(f"the trained projector is in the base, {goal.folder / BASE}, and LoRA alone in the adapter")
     elif base.folder == goal.partial / BASE:
         say(
             f"no folder holds the base of this adapter as plain transformers loads it (parts that were joined, tokens "
-            f"or weights that earlier stages added): it is written to {goal.folder / BASE}",
-            highlight=False,
+            f"or weights that earlier stages added): it is written to {goal.folder / BASE}"
         )
     if not goal.is_native:
         say(
             f"transformers has no class of these parts together: the adapter is the language model's alone, and the "
-            f"trained projector is in {PROJECTOR}",
-            highlight=False,
+            f"trained projector is in {PROJECTOR}"
         )

@@ -23,7 +23,7 @@ from vlm_tune.model.parts.llm import load_tokenizer
 OTHERS = (WHOLE, "mm_projector.bin")  # of LLaVA's trainer: weights that belong over those of the folder
 
 
-def merge(base: str, adapter: str, out: str) -> Path:
+def merge(base: str, adapter: str, out: str, console: Console) -> Path:
     """Merge in float32, write in the base's dtype with its tokenizer and processor, load back and compare.
 
     Raises ConfigError or CheckpointError for a folder that is none, a packed base, and weights that match nothing.
@@ -50,10 +50,10 @@ def merge(base: str, adapter: str, out: str) -> Path:
         f"{report['as_stored']:.1e} as stored in {report['dtype']}; the adapter itself changes them by "
         f"{report['adapter_changes']:.1e}"
     )
-    Console().print(summary, highlight=False)
+    console.print(summary)
     bound = FLOAT32_BOUND * max(1.0, report["scale"])
     passed = all(report[key] <= bound for key in ("merged_in_float32", "loaded_back"))
-    return settle(partial, folder, passed, summary)
+    return settle(partial, folder, passed, summary, console)
 
 
 def find(path: str, key: str, file: str) -> Path:

@@ -21,6 +21,7 @@ from vlm_tune.data.sets.mixture import Mixture, open_data
 from vlm_tune.data.sets.paths import find_file, sibling
 from vlm_tune.data.tiles import choose_grid, make_tiles
 from vlm_tune.errors import ConfigError
+from vlm_tune.words import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -105,7 +106,9 @@ def look(config: Config, encoder: Encoder, tokenizer: "PreTrainedTokenizerBase",
             )
         row = found
     if row >= len(rows):
-        raise ConfigError(f"row={row}: {path.name} has {len(rows)} rows, counted from 0: row=0 to row={len(rows) - 1}")
+        raise ConfigError(
+            f"row={row}: {path.name} has {counted(len(rows), 'row')}, counted from 0: row=0 to row={len(rows) - 1}"
+        )
     data, number = rows.locate(row)
     sample = data.sample(number)
     example = data.encoder.encode(sample, data.tiling(sample, data.reader.check_picture))

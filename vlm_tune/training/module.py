@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,7 +41,7 @@ class VlmModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed dropout by the position in the stream: a resumed run then needs no generator state."""
-        torch.manual_seed(hash((self.config.seed, self.global_step, batch_idx, self.global_rank)) % 2**63)
+        torch.manual_seed(dropout_seed(self.config.seed, self.global_step, batch_idx, self.global_rank))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return this micro-batch's share of the optimizer step's mean loss.
@@ -131,3 +132,8 @@ class VlmModule(L.LightningModule):
         self.num_samples = checkpoint["counts"]["samples"]
         self.num_tokens = checkpoint["counts"]["tokens"]
         self.train_seconds = checkpoint["counts"]["seconds"]
+
+
+def dropout_seed(*position: int) -> int:
+    """Mix the numbers of a position (seed, step, micro-batch, rank) to 64 bits: the same in every version of Python."""
+    return int(np.random.SeedSequence(position).generate_state(1, np.uint64)[0])

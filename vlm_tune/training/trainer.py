@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from rich.console import Console
 
 from vlm_tune.config.schema import Config, Precision, Strategy
 from vlm_tune.errors import ConfigError
@@ -24,7 +25,7 @@ LOGGERS: dict[str, Any] = {
 }
 
 
-def make_trainer(config: Config, max_steps: int, run: Path, callbacks: list[L.Callback]) -> L.Trainer:
+def make_trainer(config: Config, max_steps: int, run: Path, callbacks: list[L.Callback], console: Console) -> L.Trainer:
     """Set up the loop. Its steps end the run; epochs are the data stream's affair."""
     trainer = config.trainer
     if not has_gpu(config):
@@ -47,9 +48,9 @@ def make_trainer(config: Config, max_steps: int, run: Path, callbacks: list[L.Ca
         logger=find_loggers(config, run),
         log_every_n_steps=trainer.log_every,
         callbacks=[
-            ProgressLine(trainer.log_every),
+            ProgressLine(trainer.log_every, console),
             MetricsFile(run, trainer.log_every),
-            SaveCheckpoints(run, every(trainer.save_every, max_steps), trainer.keep),
+            SaveCheckpoints(run, every(trainer.save_every, max_steps), trainer.keep, console),
             *callbacks,
         ],
         plugins=[AtomicCheckpoints()],

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from PIL import Image
 
-from vlm_tune.data.pictures.whole_files import is_whole
+from vlm_tune.data.pictures.whole_files import is_whole, read_element
 from vlm_tune.errors import DataError
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def _scan(path: str, size: int, _: int) -> _Scan:
         if max((entry.pos + entry.size for entry in entries if entry.size), default=0) > size:
             raise _truncated("it is shorter than its index says")
         lost = (container.duration or 0) / 1e6 - end if "matroska" in container.format.name else 0.0
-        if lost > _LOST and not _holds_its_elements(file):
+        if lost > _LOST and not _shows_to_be_whole(file):
             raise _truncated(f"its last {lost:.1f} s are missing")
         lengths, keys = _keep_visible(packets, any(entry.is_keyframe for entry in entries))
         if lost > _LOST:
@@ -326,22 +326,18 @@ def _opened(file: BinaryIO) -> Iterator[tuple["InputContainer", "VideoStream"]]:
         yield container, streams[0]
 
 
-def _holds_its_elements(file: BinaryIO) -> bool:
-    """Tell whether the elements that an .mkv consists of say how long they are, and are there to their ends."""
+def _shows_to_be_whole(file: BinaryIO) -> bool:
+    """Tell whether all elements of a .mkv say how long they are, and are there to their ends.
+
+    Asked where the frames end before the film does: there a length that is not known is no excuse, as it is elsewhere.
+    """
     end, place = file.seek(0, os.SEEK_END), 0
     while place < end:
-        file.seek(place)
-        head = file.read(12)
-        name = 9 - head[0].bit_length()  # as many bytes as the first has zeros in front, and one
-        if name > 4 or name >= len(head):
+        element = read_element(file, place)
+        if element is None:
             return False
-        width = 9 - head[name].bit_length()  # of its length, likewise
-        unknown = (1 << 7 * width) - 1
-        size = int.from_bytes(head[name : name + width]) & unknown
-        if width > 8 or size == unknown:
-            return False
-        place += name + width
-        if not head.startswith(_SEGMENT):
+        name, place, size = element
+        if name != _SEGMENT:
             place += size
         elif place + size > end:
             return False

@@ -15,6 +15,7 @@ from vlm_tune.data.rows.tar import TarRows
 from vlm_tune.data.rows.text import TextRows
 from vlm_tune.errors import DataError
 from vlm_tune.recipes.fetch import cache_folder
+from vlm_tune.words import counted
 
 TEXTS = (".jsonl", ".json", ".ndjson")
 CONTAINERS = (*TEXTS, *TABLES, ".tar")
@@ -140,7 +141,9 @@ def _folder_files(folder: Path) -> list[Path]:
     found = _data_files(folder) or (_data_files(folder / "data") if (folder / "data").is_dir() else [])
     if not found:
         num_pictures = sum(entry.suffix.lower() in PICTURE_ENDINGS for entry in folder.iterdir())
-        pictures = f" but {num_pictures} pictures. Write a file of rows that names them" if num_pictures else ""
+        pictures = (
+            f" but {counted(num_pictures, 'picture')}. Write a file of rows that names them" if num_pictures else ""
+        )
         raise DataError(f"holds no data file{pictures}. Known: {', '.join(CONTAINERS)}.", str(folder))
     sets = {re.sub(r"[-_.]?\d+(-of-\d+)?", "", file.name) for file in found}
     if len(sets) > 1:

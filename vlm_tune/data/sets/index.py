@@ -8,8 +8,7 @@ import gc
 import hashlib
 import json
 import os
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from filelock import FileLock
-from rich.console import Console
-from rich.progress import Progress
 from torch.utils.data import DataLoader, Dataset
 
 from vlm_tune.data.example import Lengths
 from vlm_tune.data.fit import SkippedSample
 from vlm_tune.data.pictures.images import CheckedPictures
+from vlm_tune.data.progress import Follow, unseen
 from vlm_tune.data.rows.cache import content_key, hashed, sampled
 from vlm_tune.data.rows.rows import find_files
 from vlm_tune.data.sample import Sample
@@ -36,7 +34,6 @@ from vlm_tune.recipes.fetch import cache_folder
 SHOWN = 20  # faults that an error message lists
 CHUNK = 500  # rows that are tokenized together
 MANY = 5000  # from this many rows on, starting processes pays off
-PATIENCE = 3.0  # seconds before a progress bar appears
 SIZES, FINDINGS = "sizes.npy", "findings.json"
 CODE = Path(__file__).parents[1]  # all of data/
 
@@ -59,7 +56,7 @@ class Findings:
 Measured = tuple[npt.NDArray[np.void], Findings]
 
 
-def open_index(data: Conversations, workers: int = 0) -> Measured:
+def open_index(data: Conversations, workers: int = 0, follow: Follow = unseen) -> Measured:
     """Read the sizes of all rows, a table of ROWs, from the cache, or measure and cache them.
 
     Faulty rows are measured again each time: their pictures may have been fixed since, which does not change the key of
@@ -69,12 +66,12 @@ def open_index(data: Conversations, workers: int = 0) -> Measured:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         if not (folder / SIZES).is_file():
-            table, findings = measure_all(data, np.arange(len(data)), workers)
+            table, findings = measure_all(data, np.arange(len(data)), workers, follow)
             save(folder, table, findings)
             return load(folder)
         table, findings = load(folder)
         if findings.faults:
-            fixed, still = measure_all(data, np.array(findings.fault_rows), workers)
+            fixed, still = measure_all(data, np.array(findings.fault_rows), workers, follow)
             if still.fault_rows != findings.fault_rows:
                 findings.faults, findings.fault_rows = [], []
                 findings.merge(still)
@@ -124,8 +121,8 @@ def as_json(finding: DataError | str | int) -> object:
     return finding
 
 
-def measure_all(data: Conversations, rows: npt.NDArray[np.int64], workers: int) -> Measured:
-    """Measure the given rows, many of them in two or more processes, with a progress bar if it takes long.
+def measure_all(data: Conversations, rows: npt.NDArray[np.int64], workers: int, follow: Follow = unseen) -> Measured:
+    """Measure the given rows, many of them in two or more processes.
 
     Processes, not the tokenizer's threads: parsing and pictures take as much time as tokenizing.
     """
@@ -139,7 +136,7 @@ def measure_all(data: Conversations, rows: npt.NDArray[np.int64], workers: int) 
         generator=torch.Generator(),  # else it would draw from the generator that the run has seeded
     )
     tables, findings = [np.zeros(0, ROW)], Findings()
-    for table, found in with_progress(loader, len(chunks), f"measuring {len(rows):,} rows of {data.path.name}"):
+    for table, found in follow(loader, f"measuring {data.path.name}", "rows", len(rows), num_measured):
         tables.append(table)
         findings.merge(found)
     return np.concatenate(tables), findings
@@ -213,20 +210,10 @@ def start_worker(number: int) -> None:
     gc.freeze()
 
 
-def with_progress(chunks: Iterable[Measured], total: int, title: str) -> Iterator[Measured]:
-    """Hand the chunks on, and show a bar once that has taken a while."""
-    console = Console(stderr=True)
-    progress = Progress(console=console, transient=True)
-    task, start = progress.add_task(title, total=total), time.monotonic()
-    try:
-        for chunk in chunks:
-            yield chunk
-            progress.advance(task)
-            if not progress.live.is_started and console.is_terminal and time.monotonic() - start > PATIENCE:
-                progress.start()
-    finally:
-        if progress.live.is_started:
-            progress.stop()
+def num_measured(measured: Measured) -> int:
+    """Count the rows of a chunk, those without sizes included."""
+    table, findings = measured
+    return len(table) + len(findings.faults) + len(findings.skipped)
 
 
 def refuse_faults(findings: Findings, path: Path) -> None:

@@ -3,11 +3,13 @@
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from vlm_tune.config.schema import AugmentConfig, Config
 from vlm_tune.data.encode import Encoder
+from vlm_tune.data.progress import Follow, unseen
 from vlm_tune.data.sets.dataset import Conversations, PictureSettings
 from vlm_tune.data.sets.index import Findings, open_index
 from vlm_tune.data.sets.meta import MetaEntry, is_meta, read_meta
@@ -69,8 +71,7 @@ def open_set(path: Path, entry: MetaEntry, config: Config, encoder: Encoder) -> 
     tiles, stage = config.model.tiles, config.stage
     if entry.max_dynamic_patch is not None:
         tiles = replace(tiles, max=entry.max_dynamic_patch)
-        encoder = copy(encoder)  # tokenizer and template stay shared
-        encoder.settings = replace(encoder.settings, max_tiles=tiles.max)
+        encoder = with_settings(encoder, max_tiles=tiles.max)
         most = tiles.max + (tiles.thumbnail and tiles.max > 1)
         if stage.packing and most > stage.pack_tiles:
             reason = f'"max_dynamic_patch" makes up to {most} tiles of one picture, stage.pack_tiles is'
@@ -86,11 +87,18 @@ def open_set(path: Path, entry: MetaEntry, config: Config, encoder: Encoder) -> 
     )
 
 
-def open_sizes(data: Conversations | Mixture, workers: int) -> tuple[Index, Findings]:
+def with_settings(encoder: Encoder, **changes: Any) -> Encoder:
+    """Return the encoder with other limits; tokenizer and template stay shared."""
+    changed = copy(encoder)
+    changed.settings = replace(encoder.settings, **changes)
+    return changed
+
+
+def open_sizes(data: Conversations | Mixture, workers: int, follow: Follow = unseen) -> tuple[Index, Findings]:
     """Return the sizes and the faults of all rows, numbered consecutively."""
     indexes, findings, start = [], Findings(), 0
     for each in data.sets:
-        table, found = open_index(each, workers)
+        table, found = open_index(each, workers, follow)
         indexes.append(Index.of(table, start))
         found.fault_rows = [row + start for row in found.fault_rows]
         findings.merge(found)

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vlm_tune.words import counted
+
 NAME = "max_position_embeddings"
 
 
@@ -75,9 +77,8 @@ def length_notes(positions: Positions, max_length: int, tokens: npt.NDArray[np.i
         )
     long = tokens[tokens > positions.named] if positions.named is not None else tokens[:0]
     if len(long):
-        rows = f"{len(long):,} row{'s' * (len(long) > 1)} of up to {long.max():,} tokens"
         notes.append(
-            f"{rows}: more than the language model's {positions}. The scaling allows them, but the model may never "
-            "have seen texts of that length"
+            f"{counted(len(long), 'row')} of up to {long.max():,} tokens: more than the language model's {positions}. "
+            "The scaling allows them, but the model may never have seen texts of that length"
         )
     return notes

@@ -20,6 +20,7 @@ from vlm_tune.model.checkpoint import (
     write_atomically,
 )
 from vlm_tune.training.run_folder import link_latest
+from vlm_tune.words import counted
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -37,7 +38,8 @@ class AtomicCheckpoints(TorchCheckpointIO):
 class SaveCheckpoints(L.Callback):
     """Save `step_N.ckpt` every `save_every` optimizer steps and at the end; keep the newest ones, and `best.ckpt`."""
 
-    def __init__(self, run: Path, save_every: int, keep: int) -> None:
+    def __init__(self, run: Path, save_every: int, keep: int, console: Console) -> None:
+        self.console = console
         self.folder = run / CHECKPOINTS
         self.run = run
         self.save_every = save_every
@@ -53,7 +55,7 @@ class SaveCheckpoints(L.Callback):
         Lightning would leave it out. Checkpoints are written before the validation, so that such a kill costs no steps.
         """
         if trainer.is_global_zero:
-            put_newer_aside(self.run, trainer.global_step)
+            self._tell(put_newer_aside(self.run, trainer.global_step))
         num_batches = trainer.global_step * trainer.accumulate_grad_batches
         every = trainer.val_check_batch
         if num_batches and isinstance(every, int) and num_batches % every == 0:
@@ -89,9 +91,13 @@ class SaveCheckpoints(L.Callback):
         trainer.save_checkpoint(self.folder / checkpoint_name(step))
         if trainer.is_global_zero:
             if is_first:
-                link_latest(self.run)
+                self._tell(link_latest(self.run))
             for old in checkpoints(self.run)[: -self.keep]:
                 os.remove(old)
+
+    def _tell(self, note: str) -> None:
+        if note:
+            self.console.print(note, soft_wrap=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Remember the best loss so far."""
@@ -111,12 +117,12 @@ def validate(trainer: L.Trainer) -> None:
     trainer.training = True
 
 
-def put_newer_aside(run: Path, step: int) -> None:
-    """Rename the checkpoints after the step that a run goes back to: they would pass for its newest ones."""
+def put_newer_aside(run: Path, step: int) -> str:
+    """Rename the checkpoints after the step that a run goes back to: they would pass for its newest. Return a note."""
     kept = checkpoints(run)
     newer = [path for path in kept if path.name > checkpoint_name(step)]
     if not newer:
-        return
+        return ""
     best = run / CHECKPOINTS / BEST
     best_step = step_of(best)
     if best_step == step and newer == kept:
@@ -128,10 +134,7 @@ def put_newer_aside(run: Path, step: int) -> None:
         while aside.exists():
             aside = aside.with_name(f"{aside.name}.replaced")
         path.rename(aside)
-    Console().print(
-        f"back to step {step}: {len(newer)} newer checkpoints are put aside as {run / CHECKPOINTS}/*.replaced",
-        highlight=False,
-    )
+    return f"back to step {step}: {counted(len(newer), 'newer checkpoint')} put aside as {run / CHECKPOINTS}/*.replaced"
 
 
 def step_of(path: Path) -> float:
