@@ -285,6 +285,29 @@ def histograms(report: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
     return drawn
 
 
+def rule_note(report: dict[str, Any]) -> str:
+    """Compare the tokens of all rows under the two tile rules."""
+    sums = {rule: numbers["sum"] for rule, numbers in report["tokens_by_rule"].items() if numbers}
+    if len(set(sums.values())) < 2:
+        return ""
+    told = " and ".join(f"{tokens:,} tokens with model.tiles.rule={rule}" for rule, tokens in sums.items())
+    return f"All rows together, before data.on_too_long: {told}."
+
+
+def setting_texts(settings: dict[str, Any]) -> dict[str, str]:
+    """Write the settings that decide what was found as the command line takes them."""
+    return {
+        "model": str(settings["model"]),
+        "model.template": str(settings["template"]),
+        "model.tiles": ", ".join(f"{name}={value}" for name, value in settings["tiles"].items()),
+        "tokens a tile": str(settings["tokens_per_tile"]),
+        "data.format": str(settings["format"]),
+        "data.max_length": f"{settings['max_length']:,}",
+        "limit of a row": str(settings["limit"]),
+        "data.on_too_long": str(settings["on_too_long"]),
+    }
+
+
 def histogram_table(title: str, series: dict[str, dict[str, Any]]) -> Table:
     """Draw histograms over the same bins beside one another."""
     table = Table(title.partition(" ")[0], title=f"\n{title}", title_justify="left", title_style="bold", box=None)
