@@ -17,8 +17,8 @@ from vlm_tune.pages.report_chart import (
     thinned,
     write_loss_svg,
 )
-from vlm_tune.pages.words import loss as loss_text
-from vlm_tune.pages.words import rate as rate_text
+from vlm_tune.words import loss as loss_text
+from vlm_tune.words import rate as rate_text
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -10,8 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from vlm_tune import __version__
-from vlm_tune.pages import words
+from vlm_tune import __version__, words
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:

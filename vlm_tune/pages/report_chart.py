@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_tune.pages import words
+from vlm_tune import words
 from vlm_tune.pages.page import render
 
 Point = tuple[float, float]  # (optimizer step, value)

@@ -16,7 +16,7 @@ from vlm_tune.errors import DataError
 from vlm_tune.evaluation.metrics import is_match
 from vlm_tune.pages.page import picture_url, write_page
 from vlm_tune.pages.report_chart import NARROW_SIZE, chart, curve, smoothed
-from vlm_tune.pages.words import percent
+from vlm_tune.words import percent
 
 MAX_PICTURES = 60  # the page stays small enough to send; report.json has all answers
 MAX_ANSWER = 600  # characters of one shown text
