@@ -30,8 +30,8 @@ from vlm_tune.model.checkpoint import find_checkpoint, run_config
 from vlm_tune.model.layouts import parts
 from vlm_tune.model.layouts.internvl import hf as internvl_hf
 from vlm_tune.model.layouts.internvl import official as internvl_official
-from vlm_tune.model.layouts.internvl.hf import OTHER_PARTS
 from vlm_tune.model.layouts.llava import hf as llava_hf
+from vlm_tune.model.layouts.native import OTHER_PARTS
 from vlm_tune.model.trained import open_trained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -175,26 +175,30 @@ def write(layout: str, model: Model, config: Config, folder: Path, wanted: Wante
 
         target = (config.model, folder, wanted.dtype)
         gguf_files.save(model.vlm, model.tokenizer, model.encoder, target)
-        Console().print(gguf_files.limits(config.model), highlight=False)
+        say([gguf_files.limits(config.model)])
         return replace(model, vlm=gguf_files.load_back(folder, model.vlm))
     for parameter in model.vlm.parameters():  # buffers (the rotary frequencies) stay in float32
         parameter.data = parameter.data.to(DTYPES[wanted.dtype])
     if layout in NATIVE:
-        write_native(model, config, layout, folder, wanted.shard)
-        if layout == "hf":
-            Console().print(BACKEND, highlight=False)
+        say([*write_native(model, config, layout, folder, wanted.shard), *([BACKEND] if layout == "hf" else [])])
     elif layout == "official":
-        internvl_official.save(model.vlm, model.encoder.template, config.model, folder, shard=wanted.shard)
+        say(internvl_official.save(model.vlm, model.encoder.template, config.model, folder, shard=wanted.shard))
         model.tokenizer.save_pretrained(folder)
     else:
         parts.save(model.vlm, model.tokenizer, folder, wanted.shard)
     return reload(folder, config)
 
 
+def say(notes: list[str]) -> None:
+    """Print what a user should know about the folder that was written."""
+    for note in notes:
+        Console().print(note, highlight=False, markup=False)
+
+
 def reload(folder: Path, config: Config) -> Model:
     """Load an exported folder as a user would: model.path=FOLDER."""
-    model = replace(config.model, path=str(folder), vision=replace(config.model.vision, path=None))
-    model.llm = replace(config.model.llm, path=None)
+    vision, llm = replace(config.model.vision, path=None), replace(config.model.llm, path=None)
+    model = replace(config.model, path=str(folder), vision=vision, llm=llm)
     trainer = replace(config.trainer, precision=Precision.fp32)
     stage = replace(config.stage, quantize=Quantize.none)
     return build_model(replace(config, model=model, trainer=trainer, stage=stage))

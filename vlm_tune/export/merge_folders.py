@@ -18,6 +18,7 @@ from vlm_tune.model.layouts.folder_files import read_object
 from vlm_tune.model.layouts.folders import ADAPTER_SETTINGS, PARTS_SETTINGS, model_kind, read_json
 from vlm_tune.model.layouts.pretrained import reading
 from vlm_tune.model.layouts.tokenizer import needs_building
+from vlm_tune.model.layouts.weights import notes
 from vlm_tune.model.parts.llm import load_tokenizer
 
 OTHERS = (WHOLE, "mm_projector.bin")  # of LLaVA's trainer: weights that belong over those of the folder
@@ -34,6 +35,8 @@ def merge(base: str, adapter: str, out: str) -> Path:
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    for note in notes(base_folder):
+        Console().print(note, highlight=False, markup=False)
     try:
         with reading(adapter_folder):  # the base's files have errors of their own
             read = read_peft_folder(adapter_folder)

@@ -33,6 +33,7 @@ def train(config: Config) -> Path:
     L.seed_everything(config.seed, workers=True, verbose=False)
 
     model = build_model(config)
+    config = model.config
     parts = apply_stage(model.vlm, config)
     if start is not None:
         start_from(model.vlm, start)
@@ -91,6 +92,7 @@ def fit(trainer: L.Trainer, module: VlmModule, data: DataModule, checkpoint: Pat
 def fill_ahead(config: Config) -> None:
     """Keep what the frozen encoder sees in a run's pictures, as the run itself would before its first step."""
     model = build_model(config)
+    config = model.config
     apply_stage(model.vlm, config)
     start = earlier_stage(config)
     if start is not None:
