@@ -199,8 +199,9 @@ def check_verb(arguments: list[str]) -> int:
     config = load_config(overrides)
     require_all(config)
     from vlm_tune.inspection.check import check
-    from vlm_tune.model.encoder import build_encoder
+    from vlm_tune.model.encoder import build_encoder, joined
 
+    config = joined(config)
     return check(config, build_encoder(config), own["out"], own["repeated_ids"], make_console())
 
 
@@ -224,8 +225,9 @@ def inspect_verb(arguments: list[str]) -> int:
     config = load_config(overrides)
     require_all(config)
     from vlm_tune.inspection.inspect import inspect
-    from vlm_tune.model.encoder import build_encoder
+    from vlm_tune.model.encoder import build_encoder, joined
 
+    config = joined(config)
     inspect(config, build_encoder(config), own["row"], own["out"], "--text" in arguments, make_console())
     return 0
 

@@ -34,6 +34,12 @@ def make_console(stderr: bool = False) -> "Console":
     )
 
 
+def tell(console: "Console", notes: Iterable[str]) -> None:
+    """Print notes, a line each, as long as they are."""
+    for note in notes:
+        console.print(note, soft_wrap=True)
+
+
 def is_quiet() -> bool:
     """Tell whether VLM_TUNE_QUIET asks for plain lines without progress."""
     return os.environ.get("VLM_TUNE_QUIET", "0") not in ("", "0")

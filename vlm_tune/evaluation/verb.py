@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from vlm_tune.console import follow
+from vlm_tune.console import follow, tell
 from vlm_tune.errors import ConfigError
 from vlm_tune.evaluation.evaluate import (
     BATCH,
@@ -25,6 +25,7 @@ def evaluate(ckpt: str, out: str, overrides: list[str], console: Console) -> lis
     """Answer a test file with a trained model, print its scores, and write every answer."""
     path = new_file(out) if out else run_of(find_checkpoint(ckpt)) / "predictions.jsonl"
     model, config = open_trained(ckpt, overrides)
+    tell(console, model.notes)
     test = open_test(config, model)
     if test is None:
         raise ConfigError(

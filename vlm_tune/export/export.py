@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from vlm_tune.config.schema import Config, Precision, Quantize
+from vlm_tune.console import tell
 from vlm_tune.errors import ConfigError
 from vlm_tune.export.adapter import (
     NATIVE,
@@ -30,8 +31,8 @@ from vlm_tune.model.checkpoint import find_checkpoint, run_config
 from vlm_tune.model.layouts import parts
 from vlm_tune.model.layouts.internvl import hf as internvl_hf
 from vlm_tune.model.layouts.internvl import official as internvl_official
-from vlm_tune.model.layouts.internvl.hf import OTHER_PARTS
 from vlm_tune.model.layouts.llava import hf as llava_hf
+from vlm_tune.model.layouts.native import OTHER_PARTS
 from vlm_tune.model.trained import open_trained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,6 +50,7 @@ def export(ckpt: str, out: str, wanted: Wanted, overrides: list[str], console: C
         require_adapters(wanted.layout, ckpt, overrides)
     quantized = measure_quantized(ckpt, overrides)
     model, config = open_for_merging(ckpt, overrides, wanted, console)
+    tell(console, model.notes)
     layout = choose_layout(model, config, wanted.layout)
     dtype = GGUF_DTYPES[wanted.dtype] if layout == "gguf" else wanted.dtype
     partial = folder.with_name(folder.name + ".partial")
@@ -175,16 +177,16 @@ def write(layout: str, model: Model, config: Config, folder: Path, wanted: Wante
 
         target = (config.model, folder, wanted.dtype)
         gguf_files.save(model.vlm, model.tokenizer, model.encoder, target)
-        console.print(gguf_files.limits(config.model))
+        tell(console, [gguf_files.limits(config.model)])
         return replace(model, vlm=gguf_files.load_back(folder, model.vlm))
     for parameter in model.vlm.parameters():  # buffers (the rotary frequencies) stay in float32
         parameter.data = parameter.data.to(DTYPES[wanted.dtype])
     if layout in NATIVE:
-        write_native(model, config, layout, folder, wanted.shard)
-        if layout == "hf":
-            console.print(BACKEND)
+        notes = write_native(model, config, layout, folder, wanted.shard)
+        tell(console, [*notes, *([BACKEND] if layout == "hf" else [])])
     elif layout == "official":
-        internvl_official.save(model.vlm, model.encoder.template, config.model, folder, shard=wanted.shard)
+        template = model.encoder.template
+        tell(console, internvl_official.save(model.vlm, template, config.model, folder, shard=wanted.shard))
         model.tokenizer.save_pretrained(folder)
     else:
         parts.save(model.vlm, model.tokenizer, folder, wanted.shard)
@@ -193,8 +195,8 @@ def write(layout: str, model: Model, config: Config, folder: Path, wanted: Wante
 
 def reload(folder: Path, config: Config) -> Model:
     """Load an exported folder as a user would: model.path=FOLDER."""
-    model = replace(config.model, path=str(folder), vision=replace(config.model.vision, path=None))
-    model.llm = replace(config.model.llm, path=None)
+    vision, llm = replace(config.model.vision, path=None), replace(config.model.llm, path=None)
+    model = replace(config.model, path=str(folder), vision=vision, llm=llm)
     trainer = replace(config.trainer, precision=Precision.fp32)
     stage = replace(config.stage, quantize=Quantize.none)
     return build_model(replace(config, model=model, trainer=trainer, stage=stage))

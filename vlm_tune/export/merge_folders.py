@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from vlm_tune.console import tell
 from vlm_tune.errors import ConfigError
 from vlm_tune.export.export import settle
 from vlm_tune.export.merge_plain import GENERATION, merge_plain
@@ -18,6 +19,7 @@ from vlm_tune.model.layouts.folder_files import read_object
 from vlm_tune.model.layouts.folders import ADAPTER_SETTINGS, PARTS_SETTINGS, model_kind, read_json
 from vlm_tune.model.layouts.pretrained import reading
 from vlm_tune.model.layouts.tokenizer import needs_building
+from vlm_tune.model.layouts.weights import notes
 from vlm_tune.model.parts.llm import load_tokenizer
 
 OTHERS = (WHOLE, "mm_projector.bin")  # of LLaVA's trainer: weights that belong over those of the folder
@@ -34,6 +36,7 @@ def merge(base: str, adapter: str, out: str, console: Console) -> Path:
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    tell(console, notes(base_folder))
     try:
         with reading(adapter_folder):  # the base's files have errors of their own
             read = read_peft_folder(adapter_folder)

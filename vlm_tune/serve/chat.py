@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 
 from vlm_tune.config.schema import Config
-from vlm_tune.console import make_console
+from vlm_tune.console import make_console, tell
 from vlm_tune.data.pictures.images import ImageReader
 from vlm_tune.data.sample import Message, Part, Picture, Sample
 from vlm_tune.data.sets.dataset import Tiling
@@ -74,6 +74,7 @@ def chat(ckpt: str, image: str, overrides: list[str], console: Console) -> None:
     model, config = open_trained(ckpt, overrides)
     talk = Chat(model, config)
     aside = make_console(stderr=True)  # what a pipe reads are the answers alone
+    tell(aside, model.notes)
     aside.print(f"run: {find_checkpoint(ckpt)}", soft_wrap=True)
     if image:
         talk.show(image)

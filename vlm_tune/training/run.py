@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from vlm_tune.config.schema import Config, FeatureCaching
-from vlm_tune.console import follow, make_console
+from vlm_tune.console import follow, make_console, tell
 from vlm_tune.data.datamodule import DataModule
 from vlm_tune.errors import CheckpointError, TrainingError
 from vlm_tune.model.build import build_model
@@ -35,6 +35,8 @@ def train(config: Config, console: Console | None = None) -> Path:
     L.seed_everything(config.seed, workers=True, verbose=False)
 
     model = build_model(config)
+    tell(console, model.notes)
+    config = model.config
     parts = apply_stage(model.vlm, config)
     if start is not None:
         start_from(model.vlm, start)
@@ -91,6 +93,8 @@ def fit(trainer: L.Trainer, module: VlmModule, data: DataModule, checkpoint: Pat
 def fill_ahead(config: Config, console: Console) -> None:
     """Keep what the frozen encoder sees in a run's pictures, as the run itself would before its first step."""
     model = build_model(config)
+    tell(console, model.notes)
+    config = model.config
     apply_stage(model.vlm, config)
     start = earlier_stage(config)
     if start is not None:
