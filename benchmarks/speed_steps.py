@@ -33,14 +33,15 @@ from torch.utils.data import DataLoader  # noqa: E402
 
 from vlm_tune.config.parse import load_config  # noqa: E402
 from vlm_tune.config.schema import Config  # noqa: E402
+from vlm_tune.console import make_console  # noqa: E402
 from vlm_tune.data.batch import Batch  # noqa: E402
 from vlm_tune.data.datamodule import DataModule, MicroBatches, Part  # noqa: E402
 from vlm_tune.data.encode import Encoder  # noqa: E402
 from vlm_tune.data.stream import MicroBatch  # noqa: E402
 from vlm_tune.model.build import build_model  # noqa: E402
-from vlm_tune.model.fill_cache import use_feature_cache  # noqa: E402
 from vlm_tune.model.parts.stage import apply_stage  # noqa: E402
 from vlm_tune.training.module import VlmModule  # noqa: E402
+from vlm_tune.training.run import keep_features  # noqa: E402
 from vlm_tune.training.trainer import make_trainer  # noqa: E402
 
 FILES = {"w1": "cap.json", "w2": "mm.json", "w3": "text.json"}
@@ -192,8 +193,9 @@ def run_steps(
     data = open_rows(model.encoder)
     with tempfile.TemporaryDirectory() as run:
         (Path(run) / "checkpoints").mkdir()
-        trainer = make_trainer(config, num_steps, Path(run), [Clock(result)])
-        use_feature_cache(model.vlm, data, config, trainer.strategy.root_device)
+        console = make_console()
+        trainer = make_trainer(config, num_steps, Path(run), [Clock(result)], console)
+        keep_features(model.vlm, data, config, trainer.strategy.root_device, console)
         with watch:
             trainer.fit(VlmModule(model, config, num_steps), datamodule=data)
 

@@ -92,7 +92,7 @@ def make_folder(folder: Path, seed: int) -> None:
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=1), encoding="utf-8")
     make_tokenizer(folder)
     vlm = empty_model(CONFIG, load_config(["model=internvl2_2b"]).model, folder)
-    shapes = {entry.original: entry.shape for entry in original_entries(vlm, CONFIG)}
+    shapes = {entry.stored: entry.shape for entry in original_entries(vlm, CONFIG)}
     generator = torch.Generator().manual_seed(seed)
 
     def random(key: str) -> torch.Tensor:

@@ -41,9 +41,16 @@ PURPOSES = {
     "pyproject.toml": "The package, its dependencies, and the settings of the checks.",
     "tests": "The folders mirror the package.",
     "tests/golden": "Recordings of the reference implementations, which the golden tests compare with.",
+    "vlm_tune/pages/check.html": "The page of `check`.",
+    "vlm_tune/pages/inspect.html": "The page of `inspect`.",
+    "vlm_tune/pages/macros.html": "What pages have in common: tiles, sections, tables, bars.",
+    "vlm_tune/pages/page.css": "The look of every page, light, dark, narrow and printed.",
+    "vlm_tune/pages/page.html": "The frame of every page.",
+    "vlm_tune/pages/report.html": "The page of a run.",
+    "vlm_tune/pages/report_chart.css": "The colours of the loss curve.",
+    "vlm_tune/pages/report_chart.svg": "The loss curve, placed by its axes.",
     "vlm_tune/py.typed": "Tells type checkers that the package has types.",
 }
-BY_SUFFIX = {".html": "The frame of a page.", ".css": "The look of a page."}
 
 
 def tree() -> str:
@@ -79,8 +86,8 @@ def short(path: Path) -> str:
 def purpose(path: Path) -> str:
     """Say what a file or folder is for, in its own words."""
     name = short(path)
-    if name in PURPOSES or path.suffix in BY_SUFFIX:
-        return PURPOSES.get(name) or BY_SUFFIX[path.suffix]
+    if name in PURPOSES:
+        return PURPOSES[name]
     if name.startswith("tests/") and path.is_dir():
         tested = name.removeprefix("tests/")
         return f"Tests of {tested if (ROOT / tested).is_dir() else f'vlm_tune/{tested}'}."

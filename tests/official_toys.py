@@ -41,7 +41,7 @@ def write_official(folder: Path, llm: dict[str, Any], dtype: torch.dtype = torch
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     vlm = empty_model(config, small_model(), folder)
-    shapes = {entry.original: entry.shape for entry in original_entries(vlm, config)}
+    shapes = {entry.stored: entry.shape for entry in original_entries(vlm, config)}
     generator = torch.Generator().manual_seed(3)
 
     def random(key: str) -> torch.Tensor:

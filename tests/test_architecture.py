@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "vlm_tune"
 LAYERS = {  # a layer may import itself and what is lower; layers of one number do not know one another
     "errors": 0,
+    "console": 0,
+    "words": 0,
     "config": 1,
     "recipes": 2,
     "data": 3,
@@ -35,6 +37,7 @@ FLOORS = {  # of data/, in the same way
     "text": 1,
     "dialects": 2,
     "tiles": 2,
+    "example": 2,
     "fit": 2,
     "encode": 2,
     "sizes": 3,
@@ -51,6 +54,7 @@ YAMLS = sorted((ROOT / "conf").rglob("*.yaml"))
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "base"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "print", "breakpoint"}
 FORBIDDEN_IMPORTS = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "importlib.machinery"}
+VOICE = "console.py"  # where a console of rich is made
 DOOR = "model/layouts/pretrained.py"  # where transformers reads folders
 HYDRA_READERS = {"config/parse.py", "cli.py"}  # everything else sees plain dataclasses
 
@@ -187,6 +191,18 @@ def test_no_text_is_run_and_nothing_is_printed_aside(path):
         if isinstance(call.func, ast.Name) and call.func.id in FORBIDDEN_CALLS
     ]
     assert not wrong
+
+
+@by_path
+def test_a_console_is_made_in_one_place(path):
+    made = [call.lineno for call in called(TREES[path]) if ast.unparse(call.func).split(".")[-1] == "Console"]
+    assert not made or path.relative_to(PACKAGE).as_posix() == VOICE, f"take the one handed down ({VOICE}): line {made}"
+
+
+@pytest.mark.parametrize("path", [*(PACKAGE / "data").rglob("*.py"), *(PACKAGE / "model").rglob("*.py")], ids=short)
+def test_data_and_model_return_findings_and_print_nothing(path):
+    speaking = [name for name in imported_names(TREES[path]) if name.startswith(("rich", "vlm_tune.console"))]
+    assert not speaking, "return what was found; a verb says it"
 
 
 @by_path

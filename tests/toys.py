@@ -64,6 +64,7 @@ class Toys:
         """Build the toy model and data, with what the stage trains opened."""
         config = load_config(self.arguments(*overrides))
         model = build_model(config)
+        config = model.config
         parts = apply_stage(model.vlm, config)
         data = DataModule(config, model.encoder)
         data.setup()

@@ -12,6 +12,7 @@ from vlm_tune.config.hints import bare_hint, flag_hint, our_name
 from vlm_tune.config.parse import GROUPS, describe_sources, load_config, nearest_of, options, short_names
 from vlm_tune.config.schema import Config
 from vlm_tune.config.usage import USAGE, usage, usage_of
+from vlm_tune.console import make_console
 from vlm_tune.errors import ConfigError, Stopped, VlmTuneError
 
 
@@ -116,9 +117,9 @@ def train_verb(arguments: list[str]) -> int:
         initial_checkpoint(config)
     from vlm_tune.training.run import train  # late, as in all verbs: torch takes seconds to import
 
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        sys.stdout.write(describe_sources(arguments, config))
-    train(config)
+    console = make_console()
+    console.print(describe_sources(arguments, config), end="", soft_wrap=True)
+    train(config, console)
     return 0
 
 
@@ -141,7 +142,7 @@ def chat_verb(arguments: list[str]) -> int:
         require_picture(own["image"], config)
     from vlm_tune.serve.chat import chat
 
-    chat(own["ckpt"], own["image"], overrides)
+    chat(own["ckpt"], own["image"], overrides, make_console())
     return 0
 
 
@@ -155,7 +156,7 @@ def evaluate_verb(arguments: list[str]) -> int:
     require_questions(require_run(own["ckpt"], overrides))
     from vlm_tune.evaluation.verb import evaluate
 
-    evaluate(own["ckpt"], own["out"], overrides)
+    evaluate(own["ckpt"], own["out"], overrides, make_console())
     return 0
 
 
@@ -173,7 +174,7 @@ def export_verb(arguments: list[str]) -> int:
     require_questions(require_run(own["ckpt"], overrides))
     from vlm_tune.export.export import export
 
-    export(own["ckpt"], own["out"], wanted, overrides)
+    export(own["ckpt"], own["out"], wanted, overrides, make_console())
     return 0
 
 
@@ -191,7 +192,7 @@ def merge_verb(arguments: list[str]) -> int:
     empty_folder(own["out"])
     from vlm_tune.export.merge_folders import merge
 
-    merge(own["base"], own["adapter"], own["out"])
+    merge(own["base"], own["adapter"], own["out"], make_console())
     return 0
 
 
@@ -201,9 +202,10 @@ def check_verb(arguments: list[str]) -> int:
     config = load_config(overrides)
     require_all(config)
     from vlm_tune.inspection.check import check
-    from vlm_tune.model.encoder import build_encoder
+    from vlm_tune.model.encoder import build_encoder, joined
 
-    return check(config, build_encoder(config), own["out"], own["repeated_ids"])
+    config = joined(config)
+    return check(config, build_encoder(config), own["out"], own["repeated_ids"], make_console())
 
 
 def cache_verb(arguments: list[str]) -> int:
@@ -212,7 +214,7 @@ def cache_verb(arguments: list[str]) -> int:
     require_all(config)
     from vlm_tune.training.run import fill_ahead
 
-    fill_ahead(config)
+    fill_ahead(config, make_console())
     return 0
 
 
@@ -226,9 +228,10 @@ def inspect_verb(arguments: list[str]) -> int:
     config = load_config(overrides)
     require_all(config)
     from vlm_tune.inspection.inspect import inspect
-    from vlm_tune.model.encoder import build_encoder
+    from vlm_tune.model.encoder import build_encoder, joined
 
-    inspect(config, build_encoder(config), own["row"], own["out"], "--text" in arguments)
+    config = joined(config)
+    inspect(config, build_encoder(config), own["row"], own["out"], "--text" in arguments, make_console())
     return 0
 
 

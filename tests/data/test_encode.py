@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from vlm_tune.config.schema import TooLong
-from vlm_tune.data.encode import NO_LOSS, Encoder, Example
+from vlm_tune.data.encode import Encoder
+from vlm_tune.data.example import NO_LOSS, Example
 from vlm_tune.data.fit import EncoderSettings, SkippedSample, no_pictures
 from vlm_tune.data.sample import Message, Picture, Sample
 from vlm_tune.data.text.templates import load_template
@@ -194,7 +195,7 @@ def test_pictures_move_to_the_front_where_the_template_says_so():
 
 def test_pictures_for_a_model_that_takes_none_are_refused():
     text_only = encoder(image_start="", image_context="", image_end="")
-    with pytest.raises(DataError, match="1 pictures in the row, but this model takes none"):
+    with pytest.raises(DataError, match="1 picture in the row, but this model takes none"):
         text_only.encode(sample(((PICTURE, "?"), "A cat.")), tiles(1))
 
 
@@ -388,3 +389,9 @@ def test_system_prompt_of_the_config_without_a_place_is_refused():
 def test_tokenizer_without_the_image_token_is_refused():
     with pytest.raises(ConfigError, match="has no special token '<picture>' for pictures: add it"):
         encoder(image_context="<picture>")
+
+
+def test_a_row_may_begin_with_the_same_picture_twice():
+    twice = sample(((PICTURE, PICTURE), "Two cats."))
+    example = encoder("plain", image_start="", image_end="", add_bos=False).encode(twice, tiles(1, 2))
+    assert text_of(example.input_ids).count("<IMG_CONTEXT>") == 4 * (1 + 2)

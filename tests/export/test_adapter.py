@@ -22,8 +22,8 @@ from vlm_tune.evaluation.evaluate import open_test, prompt_of, read_questions
 from vlm_tune.export import parity
 from vlm_tune.model.generate import answering, embed_prompts
 from vlm_tune.model.layouts.internvl import hf as internvl_hf
-from vlm_tune.model.layouts.internvl.hf import OTHER_PARTS
 from vlm_tune.model.layouts.internvl.processor import save_processor
+from vlm_tune.model.layouts.native import OTHER_PARTS
 from vlm_tune.model.trained import open_trained
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -230,7 +230,7 @@ ELSEWHERE = {"internlm_chat", "llama3_chat", "cohere_chat"}  # their end tokens 
 def test_a_folder_s_chat_template_writes_the_prompts_of_training(toys, tmp_path, name):
     config = load_config(toys.arguments(f"model.template={name}"))
     encoder, tokenizer = build_encoder(config)
-    questions = Questions(Model(None, tokenizer, encoder), config, 6)
+    questions = Questions(Model(None, tokenizer, encoder, config), config, 6)
     save_processor(tokenizer, encoder, config.model, tmp_path)
     processor = AutoProcessor.from_pretrained(tmp_path)
     processor.image_processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")

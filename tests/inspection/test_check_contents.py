@@ -151,7 +151,7 @@ def test_a_row_is_shared_where_text_and_pictures_are_the_same(check, held, numbe
 
 def test_rows_of_text_are_compared(check):
     found = check([row(None, "1+1?", "2"), row(None, "1+2?", "3")], val=[row(None, "1+2?", "3")])
-    assert "shares 1 whole row; 1 rows compared" in found.words
+    assert "shares 1 whole row; 1 row compared" in found.words
 
 
 def test_workers_find_the_same(check):

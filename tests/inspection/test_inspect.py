@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from vlm_tune.config.parse import load_config
 from vlm_tune.config.schema import TileRule, TilesConfig
-from vlm_tune.data.encode import NO_LOSS
+from vlm_tune.data.example import NO_LOSS
 from vlm_tune.inspection.inspect_row import CONTEXT, IMAGE, SUPERVISED, canvas_of, look, runs_of, texts_of
 from vlm_tune.inspection.inspect_text import draw_grid, facts
 from vlm_tune.model.encoder import build_encoder

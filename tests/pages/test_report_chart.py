@@ -13,12 +13,12 @@ from vlm_tune.pages.report_chart import (
     curve,
     loss_axis,
     loss_svg,
-    loss_text,
-    rate_text,
     smoothed,
     thinned,
     write_loss_svg,
 )
+from vlm_tune.words import loss as loss_text
+from vlm_tune.words import rate as rate_text
 
 SVG = "{http://www.w3.org/2000/svg}"
 

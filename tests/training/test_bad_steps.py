@@ -173,7 +173,7 @@ def test_a_leap_of_the_loss_is_marked_and_trained(toys, tmp_path, monkeypatch):
     "losses", [[5.0 / (1 + number) for number in range(200)], [1.0 + number % 5 / 10 for number in range(200)]]
 )
 def test_a_falling_or_a_noisy_loss_is_no_leap(losses, tmp_path, monkeypatch):
-    watch, marked = WatchSteps(tmp_path, 5, None, None), []
+    watch, marked = WatchSteps(tmp_path, 5, None, None, None), []
     monkeypatch.setattr(WatchSteps, "_note", lambda self, *_: marked.append(_))
     for loss in losses:
         watch._compare(None, None, loss)

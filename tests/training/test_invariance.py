@@ -9,7 +9,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from toys import write_jsonl
 
-from vlm_tune.data.encode import NO_LOSS
+from vlm_tune.console import make_console
+from vlm_tune.data.example import NO_LOSS
 from vlm_tune.training.module import VlmModule
 from vlm_tune.training.trainer import make_trainer
 
@@ -64,7 +65,7 @@ def trained(toys, arguments, tmp_path_factory):
         staged = toys.staged(*arguments(packing, *size, f"stage.loss={weighting}", *more))
         folder, gradients = tmp_path_factory.mktemp("run"), Gradients()
         (folder / "checkpoints").mkdir()
-        trainer = make_trainer(staged.config, 1, folder, [gradients])
+        trainer = make_trainer(staged.config, 1, folder, [gradients], make_console())
         trainer.fit(VlmModule(staged.model, staged.config, 1), datamodule=staged.data)
         return float(trainer.callback_metrics["train/loss"]), gradients.found
 

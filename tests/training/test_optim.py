@@ -11,6 +11,7 @@ from torch.optim import SGD
 
 from vlm_tune.config.parse import load_config
 from vlm_tune.config.schema import Optimizer, StageConfig
+from vlm_tune.console import make_console
 from vlm_tune.errors import ConfigError, TrainingError
 from vlm_tune.model.parts.stage import PARTS, trained_parameters
 from vlm_tune.training.module import VlmModule
@@ -159,7 +160,7 @@ class Norm(L.Callback):
 def fit(staged, folder, *callbacks):
     """Train one step."""
     (folder / "checkpoints").mkdir()
-    trainer = make_trainer(staged.config, 1, folder, list(callbacks))
+    trainer = make_trainer(staged.config, 1, folder, list(callbacks), make_console())
     trainer.fit(VlmModule(staged.model, staged.config, 1), datamodule=staged.data)
     return trainer
 

@@ -226,7 +226,7 @@ def refusal(toys, run, tmp_path, *more, kind=ConfigError):
 )
 def test_other_settings_are_refused(toys, straight, tmp_path, change, said):
     message = refusal(toys, straight("packed"), tmp_path, change)
-    assert message.startswith(f"resume=last: 1 settings differ from those of {tmp_path}/")
+    assert message.startswith(f"resume=last: 1 setting differs from those of {tmp_path}/")
     assert f"\n  {said}\n" in message
     assert "allow a change by its key: resume_allow=[KEY]" in message
 

@@ -143,5 +143,5 @@ def test_an_interval_may_change_on_resume(resumed, short, change):
 
 @pytest.mark.parametrize("change", ["stage.max_steps=2", "trainer.max_val_rows=3", "stage.warmup=0.5"])
 def test_what_changes_the_run_stays_refused(resumed, change):
-    with pytest.raises(Exception, match=r"resume=last: 1 settings differ"):
+    with pytest.raises(Exception, match=r"resume=last: 1 setting differs"):
         resumed(change)

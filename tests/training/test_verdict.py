@@ -1,9 +1,11 @@
 """A score that is not clearly above a guess is said in words; one that is, is not."""
 
+import re
+
 import pytest
 from rich.console import Console
 
-from vlm_tune.pages.report_html import cautions
+from vlm_tune.pages.report_html import write_html
 from vlm_tune.training import report
 from vlm_tune.training.verdict import verdicts
 
@@ -43,7 +45,11 @@ def test_it_says_the_numbers():
     assert line.endswith("standard error of the difference 9.5 points): nothing shows that it uses them")
 
 
-def test_the_end_of_a_run_and_its_page_say_it(capsys):
+def test_the_end_of_a_run_and_its_page_say_it(capsys, tmp_path):
+    def cautions(found):
+        write_html({"evaluation": found}, tmp_path / "report.html")
+        return "".join(re.findall("<p>(.+)</p>", (tmp_path / "report.html").read_text()))
+
     found = evaluation(0.60, 0.50, 0.20, 50)
     found["verdicts"] = verdicts(found)
     report.show_scores(Console(width=300), found)

@@ -87,9 +87,8 @@ def read_config(path: Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError(str(error) if overrides else f"{path}: {error}") from error
     written = OmegaConf.select(OmegaConf.from_dotlist(overrides or []), "data.format")
     if written is None:
-        config.data.format = disarm(config.data.format)
-    else:
-        require_same(remembered_format(path), config.data.format)
+        return replace(config, data=replace(config.data, format=disarm(config.data.format)))
+    require_same(remembered_format(path), config.data.format)
     return config
 
 

@@ -85,7 +85,7 @@ def usage() -> str:
         f"{PROGRAM} [VERB] key=value ...\n\n"
         + "\n".join(lines)
         + f"\n\n{PROGRAM} help VERB shows its keys. All keys of a run with their defaults: docs/configuration.md.\n"
-        "VLM_TUNE_DEBUG=1 shows the traceback of an error.\n"
+        "VLM_TUNE_DEBUG=1 shows the traceback of an error; VLM_TUNE_QUIET=1 leaves out colours and progress.\n"
     )
 
 

@@ -1,6 +1,7 @@
 """(4) Examples -> Batch: packed without padding, or padded to the longest; counts are checked for each sample."""
 
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -9,48 +10,42 @@ import torch
 from torch import Tensor
 
 from vlm_tune.config.schema import LossWeight
-from vlm_tune.data.encode import NO_LOSS, Example
+from vlm_tune.data.example import NO_LOSS, Example
 from vlm_tune.data.pictures.anyres import Spread
 
 
 @dataclass
 class Batch:
-    """What one forward pass needs. N counts the supervised tokens, T the tiles of all samples."""
+    """What one forward pass needs. N is the number of supervised tokens, T that of the tiles of all samples."""
 
     input_ids: Tensor  # (B, L)
     position_ids: Tensor  # (B, L), restarting at 0 with each sample
-    segments: list[int] | None  # lengths of the samples of a pack (B = 1); None: each row is one sample, padded right
+    segments: list[int] | None  # lengths of the samples in a pack (B = 1); None: each row is one sample, padded right
     predicting: Tensor  # (N,) flat positions whose next token is supervised
     targets: Tensor  # (N,) that next token
-    weights: Tensor  # (N,) its share in the loss of the optimizer step
+    weights: Tensor  # (N,) its share of the loss of the optimizer step
     sample_ids: list[str]
     num_tokens: int  # without padding
     tiles: Tensor | None = None  # (T, H, W, 3) uint8
-    features: Tensor | None = None  # (T, P, C) in place of tiles, where a frozen encoder's output is kept
-    spreads: list[Spread] = field(default_factory=list)  # of each picture, where that decides its tokens
-    cursor: tuple[int, int, int] = (0, 0, 0)  # where the stream goes on after this batch's optimizer step
+    features: Tensor | None = None  # (T, P, C) in place of tiles, if a frozen vision tower's output is cached
+    spreads: list[Spread] = field(default_factory=list)  # of each picture, if its tokens depend on that
+    cursor: tuple[int, int, int] = (0, 0, 0)  # where the stream continues after this batch's optimizer step
 
     def to(self, device: torch.device, non_blocking: bool = True) -> "Batch":
         """Copy the tensors to a device."""
-        moved: dict[str, Any] = {
-            each.name: getattr(self, each.name).to(device, non_blocking=non_blocking)
-            for each in fields(self)
-            if isinstance(getattr(self, each.name), Tensor)
-        }
-        return replace(self, **moved)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
         """Pin the tensors, so that the copy to the device overlaps with the step."""
-        pinned: dict[str, Any] = {
-            each.name: getattr(self, each.name).pin_memory()
-            for each in fields(self)
-            if isinstance(getattr(self, each.name), Tensor)
-        }
-        return replace(self, **pinned)
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        changed: dict[str, Any] = {name: change(each) for name, each in vars(self).items() if isinstance(each, Tensor)}
+        return replace(self, **changed)
 
 
 def token_weight(num_supervised: npt.NDArray[np.int32], weight: LossWeight) -> npt.NDArray[np.float64]:
-    """Weigh each supervised token of a sample that has x of them: 1, 1/x or 1/sqrt(x).
+    """Return the weight of each supervised token of a sample that has x of them: 1, 1/x or 1/sqrt(x).
 
     Source: InternVL `internvl_chat_finetune.py` (loss_reduction token | sample | square).
     """
@@ -61,9 +56,9 @@ def token_weight(num_supervised: npt.NDArray[np.int32], weight: LossWeight) -> n
 def add_pictures(
     batch: Batch, examples: list[Example], tiles: list[npt.NDArray[np.uint8]], features: list[Tensor]
 ) -> None:
-    """Put the tiles (or kept features) of all examples into a batch.
+    """Put the tiles (or cached features) of all examples into a batch.
 
-    Each example's count must be the one it was encoded with, or its neighbour would get its pictures.
+    Each example must have as many as it was encoded with, or its neighbour would get its pictures.
     """
     counts = [sum(example.num_tiles) for example in examples if example.num_tiles]
     made = [len(pixels) for pixels in tiles if len(pixels)] or [len(seen) for seen in features]
@@ -76,7 +71,7 @@ def add_pictures(
 
 
 def collate(examples: list[Example], weights: list[float], packing: bool) -> Batch:
-    """Join the text of examples; `weights` holds the weight of each one's supervised tokens."""
+    """Join the texts of examples; `weights` are the weights of each one's supervised tokens."""
     lengths = [len(example.input_ids) for example in examples]
     width = sum(lengths) if packing else max(lengths)
     starts = np.cumsum([0, *lengths[:-1]]) if packing else np.arange(len(lengths)) * width

@@ -1,4 +1,4 @@
-"""Lightning's view of the data: a training stream that goes on from a checkpoint, and a fixed validation pass."""
+"""Lightning's view of the data: a training stream that continues from a checkpoint, and a fixed validation pass."""
 
 import signal
 import time
@@ -15,7 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlm_tune.config.schema import AugmentConfig, BadSample, Config
 from vlm_tune.data.batch import Batch, add_pictures, collate, token_weight
-from vlm_tune.data.encode import Encoder, Example
+from vlm_tune.data.encode import Encoder
+from vlm_tune.data.example import Example
+from vlm_tune.data.progress import Follow, unseen
 from vlm_tune.data.rows.cache import hashed
 from vlm_tune.data.sample import Sample
 from vlm_tune.data.sets.dataset import Conversations
@@ -35,7 +37,7 @@ VALIDATION_KEYS = (
 
 
 class MicroBatches(Dataset[Batch]):
-    """Make the batch that a MicroBatch names. Random augmentation depends on (seed, epoch, row) alone."""
+    """Load the batch of a MicroBatch. Random augmentation depends only on (seed, epoch, row)."""
 
     def __init__(
         self, data: Conversations | Mixture, index: Index, settings: StreamSettings, is_training: bool
@@ -78,19 +80,19 @@ class MicroBatches(Dataset[Batch]):
             raise DataError(reason, sample.where, sample.id)
 
     def _check_sizes(self, entry: int, example: Example) -> None:
-        """Refuse a row whose pictures were replaced since it was measured: its pack was planned for others."""
+        """Refuse a row whose pictures were replaced after it was measured: its pack was planned for the old ones."""
         planned = int(self.index.tokens[entry]), int(self.index.supervised[entry]), int(self.index.tiles[entry])
         made = len(example.input_ids), example.num_supervised, sum(example.num_tiles)
         if made != planned:
             reason = (
                 "has {} tokens, {} supervised, and {} tiles, but had {}, {} and {} when it was measured: a picture was "
-                "replaced. Put it back, or save the data file anew, so that all rows are measured again"
+                "replaced. Put it back, or save the data file again, so that all rows are measured again"
             )
             raise DataError(reason.format(*made, *planned), example.where, example.id)
 
 
 class Handed(Dataset[Batch | VlmTuneError]):
-    """Hand a row's fault over as a value: raised in a worker process, it would come with torch's traceback as text."""
+    """Return a row's fault as a value: raised in a worker process, it would arrive as text with torch's traceback."""
 
     def __init__(self, batches: MicroBatches) -> None:
         self.batches = batches
@@ -107,14 +109,14 @@ class Handed(Dataset[Batch | VlmTuneError]):
 
 @dataclass
 class Part:
-    """One opened data file, or several as a mixture, with their sizes."""
+    """An opened data file, or several as a mixture, with their sizes."""
 
     data: Conversations | Mixture
     index: Index
     findings: Findings
 
     def contents(self) -> dict[str, str]:
-        """Name what the rows say, for each file (of a mixture: for each set, its degradation included)."""
+        """Return a hash of the rows of each file (in a mixture: of each set, including its degradation)."""
         data, index = self.data, self.index
         if not isinstance(data, Mixture):
             return {str(data.path): index.content_fingerprint()}
@@ -127,9 +129,9 @@ class Part:
 
 
 class TimedLoader(DataLoader[Batch | VlmTuneError]):
-    """Count the seconds for which the training loop waits for a batch, worker processes' start included.
+    """Count the seconds that the training loop waits for batches, including the start of worker processes.
 
-    Raise the fault of a row that a batch could not be made of.
+    Raise the fault of a row that kept a batch from being loaded.
     """
 
     seconds_waited = 0.0
@@ -155,18 +157,19 @@ def ignore_stops(number: int) -> None:
 
 
 class DataModule(L.LightningDataModule):
-    """Open, measure and serve the training and validation rows of a run."""
+    """Open, measure and serve the training and validation rows of a run; `follow` shows how far measuring is."""
 
-    def __init__(self, config: Config, encoder: Encoder) -> None:
+    def __init__(self, config: Config, encoder: Encoder, follow: Follow = unseen) -> None:
         super().__init__()
         self.config = config
         self.encoder = encoder
+        self.follow = follow
         self.cursor: Cursor = (0, 0, 0)
         self.train: Part | None = None
         self.val: Part | None = None
 
     def setup(self, stage: str = "fit") -> None:
-        """Open the files, find every faulty row, and split off a validation part where there is no file for it."""
+        """Open the files, find every faulty row, and split off a validation part if there is no file for it."""
         if self.train is not None:
             return
         config = self.config.data
@@ -185,14 +188,19 @@ class DataModule(L.LightningDataModule):
 
     def _open(self, path: Path) -> Part:
         data = open_data(path, self.config, self.encoder)
-        index, findings = open_sizes(data, self.config.data.workers)
+        index, findings = open_sizes(data, self.config.data.workers, self.follow)
         if self.config.data.on_bad_sample is BadSample.error:
             refuse_faults(findings, path)
         return Part(data, index, findings)
 
+    @property
+    def parts(self) -> list[Part]:
+        """The training rows, and those for validation where there are any."""
+        return [part for part in (self.train, self.val) if part is not None]
+
     def write_quarantine(self, path: Path) -> None:
-        """List the rows that were left out, with the reason of each."""
-        parts = {id(part.findings): part for part in (self.train, self.val) if part is not None}
+        """Write the rows that were left out, each with its reason."""
+        parts = {id(part.findings): part for part in self.parts}
         faults = [fault for part in parts.values() for fault in (*part.findings.faults, *part.findings.skipped)]
         if faults:
             write_faults(faults, path)
@@ -208,7 +216,7 @@ class DataModule(L.LightningDataModule):
         self.train = Part(self.train.data, self.train.index.take(np.sort(order[num_val:])), self.train.findings)
 
     def settings(self, groups_per_step: int) -> StreamSettings:
-        """What decides the order of training."""
+        """Return what decides the order of training."""
         stage, trainer, train = self.config.stage, self.config.trainer, self.train
         return StreamSettings(
             packing=stage.packing,
@@ -221,13 +229,13 @@ class DataModule(L.LightningDataModule):
         )
 
     def stream(self, rank: int = 0, world: int = 1) -> BatchStream:
-        """The training stream of one rank, from the cursor on."""
+        """Return the training stream of one rank, starting at the cursor."""
         assert self.train is not None
         groups = self.config.trainer.global_batch // self.config.trainer.micro_batch
         return BatchStream(self.train.index, self.settings(groups), self.cursor, (rank, world))
 
     def max_steps(self) -> int:
-        """Optimizer steps of the run."""
+        """Return the number of optimizer steps of the run."""
         if self.config.stage.max_steps > 0:
             return self.config.stage.max_steps
         stream = self.stream()
@@ -235,14 +243,14 @@ class DataModule(L.LightningDataModule):
         return max(1, round(groups / stream.settings.groups_per_step))
 
     def train_dataloader(self) -> TimedLoader:
-        """Serve the endless stream; the trainer stops it by its number of steps."""
+        """Return a loader of the endless stream, which the trainer stops after its number of steps."""
         assert self.train is not None
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         stream = self.stream(rank, world)
         return self._loader(MicroBatches(self.train.data, self.train.index, stream.settings, True), stream)
 
     def val_dataloader(self) -> list[TimedLoader]:
-        """Serve the validation rows in packs, in their order."""
+        """Return a loader of the validation rows in packs, in their order."""
         if self.val is None:
             return []
         settings = self.settings(1)
@@ -264,7 +272,7 @@ class DataModule(L.LightningDataModule):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Say where the stream goes on, and on which data."""
+        """Return where the stream continues, and on which data."""
         state: dict[str, Any] = {"cursor": list(self.cursor), "num_rows": 0}
         if self.train is not None:
             state |= {"num_rows": len(self.train.index), "rows": self._name_rows()}
@@ -273,12 +281,12 @@ class DataModule(L.LightningDataModule):
         return state
 
     def _name_rows(self) -> str:
-        """Name what decides the order of training beside the configuration."""
+        """Return what decides the order of training besides the configuration."""
         assert self.train is not None
         return f"{self.train.index.fingerprint()} {self.settings(1).draw}"
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint's place in the stream."""
+        """Continue from a checkpoint's place in the stream."""
         rows = len(self.train.index) if self.train else 0
         if rows and state_dict["num_rows"] != rows:
             raise CheckpointError(
@@ -296,7 +304,7 @@ class DataModule(L.LightningDataModule):
         self.cursor = (epoch, window, group)
 
     def _check_content(self, part: Part | None, before: list[str] | None, keys: tuple[str, ...]) -> None:
-        """Refuse rows that say something else than in the interrupted run (an older checkpoint does not know)."""
+        """Refuse rows whose content changed since the interrupted run (older checkpoints do not know it)."""
         if part is None or before is None or set(keys) & set(self.config.resume_allow):
             return
         now = part.contents()

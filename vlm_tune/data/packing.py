@@ -1,7 +1,7 @@
 """Which samples share a pack: best-fit decreasing over a bounded window, within a budget of tokens and one of tiles.
 
-Best fit alone fills packs with samples of one length, and those tend to be of one kind: a step of short answers, a
-step of long captions, and a loss that jumps. So as many packs are filled evenly instead, where that is possible.
+Best fit alone fills packs with samples of equal length, and those tend to be of one kind: a step of short answers, a
+step of long captions, and a loss that jumps. So the same number of packs is filled evenly instead, if possible.
 """
 
 import heapq
@@ -12,31 +12,31 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-MIXING_COST = 0.02  # share of packs that an even mixture of lengths may cost
-WINDOW = 2048  # samples looked at together: bounds memory, and keeps the order random
+MIXING_COST = 0.02  # share of additional packs that an even mixture of lengths may cost
+WINDOW = 2048  # samples packed together: bounds memory, and keeps the order random
 
 
 def plan_packs(
     order: npt.NDArray[np.int64], tokens: npt.NDArray[np.int32], tiles: npt.NDArray[np.int32], budget: tuple[int, int]
 ) -> Iterator[list[int]]:
-    """Yield packs of rows, each entry of `order` exactly once, in an order that depends on nothing but the arguments.
+    """Yield packs of rows, each entry of `order` exactly once, in an order that depends only on the arguments.
 
-    order   (R,) row numbers, shuffled (a mixture may name a row twice); tokens, tiles: sizes by row number;
+    order   (R,) row numbers, shuffled (a mixture may repeat a row); tokens, tiles: sizes by row number;
     budget  tokens and tiles of one pack.
-    A row larger than a budget has a pack of its own. Packs of one window come in random-like order: that of their
-    first row in `order`.
+    A row larger than a budget has a pack of its own. The packs of a window come in the order of their first row in
+    `order`, which is as good as random.
     """
     for start in range(0, len(order), WINDOW):
         window = order[start : start + WINDOW]
         need_tokens, need_tiles = tokens[window], tiles[window]
         by_size = np.argsort(-need_tokens, kind="stable").tolist()
         packs = _pack(by_size, need_tokens.tolist(), need_tiles.tolist(), budget)
-        packs = sorted(map(sorted, packs))  # no place stands in two packs, so the first decides
+        packs = sorted(map(sorted, packs))  # no place is in two packs, so the first one decides
         yield from (window[pack].tolist() for pack in packs)
 
 
 def _pack(places: list[int], tokens: Sequence[int], tiles: Sequence[int], budget: tuple[int, int]) -> list[list[int]]:
-    """Mix lengths within packs where that costs at most MIXING_COST more packs than the fewest."""
+    """Mix lengths within packs if that takes at most MIXING_COST more packs than the fewest possible."""
     fewest = _best_fit(places, tokens, tiles, budget)
     most = math.ceil((1 + MIXING_COST) * len(fewest))
     for num_packs in range(len(fewest), most + 1):
@@ -49,11 +49,11 @@ def _pack(places: list[int], tokens: Sequence[int], tiles: Sequence[int], budget
 def _spread(
     places: list[int], tokens: Sequence[int], tiles: Sequence[int], limits: tuple[int, int, int]
 ) -> list[list[int]] | None:
-    """Put each place, largest first, into the emptiest pack that has room; None where num_packs are too few."""
+    """Put each place, largest first, into the emptiest pack that has room; None if num_packs are too few."""
     max_tokens, max_tiles, num_packs = limits
     packs: list[list[int]] = [[] for _ in range(num_packs)]
-    # Tiles used -> a heap of (tokens used, pack). One heap for all would be turned over for each place, once most packs
-    # are full of tiles.
+    # Tiles used -> a heap of (tokens used, pack). A single heap would be searched through for each place, once most
+    # packs are full of tiles.
     by_tiles = {0: [(0, pack) for pack in range(num_packs)]}
     num_used = 0
     for place in places:
@@ -81,12 +81,12 @@ def _best_fit(
     """Put each place, largest first, into the fullest pack that still has room for its tokens and its tiles."""
     max_tokens, max_tiles = budget
     packs: list[list[int]] = []
-    # Tiles left -> (tokens left, pack), sorted. One list for all would be walked from end to end where tiles run out
-    # before tokens do.
+    # Tiles left -> (tokens left, pack), sorted. A single list would be searched from end to end if tiles run out before
+    # tokens do.
     with_room: dict[int, list[tuple[int, int]]] = {}
     for place in places:
         need_tokens, need_tiles = tokens[place], tiles[place]
-        fullest, room = (max_tokens, len(packs)), max_tiles  # a new pack, where none has room
+        fullest, room = (max_tokens, len(packs)), max_tiles  # a new pack, unless another has room
         for tiles_left, candidates in with_room.items():
             position = bisect_left(candidates, (need_tokens, -1))
             if tiles_left >= need_tiles and position < len(candidates) and candidates[position] < fullest:
@@ -105,7 +105,7 @@ def _best_fit(
 def plan_batches(
     order: npt.NDArray[np.int64], lengths: npt.NDArray[np.int32], batch: int, seed: int
 ) -> Iterator[list[int]]:
-    """Yield groups of `batch` rows of like length (padded mode): sorted within windows, groups shuffled."""
+    """Yield groups of `batch` rows of similar length (padded mode): rows sorted within windows, groups shuffled."""
     generator = np.random.default_rng(seed)
     for start in range(0, len(order), WINDOW):
         window = order[start : start + WINDOW]

@@ -1,4 +1,4 @@
-"""(1) One conversation of the user, free of any dialect: `formats` makes it, `encode` turns it into tokens."""
+"""(1) One conversation, independent of any dialect: `dialects` creates it, `encode` turns it into tokens."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,13 +8,13 @@ Role = Literal["system", "user", "assistant"]
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """Name one picture (or one frame of a video) where it stands in the text."""
+    """A picture, or a frame of a video, at its place in the text."""
 
-    path: str  # as the row writes it, relative to data.image.root; "" when `content` holds the file
+    path: str  # as written in the row, relative to data.image.root; "" if `content` holds the file
     content: bytes | None = None  # the encoded file itself (base64, parquet and tar rows)
     size: tuple[int, int] | None = None  # (width, height) that the row declares
     is_frame: bool = False  # a frame of a video: always one tile
-    frame: int | None = None  # its number in the video file `path`, from 0; None where `path` is a picture
+    frame: int | None = None  # its index in the video file `path`; None if `path` is a picture
 
 
 Part = str | Picture
@@ -22,29 +22,29 @@ Part = str | Picture
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Hold one turn. A picture stands between the pieces of text exactly where the model sees it."""
+    """One turn. Pictures are between the pieces of text exactly where the model sees them."""
 
     role: Role
     parts: tuple[Part, ...]
     supervised: bool = False  # train on this turn (assistant turns only)
-    reasoning: str = ""  # what an answer is thought out with, written before it
+    reasoning: str = ""  # of an answer, written before it
 
     @property
     def text(self) -> str:
-        """The turn's text, pictures left out."""
+        """Return the text of the turn, without pictures."""
         return "".join(part for part in self.parts if isinstance(part, str))
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Hold one row: its turns, who it is, and where it came from."""
+    """One row: its id, its turns, and where it comes from."""
 
     id: str
     messages: tuple[Message, ...]
     where: str = ""  # "train.jsonl:17"
-    is_plain: bool = False  # running text for continued pretraining: no turns, hence no template
+    is_plain: bool = False  # plain text for continued pretraining: no turns, so no template
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
-        """All pictures, in the order of the text."""
+        """Return all pictures, in the order of the text."""
         return tuple(part for message in self.messages for part in message.parts if isinstance(part, Picture))

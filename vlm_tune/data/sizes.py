@@ -1,4 +1,4 @@
-"""The sizes of all good rows of a run, as columns: what packs, batches and epochs are planned from."""
+"""The sizes of all good rows of a run, as columns, from which packs, batches and epochs are planned."""
 
 import hashlib
 from dataclasses import dataclass
@@ -12,23 +12,23 @@ ROW = np.dtype([("row", "<i8"), ("tokens", "<i4"), ("supervised", "<i4"), ("tile
 
 @dataclass(frozen=True)
 class Index:
-    """Hold one entry for each good row; `rows` are their numbers in the file."""
+    """One entry for each good row; `rows` are their numbers in the file."""
 
     rows: npt.NDArray[np.int64]
     tokens: npt.NDArray[np.int32]
     supervised: npt.NDArray[np.int32]
     tiles: npt.NDArray[np.int32]
-    content: npt.NDArray[np.uint64]  # a hash of what the row says: see `trained_content`
+    content: npt.NDArray[np.uint64]  # a hash of the content of the row: see `trained_content`
 
     @classmethod
     def of(cls, table: npt.NDArray[np.void], first_row: int = 0) -> "Index":
-        """View a table of ROWs; of a mixture, the rows of a set are numbered from `first_row`."""
+        """Return an index of a table of ROWs, with rows numbered from `first_row` (for a set of a mixture)."""
         rows = table["row"] + first_row if first_row else table["row"]
         return cls(rows, table["tokens"], table["supervised"], table["tiles"], table["content"])
 
     @classmethod
     def join(cls, parts: list["Index"]) -> "Index":
-        """Put the entries of several sets one behind the other."""
+        """Concatenate the entries of several sets."""
         if len(parts) == 1:
             return parts[0]
         return cls(*(np.concatenate(column) for column in zip(*(vars(part).values() for part in parts), strict=True)))
@@ -37,15 +37,15 @@ class Index:
         return len(self.rows)
 
     def take(self, chosen: npt.NDArray[np.int64]) -> "Index":
-        """Keep the chosen entries, in their order."""
+        """Return the chosen entries, in the order given."""
         return Index(*(column[chosen] for column in vars(self).values()))
 
     def fingerprint(self) -> str:
-        """Name the entries by their sizes: with the seed and the settings, they decide the order of training."""
+        """Hash the sizes of the entries, which with seed and settings decide the order of training."""
         return _hash(self.rows, self.tokens, self.supervised, self.tiles)
 
     def content_fingerprint(self, start: int = 0, end: int | None = None) -> str:
-        """Name what the entries from `start` to before `end` say."""
+        """Hash the contents of the entries from `start` to before `end`."""
         return _hash(self.content[start:end])
 
 

@@ -1,7 +1,7 @@
 """The order of training: an endless stream of micro-batches that can start at any optimizer step.
 
-Everything here is a function of (seed, epoch, window), so a stream needs no state but its cursor: where the next
-group of rows stands. A step may begin in one epoch and end in the next; no row is dropped and none comes twice.
+Everything here is a function of (seed, epoch, window), so the only state of a stream is its cursor: the place of the
+next group of rows. A step may begin in one epoch and end in the next; no row is dropped or repeated.
 """
 
 from collections.abc import Iterator
@@ -17,28 +17,29 @@ from vlm_tune.data.batch import token_weight
 from vlm_tune.data.packing import WINDOW, plan_batches, plan_packs
 from vlm_tune.data.sizes import Index
 
-COUNTED_WINDOWS = 50  # an epoch of more of them is not planned as a whole, to count its groups,
-SAMPLED_WINDOWS = 10  # but estimated from so many
+COUNTED_WINDOWS = 50  # in an epoch of more windows, the number of groups is not counted
+SAMPLED_WINDOWS = 10  # but estimated from this many
 
 Cursor = tuple[int, int, int]  # epoch, window, group in the window
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Name the rows of one forward pass of one device."""
+    """The rows of one forward pass on one device."""
 
     rows: tuple[int, ...]
     epoch: int
     step_weight: float  # sum of the weights of all supervised tokens of the optimizer step, over all devices
-    after: Cursor  # the cursor behind the step that this belongs to
+    after: Cursor  # the cursor after the step that this belongs to
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Say how often the entries of an index come in one epoch of a mixture.
+    """How often the entries of an index occur in one epoch of a mixture.
 
-    The entries of set s are bounds[s] to bounds[s + 1]; counts[s] of them come: of 10 entries and a count of 35, all
-    come three times, and 5 once more. Those are the first 5, as InternVL has it, or with `rotates` others each epoch.
+    The entries of set s are bounds[s] to bounds[s + 1]; an epoch has counts[s] of them: with 10 entries and a count of
+    35, all occur three times and 5 once more. Those are the first 5, as in InternVL, or with `rotates` others each
+    epoch.
     """
 
     bounds: tuple[int, ...]
@@ -49,7 +50,7 @@ class Draw:
         return sum(self.counts)
 
     def entries(self, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-        """Name the entries of an epoch, set after set: (R,)."""
+        """Return the entries of an epoch, set after set: (R,)."""
         drawn = []
         for number, count in enumerate(self.counts):
             every = np.arange(self.bounds[number], self.bounds[number + 1])
@@ -75,7 +76,7 @@ class StreamSettings:
 
 
 class BatchStream(Sampler[MicroBatch]):
-    """Yield the micro-batches of one rank, from a cursor on, without end."""
+    """Yield the micro-batches of one rank endlessly, starting at a cursor."""
 
     def __init__(
         self, index: Index, settings: StreamSettings, start: Cursor = (0, 0, 0), rank: tuple[int, int] = (0, 1)
@@ -95,12 +96,12 @@ class BatchStream(Sampler[MicroBatch]):
                 yield MicroBatch(tuple(rows), epoch, weight, after)
 
     def row_weights(self, rows: list[int]) -> npt.NDArray[np.float64]:
-        """Sum of a row's token weights: x, 1 or sqrt(x) for x supervised tokens."""
+        """Return the sum of each row's token weights: x, 1 or sqrt(x) for x supervised tokens."""
         counts = self.index.supervised[rows]
         return counts * token_weight(counts, self.settings.loss)
 
     def groups_per_epoch(self) -> int:
-        """Count the groups of the first epoch; of more than COUNTED_WINDOWS windows, estimate them from the first."""
+        """Count the groups of the first epoch, or estimate them from the first windows if there are many."""
         num_windows = self._num_windows()
         if num_windows <= COUNTED_WINDOWS:
             return sum(len(self._plan(0, window)) for window in range(num_windows))
@@ -108,7 +109,7 @@ class BatchStream(Sampler[MicroBatch]):
         return round(sampled * self._epoch_length() / (SAMPLED_WINDOWS * WINDOW))
 
     def fill(self) -> float:
-        """Share of the token budget that the first windows' packs fill."""
+        """Return the share of the token budget that the packs of the first windows fill."""
         groups = [group for window in range(min(3, self._num_windows())) for group in self._plan(0, window)]
         tokens = sum(int(self.index.tokens[group].sum()) for group in groups)
         return tokens / (len(groups) * self.settings.budget[0] * self.settings.micro_batch)

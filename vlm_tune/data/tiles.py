@@ -1,7 +1,7 @@
 """(2) A picture becomes tiles of one size; how many is known from its width and height alone.
 
-The grid, the number of tiles and the tiles come from the functions of this file and from nowhere else, so that the
-image tokens in the text always equal the tiles that the vision encoder gets.
+The grid, the number of tiles and the tiles themselves come only from the functions in this file, so the image tokens in
+the text always match the tiles that the vision tower gets.
 """
 
 import math
@@ -17,12 +17,12 @@ from vlm_tune.config.schema import TileRule, TilesConfig
 from vlm_tune.data.pictures.anyres import Spread
 from vlm_tune.errors import ConfigError
 
-if TYPE_CHECKING:  # the processes that only count tiles (`check`, the index) start without torch
+if TYPE_CHECKING:  # processes that only count tiles (`check`, the index) start without torch
     import torch
 
 
 class Normalization(NamedTuple):
-    """Hold mean and standard deviation of red, green and blue, on a scale of 0 to 1."""
+    """Mean and standard deviation of red, green and blue, on a scale of 0 to 1."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -30,7 +30,7 @@ class Normalization(NamedTuple):
 
 NORMALIZATIONS = {
     "imagenet": Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # InternVL
-    # InternVL's own "clip" cuts OpenAI's digits; a pixel differs by up to 5e-5, so each has its name.
+    # InternVL's "clip" truncates OpenAI's digits; a pixel differs by up to 5e-5, so each has a name of its own.
     "clip": Normalization((0.4814546, 0.4578275, 0.40821073), (0.2686295, 0.2613025, 0.2757711)),
     "openai_clip": Normalization((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),  # LLaVA
     "siglip": Normalization((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
@@ -39,9 +39,9 @@ NORMALIZATIONS = {
 
 
 def choose_grid(width: int, height: int, tiles: TilesConfig, max_tiles: int | None = None) -> tuple[int, int]:
-    """Return the grid (columns, rows) of tiles of a picture of width x height pixels, thumbnail or base tile left out.
+    """Return the grid (columns, rows) of tiles for a picture of width x height pixels, without thumbnail or base tile.
 
-    `max_tiles` replaces `tiles.max` where a picture has only a share of its sample's tiles (see `tile_limits`).
+    `max_tiles` replaces `tiles.max` if a picture has only a share of its sample's tiles (see `tile_limits`).
     With tiles of 448 pixels and at most 12 of them, 640 x 480 becomes (4, 3): the aspect ratio is the same, the picture
     is enlarged. `rule=area` makes it (1, 1), since 640 x 480 pixels fill only one and a half tiles.
     The rules are explained at `_closest_ratio`, `_fit_area` and `_fit_anyres`; `resize` and `pad` always give (1, 1).
@@ -57,19 +57,19 @@ def choose_grid(width: int, height: int, tiles: TilesConfig, max_tiles: int | No
 
 
 def count_tiles(width: int, height: int, tiles: TilesConfig, max_tiles: int | None = None) -> int:
-    """Return the number of tiles of a picture of width x height pixels, thumbnail or base tile included.
+    """Return the number of tiles of a picture of width x height pixels, including thumbnail or base tile.
 
-    640 x 480 at 448 pixels and at most 12 tiles: 4 x 3 and the thumbnail, 13.
+    640 x 480 with tiles of 448 pixels, at most 12: 4 x 3 and the thumbnail, 13.
     """
     columns, rows = choose_grid(width, height, tiles, max_tiles)
     return columns * rows + int(_has_overview(columns, rows, tiles))
 
 
 def tile_limits(is_frame: Sequence[bool], tiles: TilesConfig, max_tiles: int | None = None) -> tuple[int, ...]:
-    """Return the most tiles (thumbnail left out) that each picture of one sample may have.
+    """Return the most tiles, without thumbnail, that each picture of one sample may have.
 
-    `is_frame` has one entry a picture: a frame of a video has 1 tile, the n other pictures share the budget, each has
-    max(1, max // n). With at most 12 tiles and is_frame = (False, False, True): (6, 6, 1).
+    `is_frame` has one entry per picture: a frame of a video has 1 tile, the n other pictures share the budget, with
+    max(1, max // n) each. With at most 12 tiles and is_frame = (False, False, True): (6, 6, 1).
     Source: InternVL, internvl_chat_finetune.py, multi_modal_multi_image_get_item and video_get_item.
     """
     limit = tiles.max if max_tiles is None else max_tiles
@@ -82,7 +82,7 @@ def picture_tiles(
 ) -> tuple[int, ...]:
     """Return the number of tiles of each picture of one sample, from their (width, height) in pixels.
 
-    Two photos of 640 x 480 at most 12 tiles have 6 each: (3, 2) and a thumbnail, so (7, 7).
+    Two photos of 640 x 480 with at most 12 tiles may have 6 each: (3, 2) and a thumbnail, so (7, 7).
     """
     limits = tile_limits(is_frame, tiles, max_tiles)
     return tuple(count_tiles(width, height, tiles, limit) for (width, height), limit in zip(sizes, limits, strict=True))
@@ -109,10 +109,10 @@ def make_tiles(
 ) -> npt.NDArray[np.uint8]:
     """Cut an RGB picture into tiles (T, size, size, 3), uint8, where T = count_tiles(*image.size, tiles, max_tiles).
 
-    Tiles stand row by row. The thumbnail (the whole picture in one tile) is the last, as InternVL has it; the base
-    tile of `anyres` is the first, as LLaVA-NeXT has it. `normalization` (model.vision.normalize) matters only to
-    `rule=pad`, which pads with its mean. The values stay bytes, a quarter of the memory to hand from worker to device;
-    `normalize` makes floats of them there.
+    Tiles are ordered row by row. The thumbnail (the whole picture in one tile) comes last, as in InternVL; the base
+    tile of `anyres` comes first, as in LLaVA-NeXT. `normalization` (model.vision.normalize) matters only to
+    `rule=pad`, which pads with its mean. The values stay bytes, a quarter of the memory to move from worker to device;
+    `normalize` turns them into floats there.
     Sources: InternVL, dynamic_preprocess; LLaVA, expand2square and process_anyres_image. Raise ConfigError for an
     unknown normalization.
     """
@@ -128,7 +128,7 @@ def make_tiles(
     whole = resize(image, columns * size, rows * size)  # (rows * size, columns * size, 3)
     made = np.empty((columns * rows + _has_overview(columns, rows, tiles), size, size, 3), np.uint8)  # (T, H, W, 3)
     body = made[1:] if is_anyres else made[: columns * rows]
-    # One copy for all tiles, straight to where they stay; the references make a picture and a tensor of each.
+    # One copy for all tiles, straight to their final place; the references make a picture and a tensor of each.
     body.reshape(rows, columns, size, size, 3)[:] = whole.reshape(rows, size, columns, size, 3).swapaxes(1, 2)
     if _has_overview(columns, rows, tiles):
         made[0 if is_anyres else -1] = _pixels(image, size, size)
@@ -138,8 +138,8 @@ def make_tiles(
 def normalize(tiles: "torch.Tensor", name: str, dtype: "torch.dtype") -> "torch.Tensor":
     """Turn tiles (T, H, W, 3), uint8, into encoder input (T, 3, H, W) of `dtype`, on the device where they are.
 
-    (pixel / 255 - mean) / std in float32, in the order of torchvision's ToTensor and Normalize, so that the result is
-    equal to theirs bit for bit. Raise ConfigError for an unknown name.
+    (pixel / 255 - mean) / std in float32, in the order of torchvision's ToTensor and Normalize, so the result equals
+    theirs bit for bit. Raise ConfigError for an unknown name.
     """
     mean, std = find_normalization(name)
     pixels = tiles.permute(0, 3, 1, 2).contiguous().float().div_(255)  # (T, 3, H, W)
@@ -148,7 +148,7 @@ def normalize(tiles: "torch.Tensor", name: str, dtype: "torch.dtype") -> "torch.
 
 
 def find_normalization(name: str) -> Normalization:
-    """Return the mean and standard deviation of that name; raise ConfigError when there is none."""
+    """Return the mean and standard deviation of that name; raise ConfigError for an unknown one."""
     found = NORMALIZATIONS.get(name)
     if found is None:
         raise ConfigError(f'model.vision.normalize="{name}" is not known: set one of {", ".join(NORMALIZATIONS)}')
@@ -156,15 +156,15 @@ def find_normalization(name: str) -> Normalization:
 
 
 def _has_overview(columns: int, rows: int, tiles: TilesConfig) -> bool:
-    """Tell whether the whole picture follows as one more tile: never beside a single tile, always with anyres."""
+    """Whether the whole picture is one more tile: never with a single tile; else always with anyres."""
     return columns * rows > 1 and (tiles.thumbnail or tiles.rule is TileRule.anyres)
 
 
 @lru_cache(maxsize=256)
 def _grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int, float], ...]:
-    """List (columns, rows, columns / rows) of every grid of min_tiles to max_tiles tiles, small grids first.
+    """Return (columns, rows, columns / rows) of every grid of min_tiles to max_tiles tiles, small grids first.
 
-    The reference sorts a Python set by the number of tiles, which leaves the order within one number open. Sorting by
+    The reference sorts a Python set by the number of tiles, which leaves the order of equal numbers open. Sorting by
     columns as well makes it definite; the choice never depends on it.
     """
     grids = [
@@ -179,10 +179,10 @@ def _grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int, float], ...]
 
 @lru_cache(maxsize=65536)
 def _closest_ratio(width: int, height: int, size: int, min_tiles: int, max_tiles: int) -> tuple[int, int]:
-    """Return the grid whose aspect ratio is nearest; of equal ones the largest that the picture fills by half.
+    """Return the grid with the closest aspect ratio; of equal ones, the largest that the picture fills to over half.
 
     Bit-compatible with InternVL's find_closest_aspect_ratio: ties are exact equality of floats, so the expressions must
-    stay as they are. 448 x 448 is (1, 1) and not (2, 2), which it fills by a quarter only; 1000 x 1000 is (3, 3).
+    stay as they are. 448 x 448 gives (1, 1), not (2, 2), of which it fills only a quarter; 1000 x 1000 gives (3, 3).
     """
     best, best_difference = (1, 1), math.inf
     ratio, area = width / height, width * height
@@ -197,14 +197,14 @@ def _closest_ratio(width: int, height: int, size: int, min_tiles: int, max_tiles
 
 @lru_cache(maxsize=65536)
 def _fit_area(width: int, height: int, size: int, min_tiles: int, max_tiles: int) -> tuple[int, int]:
-    """Return the grid that keeps area and aspect ratio best, of those that the picture's own pixels fill.
+    """Return the grid that best keeps area and aspect ratio, among those that the picture's own pixels fill.
 
-    Candidates have at most n = max(1, round(width * height / size^2)) tiles, so that a picture which gets more than
-    one never grows to more than 4/3 of its pixels. Among them the score of Eagle 2.5's image area preservation decides:
+    Candidates have at most n = max(1, round(width * height / size^2)) tiles, so a picture that gets more than one never
+    grows to more than 4/3 of its pixels. Among them, the score of Eagle 2.5's image area preservation decides:
 
         min(grid area / picture area, 0.6) * min(grid ratio / picture ratio, picture ratio / grid ratio)
 
-    and the fewest tiles where scores are equal. With tiles of 448 pixels, at most 12: 640 x 480 is (1, 1), 800 x 600
+    and the fewest tiles if scores are equal. With tiles of 448 pixels, at most 12: 640 x 480 gives (1, 1), 800 x 600
     (2, 1), 1024 x 768 (2, 2), 1920 x 1080 (4, 2). Source of the score: Eagle 2.5, arXiv 2504.15271; n is ours.
     """
     ratio, area = width / height, width * height
@@ -220,12 +220,12 @@ def _fit_area(width: int, height: int, size: int, min_tiles: int, max_tiles: int
 
 @lru_cache(maxsize=65536)
 def _fit_anyres(width: int, height: int, size: int, min_tiles: int, max_tiles: int) -> tuple[int, int]:
-    """Return the grid in which the padded picture keeps most of its pixels, then that which wastes fewest.
+    """Return the grid in which the padded picture keeps the most of its pixels; of equal ones, the least wasteful.
 
     Grids have 2 to max_tiles tiles; above 2, the strip of max_tiles is left out, which makes `max=4` exactly the five
-    of LLaVA-NeXT: 2x1, 1x2, 3x1, 1x3, 2x2. With fewer than 2 tiles to give, only the base tile remains: (1, 1).
-    Source: select_best_resolution of LLaVA-NeXT. A wide and a tall grid are equal for pictures smaller than a tile;
-    transformers takes the wide one then, LLaVA the tall one. Ours is that of transformers, where exports are loaded.
+    of LLaVA-NeXT: 2x1, 1x2, 3x1, 1x3, 2x2. If there are fewer than 2 tiles, only the base tile remains: (1, 1).
+    Source: select_best_resolution of LLaVA-NeXT. For pictures smaller than a tile, a wide and a tall grid are equal;
+    transformers takes the wide one, LLaVA the tall one. Ours is that of transformers, which loads the exports.
     """
     best, best_kept, best_wasted = (1, 1), 0, math.inf
     for columns, rows in _anyres_grids(min_tiles, max_tiles):
@@ -254,7 +254,7 @@ def _pixels(image: Image.Image, width: int, height: int) -> npt.NDArray[np.uint8
 
 
 def _padded_pixels(image: Image.Image, width: int, height: int) -> npt.NDArray[np.uint8]:
-    """Resize into width x height, keeping the aspect ratio, and centre it on black: (height, width, 3)."""
+    """Fit into width x height, keeping the aspect ratio, and centre on black: (height, width, 3)."""
     scale_width, scale_height = width / image.width, height / image.height
     if scale_width < scale_height:
         inner_width, inner_height = width, min(math.ceil(image.height * scale_width), height)

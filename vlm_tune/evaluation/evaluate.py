@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from rich.table import Table
 
 from vlm_tune.config.schema import AugmentConfig, Config
 from vlm_tune.data.sample import Sample
 from vlm_tune.data.sets.dataset import Conversations, PictureSettings
 from vlm_tune.data.sets.paths import find_test
 from vlm_tune.errors import DataError
-from vlm_tune.evaluation.metrics import accuracy, is_match, majority
+from vlm_tune.evaluation.metrics import is_match, majority
 from vlm_tune.model.build import Model
 from vlm_tune.model.generate import Prompt, answer
 
@@ -116,10 +117,7 @@ def ask(
 
 def score(predictions: list[Prediction]) -> dict[str, float]:
     """Exact-match accuracy of each task, as a fraction."""
-    return {
-        task: accuracy([p.answer for p in chosen], [p.expected for p in chosen])
-        for task, chosen in by_task(predictions)
-    }
+    return {task: sum(p.correct for p in chosen) / len(chosen) for task, chosen in by_task(predictions)}
 
 
 def majority_scores(predictions: list[Prediction]) -> dict[str, float]:
@@ -131,6 +129,19 @@ def by_task(predictions: list[Prediction]) -> Iterator[tuple[str, list[Predictio
     """Group predictions by task, in order of first appearance."""
     for task in dict.fromkeys(prediction.task for prediction in predictions):
         yield task, [prediction for prediction in predictions if prediction.task == task]
+
+
+def score_table(title: str, num_questions: dict[str, int], columns: dict[str, dict[str, float]]) -> Table:
+    """Lay the scores of each task side by side."""
+    table = Table("task", "questions", *columns, title=title, title_justify="left")
+    for task, count in num_questions.items():
+        table.add_row(task, str(count), *(f"{scores[task]:.1%}" for scores in columns.values()))
+    return table
+
+
+def count_tasks(predictions: list[Prediction]) -> dict[str, int]:
+    """Count the questions of each task."""
+    return {task: len(chosen) for task, chosen in by_task(predictions)}
 
 
 @contextmanager

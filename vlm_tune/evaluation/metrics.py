@@ -14,11 +14,6 @@ def is_match(answer: str, expected: str) -> bool:
     return fold(answer) == fold(expected)
 
 
-def accuracy(answers: list[str], expected: list[str]) -> float:
-    """Share of exact matches."""
-    return sum(map(is_match, answers, expected)) / len(expected)
-
-
 def majority(expected: list[str]) -> float:
     """Accuracy of always giving the most frequent answer."""
     return Counter(map(fold, expected)).most_common(1)[0][1] / len(expected)

@@ -1,19 +1,19 @@
 """`python -m vlm_tune evaluate ckpt=RUN`: a table of scores, and predictions.jsonl."""
 
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
+from vlm_tune.console import follow, tell
 from vlm_tune.errors import ConfigError
 from vlm_tune.evaluation.evaluate import (
     BATCH,
     Prediction,
     ask,
-    by_task,
+    count_tasks,
     majority_scores,
     open_test,
     read_questions,
     score,
+    score_table,
     write_predictions,
 )
 from vlm_tune.model.checkpoint import find_checkpoint, run_of
@@ -21,10 +21,11 @@ from vlm_tune.model.ready import new_file
 from vlm_tune.model.trained import open_trained
 
 
-def evaluate(ckpt: str, out: str, overrides: list[str]) -> list[Prediction]:
+def evaluate(ckpt: str, out: str, overrides: list[str], console: Console) -> list[Prediction]:
     """Answer a test file with a trained model, print its scores, and write every answer."""
     path = new_file(out) if out else run_of(find_checkpoint(ckpt)) / "predictions.jsonl"
     model, config = open_trained(ckpt, overrides)
+    tell(console, model.notes)
     test = open_test(config, model)
     if test is None:
         raise ConfigError(
@@ -32,15 +33,11 @@ def evaluate(ckpt: str, out: str, overrides: list[str]) -> list[Prediction]:
         )
     questions = read_questions(test)
     predictions: list[Prediction] = []
-    starts = range(0, len(questions), 4 * BATCH)
-    for start in track(starts, description="answering", transient=True):
-        predictions += ask(model, test, questions[start : start + 4 * BATCH])
-    console = Console()
-    scores, guesses = score(predictions), majority_scores(predictions)
-    table = Table("task", "questions", "exact match", "majority", title=str(test.path), title_justify="left")
-    for task, chosen in by_task(predictions):
-        table.add_row(task, str(len(chosen)), f"{scores[task]:.1%}", f"{guesses[task]:.1%}")
-    console.print(table)
+    chunks = [questions[start : start + 4 * BATCH] for start in range(0, len(questions), 4 * BATCH)]
+    for chunk in follow(chunks, "answering", "questions", len(questions), len):
+        predictions += ask(model, test, chunk)
+    columns = {"exact match": score(predictions), "majority": majority_scores(predictions)}
+    console.print(score_table(str(test.path), count_tasks(predictions), columns))
     write_predictions(predictions, path)
-    console.print(f"answers: {path}", highlight=False)
+    console.print(f"answers: {path}")
     return predictions

@@ -1,6 +1,7 @@
 """What a stage trained as a folder of peft: the adapters and the projector, for plain transformers models."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from vlm_tune.config.schema import Config, Train
+from vlm_tune.console import tell
 from vlm_tune.errors import ConfigError
 from vlm_tune.export.merge import take_adapters
 from vlm_tune.export.merge_plain import GENERATION
@@ -24,12 +26,12 @@ from vlm_tune.model.layouts.folder_files import read_object
 from vlm_tune.model.layouts.folders import find_folder, model_kind
 from vlm_tune.model.layouts.internvl import hf as internvl_hf
 from vlm_tune.model.layouts.internvl.processor import save_processor
+from vlm_tune.model.layouts.keys import Names, all_weights, stored_name
 from vlm_tune.model.layouts.llava import hf as llava_hf
 from vlm_tune.model.layouts.llava.processor import save_llava_processor
 from vlm_tune.model.layouts.parts import PROJECTOR
 from vlm_tune.model.layouts.pretrained import load_peft
 from vlm_tune.model.parts.stage import PARTS, peft_config
-from vlm_tune.model.parts.vision import whole_weights
 from vlm_tune.model.vlm import VisionLanguageModel
 
 BASE = "base"  # the folder beside the adapter, where no other holds its base
@@ -94,13 +96,14 @@ def require_language_model(layout: str, ckpt: str, overrides: list[str]) -> None
         checkpoint, overrides = start_of(checkpoint), []
 
 
-def write_adapter(model: Model, config: Config, goal: Goal) -> tuple[Any, str]:
+def write_adapter(model: Model, config: Config, goal: Goal, console: Console) -> tuple[Any, str]:
     """Write the folder and load it back by plain transformers and peft; return the plain model and its base's name.
 
     The model has no adapters left afterwards.
     """
     vlm, stage = model.vlm, config.stage
-    adapters = {plain_name(vlm, goal, name): weight for name, weight in take_adapters(vlm).items()}
+    names = plain_names(vlm, goal)
+    adapters = {stored_name(name, names): weight for name, weight in take_adapters(vlm).items()}
     base = find_base(config, goal) if goal.layout == "adapter" else None
     differing = None if base is None else differences(read_base(base), plain_weights(vlm, goal))
     carries = goal.is_native and goal.layout == "adapter" and (stage.train.projector is Train.full or bool(differing))
@@ -108,17 +111,18 @@ def write_adapter(model: Model, config: Config, goal: Goal) -> tuple[Any, str]:
         differing = {name for name in differing if not (goal.is_native and name.startswith(PLAIN_PROJECTOR))}
     for parameter in vlm.parameters():  # buffers (the rotary frequencies) stay in float32
         parameter.data = parameter.data.to(goal.dtype)
+    notes: list[str] = []
     if base is None or differing:
-        base = write_base(model, config, goal)
+        base, notes = write_base(model, config, goal)
     if not goal.is_native:
         projector = {name: weight.contiguous() for name, weight in vlm.projector.state_dict().items()}
         save_file(projector, goal.partial / PROJECTOR)
     save_adapter(read_base(base), config, adapters | projector_weights(vlm, carries), (goal, base))
-    save_side_files(model, config, goal)
+    notes += save_side_files(model, config, goal)
     vlm.float()
-    tell(model, goal, base)
+    tell(console, [*notes, *limits(model, goal, base)])
     plain = load_peft(read_base(base), goal.partial)
-    # the base of others may end its answers elsewhere: the folder says how (`tell` names the way)
+    # the base of others may end its answers elsewhere: the folder says how (`limits` names the way)
     plain.get_base_model().generation_config = GenerationConfig.from_dict(read_object(goal.partial / GENERATION))
     return plain, base.name
 
@@ -146,27 +150,24 @@ def find_base(config: Config, goal: Goal) -> Base | None:
     return Base(str(folder.resolve()) if is_here else path, folder)
 
 
+def plain_names(vlm: VisionLanguageModel, goal: Goal) -> list[Names]:
+    """Say how the plain model in memory names the weights; that of a language model alone has no other parts."""
+    if not goal.is_native:
+        return [Names("llm.", "")]
+    decoder, head = vlm.llm.get_decoder(), vlm.llm.get_output_embeddings()
+    paths = {module: f"llm.{path}." for path, module in vlm.llm.named_modules()}
+    return [
+        Names("vision.tower.", "model.vision_tower."),
+        Names("projector.newline", "model.image_newline"),
+        Names("projector.", PLAIN_PROJECTOR),
+        Names(paths[decoder], "model.language_model."),
+        Names(paths[head], "lm_head."),
+    ]
+
+
 def plain_weights(vlm: VisionLanguageModel, goal: Goal) -> dict[str, Tensor]:
     """Name the weights as the plain model in memory does."""
-    if not goal.is_native:
-        return dict(vlm.llm.state_dict())
-    weights = {f"model.vision_tower.{name}": weight for name, weight in whole_weights(vlm.vision).items()}
-    for name, weight in vlm.projector.state_dict().items():
-        weights["model.image_newline" if name == "newline" else PLAIN_PROJECTOR + name] = weight
-    weights |= {f"model.language_model.{name}": weight for name, weight in vlm.llm.get_decoder().state_dict().items()}
-    head = vlm.llm.get_output_embeddings().state_dict()
-    return weights | {f"lm_head.{name}": weight for name, weight in head.items()}
-
-
-def plain_name(vlm: VisionLanguageModel, goal: Goal, name: str) -> str:
-    """Name a weight of the encoder or the language model as the plain model does."""
-    if not goal.is_native:
-        return name.removeprefix("llm.")
-    decoder = next(path for path, module in vlm.llm.named_modules() if module is vlm.llm.get_decoder())
-    for ours, plain in (("vision.tower.", "model.vision_tower."), (f"llm.{decoder}.", "model.language_model.")):
-        if name.startswith(ours):
-            return plain + name.removeprefix(ours)
-    return name.removeprefix("llm.")
+    return all_weights(vlm, plain_names(vlm, goal), tied_too=True) if goal.is_native else dict(vlm.llm.state_dict())
 
 
 def differences(plain: PreTrainedModel, weights: dict[str, Tensor]) -> set[str]:
@@ -183,39 +184,41 @@ def projector_weights(vlm: VisionLanguageModel, carries: bool) -> dict[str, Tens
     return {saved + name: weight for name, weight in names.items()} if carries else {}
 
 
-def write_native(model: Model, config: Config, kind: str, folder: Path, shard: str) -> None:
-    """Write a whole model, weights and processor, as the class of transformers that NATIVE names."""
+def write_native(model: Model, config: Config, kind: str, folder: Path, shard: str) -> list[str]:
+    """Write a whole model, weights and processor, as the class of transformers that NATIVE names; return notes."""
     if kind == "hf":
         internvl_hf.save(model.vlm, folder, shard)
         save_processor(model.tokenizer, model.encoder, config.model, folder)
-    else:
-        llava_hf.save(model.vlm, config.model.tiles, folder, shard)
-        save_llava_processor(model.tokenizer, model.encoder, config.model, folder)
+        return []
+    llava_hf.save(model.vlm, config.model.tiles, folder, shard)
+    return save_llava_processor(model.tokenizer, model.encoder, config.model, folder)
 
 
-def write_base(model: Model, config: Config, goal: Goal) -> Base:
-    """Write the base, adapters left out, beside the adapter: no folder holds it."""
-    folder = goal.partial / BASE
+def write_base(model: Model, config: Config, goal: Goal) -> tuple[Base, list[str]]:
+    """Write the base, adapters left out, beside the adapter: no folder holds it. Return it, and notes."""
+    folder, notes = goal.partial / BASE, []
     if goal.is_native:
-        write_native(model, config, goal.kind, folder, goal.shard)
+        notes = write_native(model, config, goal.kind, folder, goal.shard)
     else:
         model.vlm.llm.save_pretrained(folder, max_shard_size=goal.shard)
         model.tokenizer.save_pretrained(folder)
-    return Base(str((goal.folder / BASE).resolve()), folder)
+    return Base(str((goal.folder / BASE).resolve()), folder), notes
 
 
-def save_side_files(model: Model, config: Config, goal: Goal) -> None:
-    """Write the tokenizer beside the adapter, how answers are generated, and the processor where there is one."""
+def save_side_files(model: Model, config: Config, goal: Goal) -> list[str]:
+    """Write the tokenizer beside the adapter, how answers are generated, and a processor, if any; return its notes."""
+    notes: list[str] = []
     model.vlm.llm.generation_config.save_pretrained(goal.partial)
     if goal.kind == "hf":
         save_processor(model.tokenizer, model.encoder, config.model, goal.partial)
     elif goal.kind == "llava_hf":
         description = goal.partial / "config.json"  # the processor is made by it; a folder of peft has none
         description.write_text(json.dumps(llava_hf.native_config(model.vlm, config.model.tiles).to_dict()))
-        save_llava_processor(model.tokenizer, model.encoder, config.model, goal.partial)
+        notes = save_llava_processor(model.tokenizer, model.encoder, config.model, goal.partial)
         description.unlink()
     else:
         model.tokenizer.save_pretrained(goal.partial)
+    return notes
 
 
 def save_adapter(plain: Any, config: Config, weights: dict[str, Tensor], place: tuple[Goal, Base]) -> None:
@@ -239,32 +242,24 @@ def save_adapter(plain: Any, config: Config, weights: dict[str, Tensor], place: 
     (goal.partial / "README.md").unlink(missing_ok=True)  # peft's form of a model card, with nothing filled in
 
 
-def tell(model: Model, goal: Goal, base: Base) -> None:
+def limits(model: Model, goal: Goal, base: Base) -> Iterator[str]:
     """Say which base the adapter needs, and what the folder cannot do."""
-    say = Console().print
     theirs, ours = base.folder / GENERATION, model.vlm.llm.generation_config
     settings = read_object(theirs) if theirs.is_file() else {}
     if settings.get("eos_token_id") != ours.eos_token_id or settings.get("do_sample"):
-        say(
+        yield (
             f"answers end at the tokens {ours.eos_token_id}, greedily; the base's {GENERATION} says otherwise: "
-            "generate(..., generation_config=GenerationConfig.from_pretrained(FOLDER)) takes those of the adapter",
-            highlight=False,
-            markup=False,
+            "generate(..., generation_config=GenerationConfig.from_pretrained(FOLDER)) takes those of the adapter"
         )
     if goal.layout != "adapter":
-        say(
-            f"the trained projector is in the base, {goal.folder / BASE}, and LoRA alone in the adapter",
-            highlight=False,
-        )
+        yield f"the trained projector is in the base, {goal.folder / BASE}, and LoRA alone in the adapter"
     elif base.folder == goal.partial / BASE:
-        say(
+        yield (
             f"no folder holds the base of this adapter as plain transformers loads it (parts that were joined, tokens "
-            f"or weights that earlier stages added): it is written to {goal.folder / BASE}",
-            highlight=False,
+            f"or weights that earlier stages added): it is written to {goal.folder / BASE}"
         )
     if not goal.is_native:
-        say(
+        yield (
             f"transformers has no class of these parts together: the adapter is the language model's alone, and the "
-            f"trained projector is in {PROJECTOR}",
-            highlight=False,
+            f"trained projector is in {PROJECTOR}"
         )

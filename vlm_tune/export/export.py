@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from vlm_tune.config.schema import Config, Precision, Quantize
+from vlm_tune.console import tell
 from vlm_tune.errors import ConfigError
 from vlm_tune.export.adapter import (
     NATIVE,
@@ -30,8 +31,8 @@ from vlm_tune.model.checkpoint import find_checkpoint, run_config
 from vlm_tune.model.layouts import parts
 from vlm_tune.model.layouts.internvl import hf as internvl_hf
 from vlm_tune.model.layouts.internvl import official as internvl_official
-from vlm_tune.model.layouts.internvl.hf import OTHER_PARTS
 from vlm_tune.model.layouts.llava import hf as llava_hf
+from vlm_tune.model.layouts.native import OTHER_PARTS
 from vlm_tune.model.trained import open_trained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,14 +42,15 @@ BACKEND = (
 )
 
 
-def export(ckpt: str, out: str, wanted: Wanted, overrides: list[str]) -> Path:
+def export(ckpt: str, out: str, wanted: Wanted, overrides: list[str], console: Console) -> Path:
     """Write the merged model of a run, or its adapter; fail when it does not answer as the trained one does."""
     wanted.check()
     folder = empty_folder(out)
     if wanted.layout in ADAPTERS:
         require_adapters(wanted.layout, ckpt, overrides)
     quantized = measure_quantized(ckpt, overrides)
-    model, config = open_for_merging(ckpt, overrides, wanted)
+    model, config = open_for_merging(ckpt, overrides, wanted, console)
+    tell(console, model.notes)
     layout = choose_layout(model, config, wanted.layout)
     dtype = GGUF_DTYPES[wanted.dtype] if layout == "gguf" else wanted.dtype
     partial = folder.with_name(folder.name + ".partial")
@@ -65,12 +67,13 @@ def export(ckpt: str, out: str, wanted: Wanted, overrides: list[str]) -> Path:
         if kind not in NATIVE:
             require_language_model(layout, ckpt, overrides)
         goal = Goal(kind, partial, folder, DTYPES[dtype], wanted.shard, layout)
-        plain, report["base_model"] = write_adapter(model, config, goal)
+        plain, report["base_model"] = write_adapter(model, config, goal, console)
         after = measure(plain, model, prompts)
     else:
         merge_adapters(model.vlm)
         kind = layout
-        after = Parity.measure(write(layout, model, config, partial, replace(wanted, dtype=dtype)), prompts)
+        written = write(layout, model, config, partial, replace(wanted, dtype=dtype), console)
+        after = Parity.measure(written, prompts)
     result = compare(before, after, dtype)
     report |= asdict(result) | {"transparent_pictures": handing_over(config.data.image.alpha)}
     passed, summary = result.passed, result.summary
@@ -83,16 +86,15 @@ def export(ckpt: str, out: str, wanted: Wanted, overrides: list[str]) -> Path:
         report["from_the_folder_alone"] = alone
         passed = passed and alone >= AGREEMENT_BOUND
         summary += f", {alone:.0%} of those that transformers generates from the folder alone"
-    console = Console()
     if config.data.image.alpha != "drop":
-        console.print(report["transparent_pictures"], highlight=False, markup=False)
-    console.print(f"{layout} folder, {dtype}: {summary}", highlight=False)
+        console.print(report["transparent_pictures"])
+    console.print(f"{layout} folder, {dtype}: {summary}")
     if quantized is not None:
         distance = compare(quantized, after, dtype)
         report |= {"base": "original" if layout in ADAPTERS else wanted.base, "to_quantized_run": asdict(distance)}
-        console.print(f"beside the quantized run in its own arithmetic: {distance.summary}", highlight=False)
+        console.print(f"beside the quantized run in its own arithmetic: {distance.summary}")
     (partial / "parity.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-    return settle(partial, folder, passed, summary)
+    return settle(partial, folder, passed, summary, console)
 
 
 def handing_over(alpha: str) -> str:
@@ -112,7 +114,7 @@ def measure_quantized(ckpt: str, overrides: list[str]) -> Parity | None:
     return Parity.measure(model, Questions(model, config).prompts)
 
 
-def open_for_merging(ckpt: str, overrides: list[str], wanted: Wanted) -> tuple[Model, Config]:
+def open_for_merging(ckpt: str, overrides: list[str], wanted: Wanted, console: Console) -> tuple[Model, Config]:
     """Open a run in float32, adapters apart, on the base that they were trained on, or on a quantized one's original.
 
     Nothing is ever merged into packed weights: rounding to 4 bits would undo what was learned. An adapter that leaves
@@ -133,11 +135,11 @@ def open_for_merging(ckpt: str, overrides: list[str], wanted: Wanted) -> tuple[M
         )
     else:
         return open_trained(ckpt, overrides, dequantized=True)
-    Console().print(notice, highlight=False, markup=False)
+    console.print(notice)
     return open_trained(ckpt, [*overrides, "stage.quantize=none"], Precision.fp32)
 
 
-def settle(partial: Path, folder: Path, passed: bool, summary: str) -> Path:
+def settle(partial: Path, folder: Path, passed: bool, summary: str, console: Console) -> Path:
     """Give the folder its name, or mark it as failed."""
     if not passed:
         failed = folder.with_name(folder.name + ".failed")
@@ -148,7 +150,7 @@ def settle(partial: Path, folder: Path, passed: bool, summary: str) -> Path:
     if folder.exists():
         folder.rmdir()
     partial.rename(folder)
-    Console().print(f"exported: {folder}", highlight=False)
+    console.print(f"exported: {folder}")
     return folder
 
 
@@ -168,23 +170,23 @@ def choose_layout(model: Model, config: Config, layout: str) -> str:
     return "parts"
 
 
-def write(layout: str, model: Model, config: Config, folder: Path, wanted: Wanted) -> Model:
+def write(layout: str, model: Model, config: Config, folder: Path, wanted: Wanted, console: Console) -> Model:
     """Write the folder of a layout, say what it cannot do, and load it back."""
     if layout == "gguf":
         from vlm_tune.model.layouts.gguf import files as gguf_files
 
         target = (config.model, folder, wanted.dtype)
         gguf_files.save(model.vlm, model.tokenizer, model.encoder, target)
-        Console().print(gguf_files.limits(config.model), highlight=False)
+        tell(console, [gguf_files.limits(config.model)])
         return replace(model, vlm=gguf_files.load_back(folder, model.vlm))
     for parameter in model.vlm.parameters():  # buffers (the rotary frequencies) stay in float32
         parameter.data = parameter.data.to(DTYPES[wanted.dtype])
     if layout in NATIVE:
-        write_native(model, config, layout, folder, wanted.shard)
-        if layout == "hf":
-            Console().print(BACKEND, highlight=False)
+        notes = write_native(model, config, layout, folder, wanted.shard)
+        tell(console, [*notes, *([BACKEND] if layout == "hf" else [])])
     elif layout == "official":
-        internvl_official.save(model.vlm, model.encoder.template, config.model, folder, shard=wanted.shard)
+        template = model.encoder.template
+        tell(console, internvl_official.save(model.vlm, template, config.model, folder, shard=wanted.shard))
         model.tokenizer.save_pretrained(folder)
     else:
         parts.save(model.vlm, model.tokenizer, folder, wanted.shard)
@@ -193,8 +195,8 @@ def write(layout: str, model: Model, config: Config, folder: Path, wanted: Wante
 
 def reload(folder: Path, config: Config) -> Model:
     """Load an exported folder as a user would: model.path=FOLDER."""
-    model = replace(config.model, path=str(folder), vision=replace(config.model.vision, path=None))
-    model.llm = replace(config.model.llm, path=None)
+    vision, llm = replace(config.model.vision, path=None), replace(config.model.llm, path=None)
+    model = replace(config.model, path=str(folder), vision=vision, llm=llm)
     trainer = replace(config.trainer, precision=Precision.fp32)
     stage = replace(config.stage, quantize=Quantize.none)
     return build_model(replace(config, model=model, trainer=trainer, stage=stage))

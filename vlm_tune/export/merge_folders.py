@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from vlm_tune.console import tell
 from vlm_tune.errors import ConfigError
 from vlm_tune.export.export import settle
 from vlm_tune.export.merge_plain import GENERATION, merge_plain
@@ -18,12 +19,13 @@ from vlm_tune.model.layouts.folder_files import read_object
 from vlm_tune.model.layouts.folders import ADAPTER_SETTINGS, PARTS_SETTINGS, model_kind, read_json
 from vlm_tune.model.layouts.pretrained import reading
 from vlm_tune.model.layouts.tokenizer import needs_building
+from vlm_tune.model.layouts.weights import notes
 from vlm_tune.model.parts.llm import load_tokenizer
 
 OTHERS = (WHOLE, "mm_projector.bin")  # of LLaVA's trainer: weights that belong over those of the folder
 
 
-def merge(base: str, adapter: str, out: str) -> Path:
+def merge(base: str, adapter: str, out: str, console: Console) -> Path:
     """Merge in float32, write in the base's dtype with its tokenizer and processor, load back and compare.
 
     Raises ConfigError or CheckpointError for a folder that is none, a packed base, and weights that match nothing.
@@ -34,6 +36,7 @@ def merge(base: str, adapter: str, out: str) -> Path:
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    tell(console, notes(base_folder))
     try:
         with reading(adapter_folder):  # the base's files have errors of their own
             read = read_peft_folder(adapter_folder)
@@ -50,10 +53,10 @@ def merge(base: str, adapter: str, out: str) -> Path:
         f"{report['as_stored']:.1e} as stored in {report['dtype']}; the adapter itself changes them by "
         f"{report['adapter_changes']:.1e}"
     )
-    Console().print(summary, highlight=False)
+    console.print(summary)
     bound = FLOAT32_BOUND * max(1.0, report["scale"])
     passed = all(report[key] <= bound for key in ("merged_in_float32", "loaded_back"))
-    return settle(partial, folder, passed, summary)
+    return settle(partial, folder, passed, summary, console)
 
 
 def find(path: str, key: str, file: str) -> Path:

@@ -26,7 +26,7 @@ def read(folder: Path) -> PreTrainedModel:
     """Load a causal LM or a vision-language model in float32, whichever the folder says it is."""
     has_pictures = hasattr(read_settings(AutoConfig, folder), "vision_config")
     kind = AutoModelForImageTextToText if has_pictures else AutoModelForCausalLM
-    model: PreTrainedModel = load_pretrained(kind, folder, dtype=torch.float32)
+    model: PreTrainedModel = load_pretrained(kind, folder, part="the model", dtype=torch.float32)
     return model.eval()
 
 

@@ -2,17 +2,16 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader
 
 from vlm_tune.config.schema import Config
+from vlm_tune.console import follow
 from vlm_tune.data.encode import Encoder
 from vlm_tune.data.sets.dataset import Conversations
 from vlm_tune.data.sets.index import start_worker
@@ -34,7 +33,7 @@ REPEATED_IDS = ("error", "allow")
 
 
 def check(
-    config: Config, read_by: "tuple[Encoder, PreTrainedTokenizerBase]", out: str = "", repeated_ids: str = "error"
+    config: Config, read_by: "tuple[Encoder, PreTrainedTokenizerBase]", out: str, repeated_ids: str, console: Console
 ) -> int:
     """Check all rows of data.path, print what was found, and write check.json and check.html; return the exit code.
 
@@ -60,7 +59,7 @@ def check(
     report |= {"samples": [as_json(look) for look in looks], "seconds": round(time.perf_counter() - started, 3)}
     (folder / "check.json").write_text(json.dumps(report, ensure_ascii=True, indent=1) + "\n", encoding="utf-8")
     write_html(report, looks, folder / "check.html")
-    print_report(report, Console(highlight=False, markup=False), folder)
+    print_report(report, console, folder)
     return 1 if report["errors"] else 0
 
 
@@ -79,17 +78,15 @@ def check_rows(
     total: Findings,
 ) -> None:
     """Check the rows of all files, beside those of the held-out ones, and add what is found to `total`."""
-    with progress(sum(map(len, files))) as bar:
-        for data in files:
-            found, chunks = Findings(), RowCheck(data, held)
-            workers = config.data.workers if len(chunks) > 1 else 0
-            loader = DataLoader(chunks, batch_size=None, num_workers=workers, worker_init_fn=start_worker)
-            for part in loader:
-                found.merge(part)
-                bar.advance(bar.task_ids[0], part.num_rows)
-            add_repeats(found, data, are_ids_unique)
-            found.renumber(total.num_rows)
-            total.merge(found)
+    for data in files:
+        found, chunks = Findings(), RowCheck(data, held)
+        workers = config.data.workers if len(chunks) > 1 else 0
+        loader = DataLoader(chunks, batch_size=None, num_workers=workers, worker_init_fn=start_worker)
+        for part in follow(loader, f"checking {data.path.name}", "rows", len(data), lambda part: part.num_rows):
+            found.merge(part)
+        add_repeats(found, data, are_ids_unique)
+        found.renumber(total.num_rows)
+        total.merge(found)
 
 
 def open_files(config: Config, encoder: Encoder, path: Path, found: Findings) -> list[Conversations]:
@@ -125,17 +122,6 @@ def open_file(path: Path, entry: MetaEntry | None, config: Config, encoder: Enco
         return data
 
 
-@contextmanager
-def progress(num_rows: int) -> Iterator[Progress]:
-    """Show a bar where there is a terminal to show it."""
-    console = Console(stderr=True)
-    columns = (TextColumn("checking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        bar.add_task("checking", total=num_rows)
-        yield bar
-
-
 def as_json(look: Look) -> dict[str, Any]:
     """Write a row that was looked at in plain values, its pictures left out."""
-    plain = {name: getattr(look, name) for name in ("where", "row", "id", "tokens", "supervised", "num_pictures")}
-    return plain | {"pictures": [told for told, _ in look.pictures], "runs": [list(run) for run in look.runs]}
+    return vars(look) | {"pictures": [told for told, _ in look.pictures], "runs": [list(run) for run in look.runs]}

@@ -10,6 +10,7 @@ from typing import Any
 from vlm_tune.data.pictures.images import ImageReader
 from vlm_tune.data.sample import Picture
 from vlm_tune.errors import DataError
+from vlm_tune.words import counted
 
 CHUNKS, PER_CHUNK = 64, 8  # at most 512 pictures are decoded
 
@@ -55,10 +56,12 @@ class AlphaCount:
 
 def alpha_fact(counts: dict[str, Any], alpha: str) -> str:
     """Say what was counted, and what to set."""
-    told = f"{counts['alpha']:,} pictures have an alpha channel; of {counts['decoded']:,} of them that were decoded, "
+    have = f"{counted(counts['alpha'], 'picture')} {'has' if counts['alpha'] == 1 else 'have'} an alpha channel"
+    told = f"{have}; of {counts['decoded']:,} of them that were decoded, "
     if not counts["transparent"]:
         return f"{told}none is transparent"
-    told += f"{counts['transparent']:,} are transparent. data.image.alpha={alpha} "
+    are = "is" if counts["transparent"] == 1 else "are"
+    told += f"{counts['transparent']:,} {are} transparent. data.image.alpha={alpha} "
     if alpha != "drop":
         return f"{told}is laid below them"
     return f"{told}trains the colours that nobody sees: set white or black, whichever they are shown on"

@@ -19,6 +19,7 @@ from vlm_tune.data.fit import EncoderSettings
 from vlm_tune.data.text.positions import NAME
 from vlm_tune.inspection.check_alpha import alpha_fact
 from vlm_tune.inspection.check_rows import Findings
+from vlm_tune.words import counted
 
 SHOWN = 20  # bad rows in the terminal; check.json has all
 NUM_BINS = 12  # of a histogram
@@ -27,9 +28,8 @@ BAR = 36  # characters of the longest bar in the terminal
 
 def summarise(found: Findings, config: Config, settings: EncoderSettings) -> dict[str, Any]:
     """Turn findings into the contents of check.json."""
-    data, trained = config.data, found.trained
+    data, trained, ranges = config.data, found.trained, bins(list(found.by_rule.values()))
     distinct = np.unique(np.concatenate([*found.pictures, np.zeros(0, np.uint64)])).size
-    bad_rows = [place(fault.where) | asdict(fault) for fault in found.faults]
     return {
         "path": data.path,
         "rows": found.num_rows,
@@ -43,14 +43,14 @@ def summarise(found: Findings, config: Config, settings: EncoderSettings) -> dic
         "supervised_share": trained["supervised"] / trained["tokens"] if trained["tokens"] else None,
         "tokens": spread(found.tokens, bins([found.tokens])),
         "tiles": spread(found.tiles, bins([found.tiles])),
-        "tokens_by_rule": by_rule(found.by_rule),
+        "tokens_by_rule": {rule: spread(counts, ranges) for rule, counts in found.by_rule.items()},
         "long_rows": [place(long.where) | asdict(long) for long in found.long_rows],
         "stretched_rows": [place(long.where) | asdict(long) for long in found.stretched_rows],
         "same_id": [place(where) | {"where": where, "first": first} for where, first in found.same_id],
         "same_content": [place(where) | {"where": where, "first": first} for where, first in found.same_content],
         "markup": dict(found.markup.most_common()),
         "answers": found.answers.summary(),
-        "bad_rows": bad_rows,
+        "bad_rows": [place(fault.where) | asdict(fault) for fault in found.faults],
         "settings": {
             "model": config.model.name,
             "template": config.model.template,
@@ -75,12 +75,6 @@ def place(where: str) -> dict[str, Any]:
     if found is None or ".tar" in found[1] or found[1].endswith(".tgz"):
         return {"file": where.rpartition(":")[0] or where, "line": None}
     return {"file": found[1], "line": int(found[2])}
-
-
-def by_rule(counts: dict[str, Counter[int]]) -> dict[str, Any]:
-    """Describe the tokens under each tile rule, over the same bins."""
-    ranges = bins(list(counts.values()))
-    return {rule: spread(counter, ranges) for rule, counter in counts.items()}
 
 
 def spread(counts: Counter[int], ranges: Sequence[tuple[int, int]]) -> dict[str, Any] | None:
@@ -128,7 +122,7 @@ def bins(counters: Sequence[Counter[int]]) -> list[tuple[int, int]]:
 
 def verdict(report: dict[str, Any]) -> str:
     """Say in one line whether the data can be trained on."""
-    rows = f"{report['rows']:,} rows"
+    rows = counted(report["rows"], "row")
     if not report["errors"]:
         return f"{rows}, no errors"
     if not report["rows"]:
@@ -154,18 +148,16 @@ def facts(report: dict[str, Any]) -> dict[str, str]:
         told["tiles a row"] = f"{in_words(tiles)}, of {about}{settings['tokens_per_tile']} tokens each"
     if trained["rows"]:
         share = f"{report['supervised_share']:.1%} of {trained['tokens']:,} tokens supervised"
-        told["trained on"] = f"{trained['rows']:,} rows, {share}"
+        told["trained on"] = f"{counted(trained['rows'], 'row')}, {share}"
     if report["markup"]:
         told["markup"] = ", ".join(f"{name} {count:,}" for name, count in report["markup"].items()) + ": one token each"
     policy = settings["on_too_long"]
     told["too long"] = f"{len(report['long_rows']):,}, data.on_too_long={policy}" if report["long_rows"] else "none"
     if report["stretched_rows"]:
-        scaling = settings["positions"]
-        told["stretched"] = (
-            f"{len(report['stretched_rows']):,} of more than {NAME}={scaling['named']:,}, by rope scaling"
-        )
-    same = [(len(report["same_id"]), "id"), (len(report["same_content"]), "whole conversation")]
-    told["repeated"] = ", ".join(f"{count:,} {name}{'s' * (count > 1)}" for count, name in same if count) or "none"
+        end = f"{NAME}={settings['positions']['named']:,}"
+        told["stretched"] = f"{len(report['stretched_rows']):,} of more than {end}, by rope scaling"
+    same = {"id": report["same_id"], "whole conversation": report["same_content"]}
+    told["repeated"] = ", ".join(counted(len(rows), name) for name, rows in same.items() if rows) or "none"
     if report["answers"]["short"]:
         told["short answers"] = answers_in_words(report["answers"])
     told |= {Path(held["path"]).name: shared_in_words(held) for held in report["shared"]}
@@ -197,13 +189,12 @@ def shared_in_words(held: dict[str, Any]) -> str:
         return f"cannot be compared: {held['error']}"
     parts = []
     if held["shared_pictures"]:
-        pictures = f"{held['shared_pictures']:,} picture{'s' * (held['shared_pictures'] > 1)}"
-        showing = f"{held['rows_showing_them']:,} row{'s' * (held['rows_showing_them'] > 1)} here"
-        parts.append(f"{pictures} (in {showing})")
+        showing = counted(held["rows_showing_them"], "row")
+        parts.append(f"{counted(held['shared_pictures'], 'picture')} (in {showing} here)")
     if held["shared_rows"]:
-        parts.append(f"{held['shared_rows']:,} whole row{'s' * (held['shared_rows'] > 1)}")
+        parts.append(counted(held["shared_rows"], "whole row"))
     first = "the first " * held["is_cut"]
-    told = f"shares {' and '.join(parts) or 'nothing'}; {first}{held['rows']:,} rows compared"
+    told = f"shares {' and '.join(parts) or 'nothing'}; {first}{counted(held['rows'], 'row')} compared"
     bad = f", {held['bad_rows']:,} of them cannot be read: check that file too" if held["bad_rows"] else ""
     return told + bad
 
@@ -292,6 +283,29 @@ def histograms(report: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
     if report["tiles"] and report["tiles"]["max"] > 1:
         drawn["tiles a row"] = {"rows": report["tiles"]}
     return drawn
+
+
+def rule_note(report: dict[str, Any]) -> str:
+    """Compare the tokens of all rows under the two tile rules."""
+    sums = {rule: numbers["sum"] for rule, numbers in report["tokens_by_rule"].items() if numbers}
+    if len(set(sums.values())) < 2:
+        return ""
+    told = " and ".join(f"{tokens:,} tokens with model.tiles.rule={rule}" for rule, tokens in sums.items())
+    return f"All rows together, before data.on_too_long: {told}."
+
+
+def setting_texts(settings: dict[str, Any]) -> dict[str, str]:
+    """Write the settings that decide what was found as the command line takes them."""
+    return {
+        "model": str(settings["model"]),
+        "model.template": str(settings["template"]),
+        "model.tiles": ", ".join(f"{name}={value}" for name, value in settings["tiles"].items()),
+        "tokens a tile": str(settings["tokens_per_tile"]),
+        "data.format": str(settings["format"]),
+        "data.max_length": f"{settings['max_length']:,}",
+        "limit of a row": str(settings["limit"]),
+        "data.on_too_long": str(settings["on_too_long"]),
+    }
 
 
 def histogram_table(title: str, series: dict[str, dict[str, Any]]) -> Table:

@@ -2,8 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from copy import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -12,18 +11,20 @@ from torch.utils.data import Dataset
 
 from vlm_tune.config.schema import TileRule
 from vlm_tune.data.dialects.dialects import recognise
-from vlm_tune.data.encode import Encoder, Lengths
-from vlm_tune.data.fit import EncoderSettings, SkippedSample
+from vlm_tune.data.example import Lengths
+from vlm_tune.data.fit import SkippedSample
 from vlm_tune.data.pictures.images import CheckedPictures
 from vlm_tune.data.rows.cache import hashed
 from vlm_tune.data.sample import Picture, Sample
 from vlm_tune.data.sets.dataset import Conversations, Tiling
+from vlm_tune.data.sets.index import trained_content
+from vlm_tune.data.sets.mixture import with_settings
 from vlm_tune.data.text.positions import UNLIMITED
 from vlm_tune.data.tiles import picture_tiles
 from vlm_tune.errors import DataError
 from vlm_tune.inspection.check_alpha import AlphaCount
 from vlm_tune.inspection.check_answers import Answers
-from vlm_tune.inspection.check_shared import Contents, HeldOut, Shared, merge_shared
+from vlm_tune.inspection.check_shared import Contents, HeldOut, Shared
 
 CHUNK = 256  # rows that a worker checks at once: their texts are tokenized together
 ENDLESS = 1 << 40  # tokens: nothing is too long for this limit
@@ -92,9 +93,7 @@ class Findings:
 
     num_rows: int = 0
     dialects: Counter[str] = field(default_factory=Counter)
-    images: Counter[str] = field(
-        default_factory=Counter
-    )  # found, missing, broken; alpha, decoded, transparent: each place in a row
+    images: Counter[str] = field(default_factory=Counter)  # found, missing, broken; alpha, ...: each place in a row
     tiles: Counter[int] = field(default_factory=Counter)  # tiles of a row -> rows
     tokens: Counter[int] = field(default_factory=Counter)  # tokens of a row, before data.on_too_long -> rows
     by_rule: dict[str, Counter[int]] = field(default_factory=dict)  # the same under each of RULES
@@ -117,7 +116,8 @@ class Findings:
         for name in ("dialects", "images", "tiles", "tokens", "trained", "markup"):
             getattr(self, name).update(getattr(other, name))
         self.answers.merge(other.answers)
-        merge_shared(self.shared, other.shared)
+        for part, shared in other.shared.items():
+            self.shared.setdefault(part, Shared()).merge(shared)
         for rule, counts in other.by_rule.items():
             self.by_rule.setdefault(rule, Counter()).update(counts)
         for name in ("faults", "long_rows", "stretched_rows", "same_id", "same_content", "ids", "contents", "pictures"):
@@ -139,8 +139,7 @@ class RowCheck(Dataset[Findings]):
         self.held = held
         self.contents = Contents(data.reader)
         # Measured without a limit first, so that the histogram holds the rows that are too long as well.
-        settings = replace(data.encoder.settings, max_length=ENDLESS, positions=UNLIMITED)
-        self.endless = with_settings(data.encoder, settings)
+        self.endless = with_settings(data.encoder, max_length=ENDLESS, positions=UNLIMITED)
         markup = sorted(data.encoder.markup, key=len, reverse=True)
         self.markup = re.compile("|".join(map(re.escape, markup))) if markup else None
         self.tiles = {rule: replace(data.pictures.tiles, rule=rule) for rule in RULES}
@@ -164,11 +163,13 @@ class RowCheck(Dataset[Findings]):
             if own_id is not None:
                 ids[place] = hashed([own_id.encode("utf-8", "surrogatepass")])
             if sample is not None:
-                contents[place] = hashed(content_of(sample))
+                contents[place] = hashed(trained_content(sample))
                 pictures.update(hashed([name_of(picture)]) for picture in sample.pictures)
                 found.answers.add(sample)
                 if self.markup is not None:
-                    found.markup.update(name for text in texts_of(sample) for name in self.markup.findall(text))
+                    said = (text for turn in sample.messages for text in (turn.reasoning, *turn.parts))
+                    texts = (text for text in said if isinstance(text, str))
+                    found.markup.update(name for text in texts for name in self.markup.findall(text))
                 tiling = self._look(row, sample, found)
                 if tiling is not None:
                     for held in self.held:
@@ -260,13 +261,6 @@ class RowCheck(Dataset[Findings]):
             found.by_rule.setdefault(rule.value, Counter())[num_fixed + per_tile * num_tiles] += 1
 
 
-def with_settings(encoder: Encoder, settings: EncoderSettings) -> Encoder:
-    """Return the encoder with other limits."""
-    changed = copy(encoder)
-    changed.settings = settings
-    return changed
-
-
 def add_fault(found: Findings, row: int, error: DataError, kinds: dict[str, str]) -> str:
     """Keep a fault; return its kind."""
     kind = next((name for name, words in kinds.items() if re.search(words, error.reason)), OTHER)
@@ -286,22 +280,6 @@ def name_of(picture: Picture) -> bytes:
     """Return what tells a picture from others."""
     frame = "" if picture.frame is None else f" frame {picture.frame}"
     return picture.content or f"{picture.path}{frame}".encode("utf-8", "surrogatepass")
-
-
-def texts_of(sample: Sample) -> Iterator[str]:
-    """Yield all that is said, reasoning too."""
-    for message in sample.messages:
-        yield message.reasoning
-        yield from (part for part in message.parts if isinstance(part, str))
-
-
-def content_of(sample: Sample) -> Iterator[bytes]:
-    """Yield what makes a conversation the same as another: all but its id."""
-    for message in sample.messages:
-        yield message.role.encode()
-        yield message.reasoning.encode("utf-8", "surrogatepass")
-        for part in message.parts:
-            yield name_of(part) if isinstance(part, Picture) else part.encode("utf-8", "surrogatepass")
 
 
 def add_repeats(found: Findings, data: Conversations, are_ids_unique: bool) -> None:

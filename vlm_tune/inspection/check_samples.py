@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from vlm_tune.data.encode import Example
+from vlm_tune.data.example import Example
 from vlm_tune.data.sample import Sample
 from vlm_tune.data.sets.dataset import Conversations
 from vlm_tune.errors import DataError
 from vlm_tune.inspection.inspect_row import Token, read_tokens
+from vlm_tune.words import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,8 +34,8 @@ class Look:
     id: str
     tokens: int
     supervised: int
-    pictures: list[tuple[str, Image.Image]]  # the first ones, what they are called and small
     num_pictures: int
+    pictures: list[tuple[str, Image.Image]]  # the first ones, what they are called and small
     runs: list[tuple[str, str]]  # kind, text; neighbouring tiles are one run
 
 
@@ -63,7 +64,7 @@ def look(data: Conversations, number: int, row: int, tokenizer: "PreTrainedToken
     shown = list(small_pictures(data, sample, example))
     runs = list(joined(list(read_tokens(example, data.encoder, tokenizer))))
     sizes = len(example.input_ids), example.num_supervised
-    return Look(sample.where, row, sample.id, *sizes, shown, len(example.num_tiles), runs)
+    return Look(sample.where, row, sample.id, *sizes, len(example.num_tiles), shown, runs)
 
 
 def small_pictures(data: Conversations, sample: Sample, example: Example) -> Iterator[tuple[str, Image.Image]]:
@@ -71,9 +72,8 @@ def small_pictures(data: Conversations, sample: Sample, example: Example) -> Ite
     for picture, num_tiles in zip(sample.pictures[:NUM_PICTURES], example.num_tiles, strict=False):
         image = data.reader.open_picture(picture, sample.where, sample.id)
         width, height = image.size
-        told = f"{width} x {height}, {num_tiles} tile{'s' * (num_tiles > 1)}"
         image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
-        yield told, image
+        yield f"{width} x {height}, {counted(num_tiles, 'tile')}", image
 
 
 def joined(tokens: list[Token]) -> Iterator[tuple[str, str]]:
@@ -81,8 +81,7 @@ def joined(tokens: list[Token]) -> Iterator[tuple[str, str]]:
     for (kind, is_tile), group in groupby(tokens, key=lambda token: (token.kind, token.tile > 0)):
         run = list(group)
         if is_tile:
-            num_tiles = len({token.tile for token in run})
-            yield kind, f"{num_tiles} tile{'s' * (num_tiles > 1)}: {len(run):,} tokens"
+            yield kind, f"{counted(len({token.tile for token in run}), 'tile')}: {len(run):,} tokens"
             continue
         text = "".join(token.text for token in run)
         more = f"… {len(text) - MAX_TEXT:,} characters more" if len(text) > MAX_TEXT else ""

@@ -3,11 +3,12 @@
 Pictures are compared by their size in bytes first; only where that is the same are both ends of both files read.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vlm_tune.config.schema import Config
 from vlm_tune.data.encode import Encoder
@@ -63,40 +64,19 @@ class Contents:
         return digest
 
 
-class HeldPicture:
-    """Know a picture of a held-out file by its digest, which is made once it is asked for; no pixels are kept."""
+class HeldPicture(NamedTuple):
+    """Know a picture of a held-out file by its digest, which is made when it is asked for; no pixels are kept."""
 
-    def __init__(self, picture: Picture, where: str, contents: Contents) -> None:
-        self.name = picture_name(picture)
-        self.where = where
-        self._contents = contents
-        self._digest = contents.digest(picture) if picture.content is not None else None
-        self._picture = picture if picture.content is None else None
-
-    def digest(self) -> bytes:
-        """Return the digest of its file. Raise DataError."""
-        if self._digest is None:
-            assert self._picture is not None
-            self._digest = self._contents.digest(self._picture)
-        return self._digest
-
-
-@dataclass(frozen=True)
-class SharedPicture:
-    """Name a picture that stands in both files."""
-
-    picture: str
+    name: str
     where: str
-    held_picture: str
-    held_where: str
+    digest: Callable[[], bytes]  # raises DataError
 
-
-@dataclass(frozen=True)
-class SharedRow:
-    """Name a row that stands in both files: the same turns about the same pictures."""
-
-    where: str
-    held_where: str
+    @classmethod
+    def of(cls, picture: Picture, where: str, contents: Contents) -> "HeldPicture":
+        """Take a picture of a file to be looked at later, one inside the row at once."""
+        if picture.content is not None:
+            return cls(picture_name(picture), where, partial(bytes, contents.digest(picture)))
+        return cls(picture_name(picture), where, partial(contents.digest, picture))
 
 
 @dataclass
@@ -105,8 +85,8 @@ class Shared:
 
     num_rows: int = 0  # rows that stand in both
     num_showing: int = 0  # rows that show a picture of the held-out file
-    pictures: dict[Content, SharedPicture] = field(default_factory=dict)  # no more than the held-out file has
-    rows: list[SharedRow] = field(default_factory=list)  # the first LISTED
+    pictures: dict[Content, dict[str, str]] = field(default_factory=dict)  # no more than the held-out file has
+    rows: list[dict[str, str]] = field(default_factory=list)  # the first LISTED
 
     def merge(self, other: "Shared") -> None:
         """Add what was found in later rows."""
@@ -150,7 +130,7 @@ class HeldOut:
             key = id(contents), picture.path or f"{sample.where} {number}"  # two roots may hold one path
             same_size = self._pictures.setdefault(size, {})
             if key not in same_size:
-                same_size[key] = HeldPicture(picture, sample.where, contents)
+                same_size[key] = HeldPicture.of(picture, sample.where, contents)
             held.append(same_size[key])
         self._rows.setdefault((text_digest(sample), sizes), []).append((held, sample.where))
 
@@ -162,14 +142,15 @@ class HeldOut:
             if size in self._pictures:
                 digest = contents.digest(picture)
                 if found := self._of_size(size).get(digest):
-                    both = SharedPicture(picture_name(picture), sample.where, found.name, found.where)
+                    theirs = {"held_picture": found.name, "held_where": found.where}
+                    both = {"picture": picture_name(picture), "where": sample.where} | theirs
                     shared.pictures.setdefault((size, digest), both)
                     shows = True
         shared.num_showing += shows
         for held, where in self._rows.get((text_digest(sample), sizes), []):
             if all(contents.digest(own) == other.digest() for own, other in zip(sample.pictures, held, strict=True)):
                 shared.num_rows += 1
-                shared.rows += [SharedRow(sample.where, where)] if len(shared.rows) < LISTED else []
+                shared.rows += [{"where": sample.where, "held_where": where}] if len(shared.rows) < LISTED else []
                 return
 
     def _of_size(self, size: int) -> dict[bytes, HeldPicture]:
@@ -189,8 +170,8 @@ class HeldOut:
             "shared_rows": shared.num_rows,
             "shared_pictures": len(shared.pictures),
             "rows_showing_them": shared.num_showing,
-            "first_rows": [asdict(row) for row in shared.rows],
-            "first_pictures": [asdict(picture) for picture in list(shared.pictures.values())[:LISTED]],
+            "first_rows": shared.rows,
+            "first_pictures": list(shared.pictures.values())[:LISTED],
         }
 
 
@@ -223,9 +204,3 @@ def text_digest(sample: Sample) -> bytes:
 def picture_name(picture: Picture) -> str:
     """Name a picture for messages."""
     return picture.path or "a picture of the row"
-
-
-def merge_shared(own: dict[str, Shared], other: dict[str, Shared]) -> None:
-    """Add what later rows share with each held-out file."""
-    for part, shared in other.items():
-        own.setdefault(part, Shared()).merge(shared)

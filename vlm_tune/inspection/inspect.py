@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    config: Config, read_by: "tuple[Encoder, PreTrainedTokenizerBase]", row: str, out: str, as_text: bool
+    config: Config,
+    read_by: "tuple[Encoder, PreTrainedTokenizerBase]",
+    row: str,
+    out: str,
+    as_text: bool,
+    console: Console,
 ) -> None:
     """Show one row of data.path as a page, or with `as_text` in the terminal (and as a page at `out`).
 
@@ -30,7 +35,6 @@ def inspect(
     if out and not out.endswith(".html") and not Path(out).is_dir():
         raise ConfigError(f"out={out}: a page is written, over an older one. Name it so: out=row.html")
     seen = look(config, *read_by, int(row) if row.isdecimal() else row)
-    console = Console(highlight=False, markup=False)
     if as_text:
         print_text(seen, console)
     if out or not as_text:

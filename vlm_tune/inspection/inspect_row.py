@@ -11,7 +11,8 @@ from PIL import Image
 
 from vlm_tune.config.schema import BadSample, Config, TileRule, TilesConfig
 from vlm_tune.data.datamodule import DataModule, Part, validation_packs
-from vlm_tune.data.encode import NO_LOSS, Encoder, Example
+from vlm_tune.data.encode import Encoder
+from vlm_tune.data.example import NO_LOSS, Example
 from vlm_tune.data.fit import EncoderSettings
 from vlm_tune.data.pictures.anyres import NEWLINE, token_order
 from vlm_tune.data.sample import Sample
@@ -20,6 +21,7 @@ from vlm_tune.data.sets.mixture import Mixture, open_data
 from vlm_tune.data.sets.paths import find_file, sibling
 from vlm_tune.data.tiles import choose_grid, make_tiles
 from vlm_tune.errors import ConfigError
+from vlm_tune.words import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -104,7 +106,9 @@ def look(config: Config, encoder: Encoder, tokenizer: "PreTrainedTokenizerBase",
             )
         row = found
     if row >= len(rows):
-        raise ConfigError(f"row={row}: {path.name} has {len(rows)} rows, counted from 0: row=0 to row={len(rows) - 1}")
+        raise ConfigError(
+            f"row={row}: {path.name} has {counted(len(rows), 'row')}, counted from 0: row=0 to row={len(rows) - 1}"
+        )
     data, number = rows.locate(row)
     sample = data.sample(number)
     example = data.encoder.encode(sample, data.tiling(sample, data.reader.check_picture))

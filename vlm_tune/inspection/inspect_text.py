@@ -5,6 +5,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vlm_tune.inspection.inspect_row import CONTEXT, IMAGE, SUPERVISED, Pack, Seen, SeenPicture, runs_of
+from vlm_tune.words import counted
 
 STYLES = {SUPERVISED: "bold green", CONTEXT: "", IMAGE: "magenta"}
 BAR = 60  # characters of a whole pack
@@ -47,8 +48,7 @@ def describe(picture: SeenPicture) -> str:
     columns, rows = picture.grid
     pad = ", padded" if max(picture.canvas[2] - width, picture.canvas[3] - height) > 0.5 else ""
     whole = " and the whole picture" if picture.overview is not None else ""
-    tiles = f"{len(picture.tiles)} tile{'s' * (len(picture.tiles) > 1)}"
-    return f"{width} x {height} pixels{pad}, cut {columns} x {rows}{whole}: {tiles}"
+    return f"{width} x {height} pixels{pad}, cut {columns} x {rows}{whole}: {counted(len(picture.tiles), 'tile')}"
 
 
 def grid_numbers(picture: SeenPicture) -> list[int]:
@@ -84,7 +84,7 @@ def pack_title(pack: Pack) -> str:
     """Say which forward pass it is and how full."""
     part = f"optimizer step {pack.step} of the first epoch" if pack.step else "validation"
     tokens, tiles = (sum(getattr(row, name) for row in pack.rows) for name in ("tokens", "tiles"))
-    num = f"{len(pack.rows)} row{'s' * (len(pack.rows) > 1)}"
+    num = counted(len(pack.rows), "row")
     if not pack.is_packed:
         longest = max(row.tokens for row in pack.rows)
         return f"batch in {part}: {num}, {tokens:,} tokens, each padded to {longest:,}"

@@ -1,6 +1,6 @@
 """Build a model from its configuration: find the weights, load each part, join the parts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -9,50 +9,52 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from vlm_tune.config.schema import Config, ModelConfig, Precision, Quantize
 from vlm_tune.data.encode import Encoder
 from vlm_tune.data.text.positions import Positions
-from vlm_tune.errors import ConfigError
 from vlm_tune.model.encoder import make_encoder
 from vlm_tune.model.kernels.isolation import check_rope
-from vlm_tune.model.layouts import parts
-from vlm_tune.model.layouts.folders import LLAVA_ORIGINAL, find_folder, model_kind, require_weights
-from vlm_tune.model.layouts.internvl import hf as internvl_hf
+from vlm_tune.model.layouts import native, parts
+from vlm_tune.model.layouts.folders import LLAVA_ORIGINAL, find_folder, require_weights
+from vlm_tune.model.layouts.found import Found, Loaded, layout_of
 from vlm_tune.model.layouts.internvl import official as internvl_official
-from vlm_tune.model.layouts.llava import hf as llava_hf
 from vlm_tune.model.layouts.llava import original as llava_original
-from vlm_tune.model.layouts.loaded import Loaded
 from vlm_tune.model.layouts.pretrained import reading
+from vlm_tune.model.layouts.weights import notes
 from vlm_tune.model.vlm import VisionLanguageModel
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 
-LAYOUTS = {  # by the model_type of a folder's config.json
+LAYOUTS = {  # by what `layout_of` says of a folder
     "parts": parts.load,
-    "internvl": internvl_hf.load,
+    **dict.fromkeys(native.CLASSES, native.load),
     "internvl_chat": internvl_official.load,
-    "llava": llava_hf.load,
-    "llava_next": llava_hf.load,
     LLAVA_ORIGINAL: llava_original.load,
 }
 
 
 @dataclass
 class Model:
-    """A loaded model with what belongs to it: the tokenizer and the encoder of conversations."""
+    """A loaded model with what belongs to it: the tokenizer and the encoder of conversations.
+
+    `config` is the configuration that it was built from, joined with what its folder says.
+    """
 
     vlm: VisionLanguageModel
     tokenizer: PreTrainedTokenizerBase
     encoder: Encoder
+    config: Config
+    notes: tuple[str, ...] = ()  # what a user should know of how it was read
 
 
 def build_model(config: Config) -> Model:
     """Load a whole checkpoint, or join a vision encoder and a language model that never met by a new projector."""
     dtype = DTYPES[resolve_precision(config.trainer.precision)]
-    vlm, tokenizer, tokens = load_weights(config.model, dtype, config.stage.quantize)
+    vlm, tokenizer, found, told = load_weights(config.model, dtype, config.stage.quantize)
+    config = replace(config, model=found.over(config.model))
     check_rope(vlm.llm, config)
     num_patches = vlm.vision.num_patches(config.model.tiles.size)
     positions = Positions.of(vlm.llm.config.get_text_config())
-    encoder = make_encoder(config, tokenizer, tokens, num_patches, positions)
+    encoder = make_encoder(config, tokenizer, found.tokens, num_patches, positions)
     vlm.llm.generation_config = answer_settings(encoder.stop_ids)  # type: ignore[assignment]
-    return Model(vlm, tokenizer, encoder)
+    return Model(vlm, tokenizer, encoder, config, told)
 
 
 def answer_settings(stop_ids: tuple[int, ...]) -> GenerationConfig:
@@ -70,16 +72,13 @@ def load_weights(model: ModelConfig, dtype: torch.dtype, quantize: Quantize) -> 
     require_weights(model)
     if model.path is not None:
         folder = find_folder(model.path, "model.path")
-        kind = model_kind(folder)
-        if kind not in LAYOUTS:
-            raise ConfigError(
-                f"model.path={folder}: a folder of type {kind}, which is not read. There are: {', '.join(LAYOUTS)}. "
-                "A vision encoder and a language model also join as parts: set model.vision.path and model.llm.path"
-            )
+        layout = layout_of(folder)
         with reading(folder):
-            return LAYOUTS[kind](folder, model, dtype, quantize)
+            loaded = LAYOUTS[layout](folder, model, dtype, quantize)
+        return loaded._replace(notes=(*notes(folder), *loaded.notes))
     vision = find_folder(str(model.vision.path), "model.vision.path")
-    return parts.join(vision, find_folder(str(model.llm.path), "model.llm.path"), model, dtype, quantize)
+    llm = find_folder(str(model.llm.path), "model.llm.path")
+    return parts.join(vision, llm, Found.given(model), model.tiles.size, (dtype, quantize))
 
 
 def resolve_precision(precision: Precision) -> Precision:

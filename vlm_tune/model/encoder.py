@@ -1,5 +1,6 @@
 """The encoder of conversations that belongs to a model; without reading its weights, where only rows are counted."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,17 +13,10 @@ from vlm_tune.data.fit import EncoderSettings
 from vlm_tune.data.text.chat_template import choose_template
 from vlm_tune.data.text.positions import Positions
 from vlm_tune.errors import ConfigError
-from vlm_tune.model.layouts.folders import (
-    LLAVA_ORIGINAL,
-    find_folder,
-    model_kind,
-    read_json,
-    read_parts,
-    require_weights,
-)
+from vlm_tune.model.layouts.folders import LLAVA_ORIGINAL, find_folder, model_kind, read_json, require_weights
+from vlm_tune.model.layouts.found import Found, read_found
 from vlm_tune.model.layouts.internvl import official_config
 from vlm_tune.model.layouts.llava import original as llava_original
-from vlm_tune.model.layouts.llava.facts import LLAVA_KINDS, image_tokens, read_llava
 from vlm_tune.model.layouts.pretrained import reading
 from vlm_tune.model.parts.llm import load_tokenizer
 from vlm_tune.model.parts.projector import tokens_per_tile
@@ -72,42 +66,37 @@ def make_encoder(
 
 def build_encoder(config: Config) -> tuple[Encoder, PreTrainedTokenizerBase]:
     """Make the encoder that `build_model` would make, from the small files of the same folders: no weights are read."""
-    model = config.model
-    vision_folder, llm_folder = find_parts(model)
+    (vision_folder, llm_folder), found = look_up(config.model)
+    config = replace(config, model=found.over(config.model))
+    size = config.model.tiles.size
     with reading(vision_folder):
-        num_patches = count_features(vision_folder, model)
-    tokenizer, tokens = load_tokenizer(llm_folder), image_tokens(model.projector)
+        patches = count_patches(vision_folder, size) if found.patch_size is None else (size // found.patch_size) ** 2
+    tokenizer, tokens = load_tokenizer(llm_folder), found.tokens
     vocabulary = tokenizer.get_vocab()
     # a whole checkpoint's tokenizer knows its own tokens; LLaVA's original one lacks the one for a picture
     wanted = [tokens.context] if vision_folder == llm_folder else tokens.all
     new = [AddedToken(token, special=True, normalized=False) for token in wanted if token not in vocabulary]
     tokenizer.add_tokens(new, special_tokens=True)
-    return make_encoder(config, tokenizer, tokens, num_patches, read_positions(llm_folder)), tokenizer
+    positions = read_positions(llm_folder)
+    return make_encoder(config, tokenizer, tokens, patches + found.keeps_class, positions), tokenizer
 
 
-def count_features(vision_folder: Path, model: ModelConfig) -> int:
-    """Count the features of a tile: its patches, and the class token where the model keeps it."""
-    kind = model_kind(find_folder(model.path, "model.path", with_weights=False)) if model.path is not None else ""
-    if kind in LLAVA_KINDS:
-        return read_llava(vision_folder, model).num_patches(model.tiles.size)
-    num_patches = count_patches(vision_folder, model.tiles.size)
-    if kind != "parts":
-        return num_patches
-    return num_patches + read_parts(vision_folder.parent, model)
+def joined(config: Config) -> Config:
+    """Join a configuration with what its model's folder says, as `build_model` does; no weights are read."""
+    return replace(config, model=look_up(config.model)[1].over(config.model))
 
 
-def find_parts(model: ModelConfig) -> tuple[Path, Path]:
-    """Find the folders of both parts, where no weights need to be; a whole checkpoint brings its own pixel shuffle."""
+def look_up(model: ModelConfig) -> tuple[tuple[Path, Path], Found]:
+    """Find the folders of both parts, where no weights need to be, and what they say."""
     require_weights(model)
     if model.path is None:
         vision = find_folder(str(model.vision.path), "model.vision.path", with_weights=False)
-        return vision, find_folder(str(model.llm.path), "model.llm.path", with_weights=False)
+        return (vision, find_folder(str(model.llm.path), "model.llm.path", with_weights=False)), Found.given(model)
     folder = find_folder(model.path, "model.path", with_weights=False)
-    if model_kind(folder) != "parts":
-        model.projector.shuffle = round(1 / read_json(folder).get("downsample_ratio", 1))
-        return folder, folder
-    read_parts(folder, model)
-    return folder / "vision", folder / "llm"
+    with reading(folder):
+        found = read_found(folder, model)
+    is_apart = model_kind(folder) == "parts"
+    return (folder / "vision", folder / "llm") if is_apart else (folder, folder), found
 
 
 def read_positions(folder: Path) -> Positions:

@@ -1,15 +1,16 @@
 """Run a frozen vision encoder over all pictures of a run, once, before the first step."""
 
 import shutil
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from filelock import FileLock
-from rich.console import Console
 
 from vlm_tune.config.schema import AugmentConfig, Config, FeatureCaching, Train
 from vlm_tune.data.datamodule import DataModule, Part
 from vlm_tune.data.pictures.feature_cache import FeatureCache, fingerprint
-from vlm_tune.data.progress import follow
+from vlm_tune.data.progress import Follow, unseen
 from vlm_tune.data.sets.mixture import is_augmented
 from vlm_tune.errors import ConfigError
 from vlm_tune.model.vlm import VisionLanguageModel
@@ -18,49 +19,61 @@ from vlm_tune.recipes.fetch import cache_folder
 GIB = 1024**3
 
 
-def use_feature_cache(vlm: VisionLanguageModel, data: DataModule, config: Config, device: torch.device) -> None:
-    """Decide by the arithmetic, say it, and fill the cache with what is missing.
+class CachePlan(NamedTuple):
+    """Where features are kept, and whether they fit."""
 
-    Each picture is encoded by itself, so that its features do not depend on what happened to share a batch with it:
-    a resumed run sees the same bits.
+    folder: Path
+    fits: bool
+    summary: str  # the arithmetic in one line
+
+
+def plan_cache(vlm: VisionLanguageModel, data: DataModule, config: Config) -> CachePlan | None:
+    """Decide by the arithmetic; None where no features can or shall be kept.
+
+    Raise ConfigError where data.feature_cache=on cannot be.
     """
-    console = Console()
-    parts = [part for part in (data.train, data.val) if part is not None]
-    num_tiles = sum(int(part.index.tiles.sum()) for part in parts)
+    num_tiles = sum(int(part.index.tiles.sum()) for part in data.parts)
     wanted = config.data.feature_cache
     if wanted is FeatureCaching.off or num_tiles == 0:
-        return
+        return None
     reason = obstacle(config)
-    if reason is None and any(is_augmented(part.data) for part in parts):
+    if reason is None and any(is_augmented(part.data) for part in data.parts):
         reason = '"data_augment" of the mixture changes pictures at random'
     if reason:
         if wanted is FeatureCaching.on:
             raise ConfigError(f"data.feature_cache=on, but {reason}: set data.feature_cache=off")
-        return
+        return None
     folder = cache_folder() / "features" / fingerprint(vlm.vision.state_dict(), _settings(vlm, config))
     tile_bytes = vlm.vision.num_patches(config.model.tiles.size) * vlm.vision.width * vlm.vision.dtype.itemsize
-    need = num_tiles * tile_bytes / GIB  # an upper bound: a picture that stands in several rows is kept once
     folder.mkdir(parents=True, exist_ok=True)
-    limit = min(config.data.feature_cache_gib, shutil.disk_usage(folder).free / GIB / 2)
-    fits = need <= limit
-    console.print(
-        f"feature cache: {num_tiles:,} tiles x {tile_bytes / 1024:,.0f} KiB = {need:.2f} GiB at most, "
-        f"{limit:.1f} GiB allowed: {'on' if fits else 'off'}",
-        highlight=False,
-    )
-    if not fits:
-        if wanted is FeatureCaching.on:
-            raise ConfigError(
-                f"data.feature_cache=on needs {need:.1f} GiB, {limit:.1f} are allowed or free: raise "
-                "data.feature_cache_gib, or set data.feature_cache=auto"
-            )
-        return
-    cache = FeatureCache(folder)
-    with FileLock(folder / ".lock"):  # of several ranks one works, the others find everything done
+    allowed = min(config.data.feature_cache_gib, shutil.disk_usage(folder).free / GIB / 2)
+    need = num_tiles * tile_bytes / GIB  # an upper bound: a picture that stands in several rows is kept once
+    fits = need <= allowed
+    if not fits and wanted is FeatureCaching.on:
+        raise ConfigError(
+            f"data.feature_cache=on needs {need:.1f} GiB, {allowed:.1f} are allowed or free: raise "
+            "data.feature_cache_gib, or set data.feature_cache=auto"
+        )
+    told = f"{num_tiles:,} tiles x {tile_bytes / 1024:,.0f} KiB = {need:.2f} GiB at most, {allowed:.1f} GiB allowed"
+    return CachePlan(folder, fits, f"feature cache: {told}: {'on' if fits else 'off'}")
+
+
+def fill_cache(
+    plan: CachePlan, vlm: VisionLanguageModel, data: DataModule, device: torch.device, follow: Follow = unseen
+) -> None:
+    """Keep the features that are missing, and let the rows be read with them.
+
+    Each picture is encoded by itself, so that its features do not depend on what happened to share a batch with it:
+    a resumed run sees the same bits.
+    """
+    cache = FeatureCache(plan.folder)
+    with FileLock(plan.folder / ".lock"):  # of several ranks one works, the others find everything done
         vlm.to(device)
-        for part in parts:
-            fill(vlm, part, cache)
-    for each in (each for part in parts for each in part.data.sets):
+        for part in data.parts:
+            rows = part.index.rows[part.index.tiles > 0].tolist()
+            for row in follow(rows, "encoding pictures", "rows"):
+                keep_row(vlm, part, row, cache)
+    for each in (each for part in data.parts for each in part.data.sets):
         each.cache = cache
 
 
@@ -73,19 +86,17 @@ def obstacle(config: Config) -> str | None:
     return None
 
 
-def fill(vlm: VisionLanguageModel, part: Part, cache: FeatureCache) -> None:
-    """Encode the pictures whose features are not there yet."""
-    rows = part.index.rows[part.index.tiles > 0].tolist()
-    for row in follow(rows, "encoding pictures", "rows"):
-        data, number = part.data.locate(row)
-        sample = data.sample(number)
-        example = data.encoder.encode(sample, data.tiling(sample))
-        for picture, limit in data.limited_pictures(sample, example):
-            key = cache.key(data.reader.read_content(picture, sample.where, sample.id), limit)
-            if not cache.has(key):
-                tiles = torch.from_numpy(data.cut(picture, limit, sample)).to(vlm.device)
-                with torch.no_grad():
-                    cache.write(key, vlm.see(tiles))
+def keep_row(vlm: VisionLanguageModel, part: Part, row: int, cache: FeatureCache) -> None:
+    """Encode the pictures of a row whose features are not there yet."""
+    data, number = part.data.locate(row)
+    sample = data.sample(number)
+    example = data.encoder.encode(sample, data.tiling(sample))
+    for picture, limit in data.limited_pictures(sample, example):
+        key = cache.key(data.reader.read_content(picture, sample.where, sample.id), limit)
+        if not cache.has(key):
+            tiles = torch.from_numpy(data.cut(picture, limit, sample)).to(vlm.device)
+            with torch.no_grad():
+                cache.write(key, vlm.see(tiles))
 
 
 def _settings(vlm: VisionLanguageModel, config: Config) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from vlm_tune.data.encode import Example
+from vlm_tune.data.example import Example
 from vlm_tune.model.build import Model, answer_settings
 
 HALF = (torch.bfloat16, torch.float16)

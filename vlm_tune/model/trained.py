@@ -21,8 +21,9 @@ def open_trained(
     checkpoint = find_checkpoint(ckpt)
     config = run_config(checkpoint, overrides)
     if precision is not None:
-        config.trainer = replace(config.trainer, precision=precision)
+        config = replace(config, trainer=replace(config.trainer, precision=precision))
     model = build_model(config)
+    config = model.config
     if dequantized:
         dequantize(model.vlm.llm)
         model.vlm.float()

@@ -1,13 +1,13 @@
 """Draw a run's loss curve, with the learning rates below it, as SVG: for the report's page and as its own file."""
 
-import html
 import math
 import re
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
+
+from vlm_tune import words
+from vlm_tune.pages.page import render
 
 Point = tuple[float, float]  # (optimizer step, value)
 
@@ -16,10 +16,11 @@ MAX_POINTS = 600  # of a drawn line: more than a screen's pixels would only make
 LOG_FROM = 8.0  # largest loss / smallest: from here on a linear axis shows the first steps and nothing else
 NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
-SIZE = (880, 420)  # pixels
+SIZE, NARROW_SIZE = (880, 420), (330, 400)  # pixels; text is 12 pixels high, so a phone gets a drawing of its own
 NARROW = 500  # pixels: a drawing below this width has fewer ticks, and its legends in a line of their own
 LEFT, RIGHT, TOP, BOTTOM = 48.0, 14.0, 34.0, 42.0  # pixels around the panels
 RATE_TOP, RATE_HEIGHT, LEGEND = 40.0, 56.0, 18.0
+MARGIN = 20  # pixels around the drawing in a file of its own
 
 
 @dataclass(frozen=True)
@@ -54,62 +55,65 @@ class Axis:
         return found[:: math.ceil(len(found) / num)]
 
 
-def loss_svg(report: dict[str, Any], size: tuple[int, int] = SIZE) -> str:
-    """Return the loss curve as one <svg> element; "" when no finite loss was logged.
+def chart(report: dict[str, Any], size: tuple[int, int] = SIZE) -> dict[str, Any] | None:
+    """Lay out the loss curve for its template; None when no finite loss was logged.
 
     Training loss as logged (faint) and smoothed, validation losses as dots, the best one named; below it the
-    learning rate of each part. The loss axis is logarithmic where the losses span more than LOG_FROM times. The text is
-    12 pixels high at `size`: a page shows a narrow drawing on a phone rather than a wide one made small.
+    learning rate of each part. The loss axis is logarithmic where the losses span more than LOG_FROM times.
     """
     width, height = size
-    train, val = curve(report, "loss_curve"), curve(report, "val_curve")
+    train, val, rates = curve(report, "loss_curve"), curve(report, "val_curve"), rate_curves(report)
     if not train and not val:
-        return ""
-    rates = rate_curves(report)
-    is_narrow = width < NARROW
+        return None
+    smooth, best, is_narrow = smoothed(train), report.get("best"), width < NARROW
     room = LEGEND if is_narrow else 0.0
     bottom = height - BOTTOM - (RATE_TOP + RATE_HEIGHT + room if rates else 0)
-    smooth = smoothed(train)
     steps = Axis(0, max(step for step, _ in train + val) or 1, LEFT, width - RIGHT)
     losses = loss_axis(train, smooth, val, (bottom, TOP + room))
-    parts = [
-        f'<svg class="chart" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">',
-        f"<title>{describe(train, smooth, val)}</title>",
-        *frame(steps, losses, 6, number_text),
-        line("raw", thinned(train), steps, losses) if len(train) > 2 else "",
-        line("train", thinned(smooth), steps, losses),
-        *validation(val, report.get("best"), steps, losses),
-        legend("loss, log scale" if losses.is_log else "loss", loss_entries(train, val), 16, room),
-    ]
+    lines = [("raw", "as logged", thinned(train))] if len(train) > 2 else []
+    lines += [("train", "smoothed" if lines else "training", thinned(smooth)), ("val", "validation", thinned(val))]
+    title = "loss, log scale" if losses.is_log else "loss"
+    panels = [panel(title, lines, losses, [(tick, number_text(tick)) for tick in losses.ticks(6)])]
     if rates:
         top = bottom + RATE_TOP + room
         highest = max(value for points in rates.values() for _, value in points)
         step = round_step(highest / 3)
-        rate = Axis(0, step * math.ceil(highest / step - 1e-9), top + RATE_HEIGHT, top)
-        parts += frame(steps, rate, 3, rate_text)
-        parts += [line(f"part{index % 3}", thinned(points), steps, rate) for index, points in enumerate(rates.values())]
-        entries = [(f"part{index % 3}", name) for index, name in enumerate(rates)]
-        parts.append(legend("learning rate", entries, top - 16 - room, room))
-    parts += step_labels(steps, height - BOTTOM, 4 if is_narrow else 8)
-    return "\n".join(filter(None, parts)) + "\n</svg>"
+        axis = Axis(0, step * math.ceil(highest / step - 1e-9), top + RATE_HEIGHT, top)
+        lines = [(f"part{index % 3}", name, thinned(points)) for index, (name, points) in enumerate(rates.items())]
+        panels.append(panel("learning rate", lines, axis, [(tick, words.rate(tick)) for tick in axis.ticks(3)]))
+    return {
+        "width": width,
+        "height": height,
+        "about": describe(train, smooth, val),
+        "steps": steps,
+        "step_ticks": [tick for tick in steps.ticks(4 if is_narrow else 8) if tick == int(tick)],
+        "panels": panels,
+        "room": room,  # between a panel's title and what its lines are; 0: all in one line
+        "dots": val if len(val) <= MAX_DOTS else [],
+        "best": best if best and math.isfinite(best["loss"]) else None,
+    }
+
+
+def panel(
+    title: str, lines: list[tuple[str, str, list[Point]]], axis: Axis, ticks: list[tuple[float, str]]
+) -> dict[str, Any]:
+    """Hold one panel: its lines (class, name, points) over an axis of values; a line without points is left out."""
+    named = [(kind, NOT_XML.sub("", name), points) for kind, name, points in lines if points]
+    return {"title": title, "lines": named, "axis": axis, "ticks": ticks}
+
+
+def loss_svg(report: dict[str, Any], size: tuple[int, int] = SIZE) -> str:
+    """Return the loss curve as one <svg> element; "" when no finite loss was logged."""
+    drawing = chart(report, size)
+    return render("report_chart.svg", chart=drawing, margin=0) if drawing else ""
 
 
 def write_loss_svg(report: dict[str, Any], path: Path) -> bool:
     """Write the loss curve as an SVG file of its own; return False, writing nothing, when no loss was logged."""
-    svg = loss_svg(report)
-    if svg:
-        margin, (width, height) = 20, SIZE
-        box = f"{-margin} {-margin} {width + 2 * margin} {height + 2 * margin}"
-        paper = f'<rect class="paper" x="{-margin}" y="{-margin}" width="100%" height="100%"/>'
-        svg = svg.replace(f'viewBox="0 0 {width} {height}"', f'viewBox="{box}" width="{width}" height="{height}"', 1)
-        svg = svg.replace("<title>", f"<style>\n{chart_css()}</style>\n{paper}\n<title>", 1)
-        path.write_text(svg + "\n", encoding="utf-8")
-    return bool(svg)
-
-
-def chart_css() -> str:
-    """Return the drawing's colours, for light and dark."""
-    return resources.files("vlm_tune.pages").joinpath("report_chart.css").read_text(encoding="utf-8")
+    drawing = chart(report)
+    if drawing:
+        path.write_text(render("report_chart.svg", chart=drawing, margin=MARGIN), encoding="utf-8")
+    return drawing is not None
 
 
 def curve(report: dict[str, Any], key: str) -> list[Point]:
@@ -174,93 +178,17 @@ def round_step(step: float) -> float:
     return next(multiple * power for multiple in (1, 2, 5, 10) if multiple * power >= step * (1 - 1e-9))
 
 
-def frame(steps: Axis, values: Axis, num_ticks: int, text: Callable[[float], str]) -> Iterable[str]:
-    """Draw a panel's grid lines with their values, and the axis at its foot."""
-    for tick in values.ticks(num_ticks):
-        y = values.place(tick)
-        yield f'<line class="grid" x1="{steps.start:.0f}" x2="{steps.end:.0f}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        yield f'<text x="{steps.start - 8:.0f}" y="{y + 4:.1f}" text-anchor="end">{text(tick)}</text>'
-    yield f'<line class="axis" x1="{steps.start:.0f}" x2="{steps.end:.0f}" y1="{values.start}" y2="{values.start}"/>'
-
-
-def step_labels(steps: Axis, top: float, num: int) -> Iterable[str]:
-    """Write the optimizer steps below the lowest panel."""
-    for tick in steps.ticks(num):
-        if tick == int(tick):
-            anchor = "end" if steps.place(tick) > steps.end - 12 else "middle"
-            yield f'<text x="{steps.place(tick):.1f}" y="{top + 18:.0f}" text-anchor="{anchor}">{tick:,.0f}</text>'
-    centre = (steps.start + steps.end) / 2
-    yield f'<text x="{centre:.0f}" y="{top + 36:.0f}" text-anchor="middle">optimizer step</text>'
-
-
-def line(name: str, points: list[Point], steps: Axis, values: Axis) -> str:
-    """Draw one line, or a ring where there is but one point."""
-    places = [(f"{steps.place(step):.1f}", f"{values.place(value):.1f}") for step, value in points]
-    if len(places) == 1:
-        return f'<circle class="{name} line" cx="{places[0][0]}" cy="{places[0][1]}" r="3"/>'
-    return f'<polyline class="{name} line" points="{" ".join(map(",".join, places))}"/>' if places else ""
-
-
-def validation(val: list[Point], best: dict[str, Any] | None, steps: Axis, losses: Axis) -> Iterable[str]:
-    """Draw the validation losses, each with its value as a tooltip, and name the best."""
-    yield line("val", thinned(val), steps, losses)
-    for step, loss in val if len(val) <= MAX_DOTS else []:
-        place = f'cx="{steps.place(step):.1f}" cy="{losses.place(loss):.1f}"'
-        title = f"<title>step {step:,.0f}: validation {loss_text(loss)}</title>"
-        yield f'<circle class="dot" {place} r="4">{title}</circle>'
-    if best and math.isfinite(best["loss"]):
-        x, y = steps.place(best["step"]), losses.place(best["loss"])
-        share = (x - steps.start) / (steps.end - steps.start)
-        anchor = "start" if share < 0.2 else "end" if share > 0.8 else "middle"
-        above = y - 14 if y - 14 > losses.end else y + 24
-        yield f'<circle class="best" cx="{x:.1f}" cy="{y:.1f}" r="8"/>'
-        text = f"best {loss_text(best['loss'])} at step {best['step']:,.0f}"
-        yield f'<text class="note" x="{x:.1f}" y="{above:.1f}" text-anchor="{anchor}">{text}</text>'
-
-
-def loss_entries(train: list[Point], val: list[Point]) -> list[tuple[str, str]]:
-    """Return (class, name) of the lines of the loss panel."""
-    entries = [("raw", "as logged"), ("train", "smoothed")] if len(train) > 2 else [("train", "training")]
-    return (entries if train else []) + ([("val", "validation")] if val else [])
-
-
-def legend(title: str, entries: list[tuple[str, str]], y: float, below: float) -> str:
-    """Write a panel's title and, after it or as many pixels below it, what each line is."""
-    parts, x = [f'<text class="title" x="0" y="{y:.0f}">{title}</text>'], 7.0 * len(title) + 14
-    if below:
-        x, y = 0.0, y + below
-    for name, label in entries:
-        label = html.escape(NOT_XML.sub("", label))
-        parts.append(f'<line class="{name} line" x1="{x:.0f}" x2="{x + 16:.0f}" y1="{y - 4:.0f}" y2="{y - 4:.0f}"/>')
-        parts.append(f'<text x="{x + 21:.0f}" y="{y:.0f}">{label}</text>')
-        x += 36 + 7.0 * len(label)
-    return "\n".join(parts)
-
-
 def describe(train: list[Point], smooth: list[Point], val: list[Point]) -> str:
     """Say the curve in words, for those who do not see it."""
     parts = []
     if train:
-        first, last = loss_text(train[0][1]), loss_text(smooth[-1][1])
+        first, last = words.loss(train[0][1]), words.loss(smooth[-1][1])
         parts.append(f"training loss from {first} to {last} in {train[-1][0]:,.0f} steps")
     if val:
-        parts.append(f"validation loss from {loss_text(val[0][1])} to {loss_text(val[-1][1])}")
+        parts.append(f"validation loss from {words.loss(val[0][1])} to {words.loss(val[-1][1])}")
     return "; ".join(parts)
-
-
-def loss_text(loss: float) -> str:
-    """Write a loss with three digits that count: 0.164, 2.00, 12,345."""
-    return f"{loss:#.3g}".rstrip(".") if abs(loss) < 999.5 else f"{loss:,.0f}"
 
 
 def number_text(value: float) -> str:
     """Write a tick of the loss axis."""
-    return f"{value:,.10g}" if 0.001 <= abs(value) < 1e5 else rate_text(value)
-
-
-def rate_text(value: float) -> str:
-    """Write a learning rate, or another small or large number, as people do: 2e-4, 1.5e-5, 0."""
-    if value == 0:
-        return "0"
-    mantissa, exponent = f"{value:.2e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:,.10g}" if 0.001 <= abs(value) < 1e5 else words.rate(value)

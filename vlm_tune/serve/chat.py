@@ -8,6 +8,7 @@ import numpy as np
 from rich.console import Console
 
 from vlm_tune.config.schema import Config
+from vlm_tune.console import make_console, tell
 from vlm_tune.data.pictures.images import ImageReader
 from vlm_tune.data.sample import Message, Part, Picture, Sample
 from vlm_tune.data.sets.dataset import Tiling
@@ -68,16 +69,17 @@ class Chat:
         return ImageReader(self.images, Path(picture.path).parent)
 
 
-def chat(ckpt: str, image: str, overrides: list[str]) -> None:
+def chat(ckpt: str, image: str, overrides: list[str], console: Console) -> None:
     """Read questions from the terminal (or a pipe) until /exit or the end of the input."""
     model, config = open_trained(ckpt, overrides)
     talk = Chat(model, config)
-    console, aside = Console(), Console(stderr=True, soft_wrap=True)  # what a pipe reads are the answers alone
-    aside.print(f"run: {find_checkpoint(ckpt)}", highlight=False, markup=False)
+    aside = make_console(stderr=True)  # what a pipe reads are the answers alone
+    tell(aside, model.notes)
+    aside.print(f"run: {find_checkpoint(ckpt)}", soft_wrap=True)
     if image:
         talk.show(image)
     shown = f"picture: {Path(image).expanduser().resolve()}" if image else "no picture is shown: /image PATH shows one"
-    aside.print(shown, highlight=False, markup=False)
+    aside.print(shown, soft_wrap=True)
     if sys.stdin.isatty():
         console.print(HELP)
     while True:
@@ -90,7 +92,7 @@ def chat(ckpt: str, image: str, overrides: list[str]) -> None:
         try:
             respond(talk, line, console)
         except VlmTuneError as error:
-            console.print(f"{type(error).__name__}: {error}", markup=False)
+            console.print(f"{type(error).__name__}: {error}")
 
 
 def respond(talk: Chat, line: str, console: Console) -> None:
@@ -100,13 +102,13 @@ def respond(talk: Chat, line: str, console: Console) -> None:
         raise DataError("name a picture: /image PATH")
     elif command == "/image":
         talk.show(rest.strip())
-        console.print("(picture shown)", highlight=False)
+        console.print("(picture shown)")
     elif command == "/reset":
         talk.reset()
-        console.print("(new conversation)", highlight=False)
+        console.print("(new conversation)")
     elif line.startswith("/"):
         raise DataError(f"{command}: no such command. {HELP}")
     elif any("\ud800" <= letter <= "\udfff" for letter in line):
         raise DataError("this line is not UTF-8: ask again", "standard input")
     elif line:
-        console.print(talk.ask(line), markup=False, highlight=False)
+        console.print(talk.ask(line))

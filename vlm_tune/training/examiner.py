@@ -17,6 +17,7 @@ from vlm_tune.evaluation.evaluate import (
     Question,
     ask,
     blind,
+    count_tasks,
     majority_scores,
     open_test,
     read_questions,
@@ -28,15 +29,16 @@ from vlm_tune.training.callbacks.chats import SampleAnswers
 from vlm_tune.training.intervals import every
 from vlm_tune.training.report import RunReport, show_scores
 from vlm_tune.training.verdict import verdicts
+from vlm_tune.words import counted
 
 
 class Examiner:
     """Hold the test questions of a run: of the test file, or of the validation rows where there is none."""
 
-    def __init__(self, config: Config, model: Model, data: DataModule) -> None:
+    def __init__(self, config: Config, model: Model, data: DataModule, console: Console) -> None:
         self.model = model
         self.chat_every = config.trainer.chat_every
-        self.console = Console()
+        self.console = console
         self.scored: list[Question] = []
         self.shown: list[Question] = []
         self.test: Conversations | None = open_test(config, model)
@@ -53,7 +55,8 @@ class Examiner:
         self.run, self.max_steps = run, max_steps
         self.chats = None
         if self.test is not None and self.shown:
-            self.chats = SampleAnswers(self.model, self.test, self.shown, every(self.chat_every, max_steps), run)
+            chat_every = every(self.chat_every, max_steps)
+            self.chats = SampleAnswers(self.model, self.test, self.shown, chat_every, run, self.console)
         return [self.chats] if self.chats else []
 
     def before(self, device: torch.device) -> None:
@@ -88,7 +91,7 @@ class Examiner:
         start = time.perf_counter()
         predictions = ask(self.model, self.test, self.scored)
         seconds = time.perf_counter() - start
-        self.console.print(f"{title}: {len(predictions)} questions answered in {seconds:.0f} s", highlight=False)
+        self.console.print(f"{title}: {counted(len(predictions), 'question')} answered in {seconds:.0f} s")
         return predictions
 
     def _answers(self, chats: SampleAnswers) -> list[dict[str, Any]]:
@@ -100,9 +103,3 @@ class Examiner:
             entry = {"picture": path, "question": question.text, "expected": question.expected}
             answers.append(entry | {"before": before, "after": after})
         return answers
-
-
-def count_tasks(predictions: list[Prediction]) -> dict[str, int]:
-    """Count the questions of each task."""
-    tasks = [prediction.task for prediction in predictions]
-    return {task: tasks.count(task) for task in dict.fromkeys(tasks)}

@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,7 +46,7 @@ class VlmModule(L.LightningModule):
 
     def seed_micro_batch(self, batch_idx: int) -> None:
         """Seed what is random in a micro-batch."""
-        torch.manual_seed(hash((self.config.seed, self.global_step, batch_idx, self.global_rank)) % 2**63)
+        torch.manual_seed(dropout_seed(self.config.seed, self.global_step, batch_idx, self.global_rank))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return this micro-batch's share of the optimizer step's mean loss.
@@ -125,3 +126,8 @@ class VlmModule(L.LightningModule):
         self.num_samples = checkpoint["counts"]["samples"]
         self.num_tokens = checkpoint["counts"]["tokens"]
         self.train_seconds = checkpoint["counts"]["seconds"]
+
+
+def dropout_seed(*position: int) -> int:
+    """Mix the numbers of a position (seed, step, micro-batch, rank) to 64 bits: the same in every version of Python."""
+    return int(np.random.SeedSequence(position).generate_state(1, np.uint64)[0])

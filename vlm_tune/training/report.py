@@ -19,6 +19,7 @@ from vlm_tune.config.schema import Config
 from vlm_tune.data.datamodule import DataModule
 from vlm_tune.data.text.positions import length_notes
 from vlm_tune.errors import TrainingError
+from vlm_tune.evaluation.evaluate import score_table
 from vlm_tune.model.build import resolve_precision
 from vlm_tune.model.checkpoint import CONFIG, run_of
 from vlm_tune.model.parts.stage import PartSummary
@@ -136,13 +137,12 @@ def show_data(console: Console, data: DataModule) -> None:
         f"data: {facts['rows']:,} rows, {facts['val_rows']:,} for validation, {facts['skipped']:,} left out; "
         f"{facts['tokens']['p50']} tokens a row (most {facts['tokens']['max']}), "
         f"{facts['tiles']['p50']} tiles (most {facts['tiles']['max']}), "
-        f"{facts['supervised_share']:.0%} of the tokens supervised{fill}",
-        highlight=False,
+        f"{facts['supervised_share']:.0%} of the tokens supervised{fill}"
     )
     assert data.train is not None
     settings = data.encoder.settings
     for note in length_notes(settings.positions, settings.max_length, data.train.index.tokens):
-        console.print(f"note: {note}", highlight=False, markup=False)
+        console.print(f"note: {note}")
 
 
 def show_parts(console: Console, parts: list[PartSummary]) -> None:
@@ -156,10 +156,7 @@ def show_parts(console: Console, parts: list[PartSummary]) -> None:
 
 def show_scores(console: Console, evaluation: dict[str, Any]) -> None:
     """Print the accuracy of each task: before, after, blind, majority."""
-    columns = [name for name in ("before", "after", "blind", "majority") if evaluation.get(name)]
-    table = Table("task", "questions", *columns, title="exact match on the test file", title_justify="left")
-    for task, count in evaluation["num_questions"].items():
-        table.add_row(task, str(count), *(f"{evaluation[name][task]:.1%}" for name in columns))
-    console.print(table)
+    columns = {name: evaluation[name] for name in ("before", "after", "blind", "majority") if evaluation.get(name)}
+    console.print(score_table("exact match on the test file", evaluation["num_questions"], columns))
     for verdict in evaluation.get("verdicts", []):
-        console.print(verdict, highlight=False, soft_wrap=True)
+        console.print(verdict, soft_wrap=True)

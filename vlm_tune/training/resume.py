@@ -25,6 +25,7 @@ from vlm_tune.model.checkpoint import (
     trained_weights,
 )
 from vlm_tune.model.seal import find_damage, is_sealed
+from vlm_tune.words import counted
 
 if TYPE_CHECKING:  # settings that cannot be resumed are said before torch is imported, which takes seconds
     from vlm_tune.model.vlm import VisionLanguageModel
@@ -77,7 +78,8 @@ def find_resume(config: Config) -> Path | None:
     refused = [line for key, line in differing.items() if key not in config.resume_allow]
     if refused:
         raise ConfigError(
-            f"resume={config.resume}: {len(refused)} settings differ from those of {run_of(checkpoint)}\n  "
+            f"resume={config.resume}: {counted(len(refused), 'setting')} "
+            f"{'differs' if len(refused) == 1 else 'differ'} from those of {run_of(checkpoint)}\n  "
             + "\n  ".join(refused)
             + "\n  Give the same settings again, or allow a change by its key: resume_allow=[KEY]"
         )

@@ -10,12 +10,14 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from rich.console import Console
 
 from vlm_tune.config.schema import Config, FeatureCaching
+from vlm_tune.console import follow, make_console, tell
 from vlm_tune.data.datamodule import DataModule
 from vlm_tune.errors import CheckpointError, Stopped
 from vlm_tune.model.build import build_model
 from vlm_tune.model.checkpoint import checkpoint_name, run_config, run_of, start_of
-from vlm_tune.model.fill_cache import use_feature_cache
+from vlm_tune.model.fill_cache import fill_cache, plan_cache
 from vlm_tune.model.parts.stage import apply_stage
+from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.training.callbacks.checkpoints import catch_up
 from vlm_tune.training.callbacks.faults import explain
 from vlm_tune.training.examiner import Examiner
@@ -27,47 +29,46 @@ from vlm_tune.training.run_folder import make_run_folder, only_here
 from vlm_tune.training.trainer import check_trainer, make_trainer
 
 
-def train(config: Config) -> Path:
+def train(config: Config, console: Console | None = None) -> Path:
     """Run one stage from its configuration to its report; return the run's folder."""
-    console = Console()
+    console = console or make_console()
     check_trainer(config)
     checkpoint = find_resume(config)
     start = start_of(checkpoint) if checkpoint else initial_checkpoint(config)
     L.seed_everything(config.seed, workers=True, verbose=False)
 
     model = build_model(config)
+    tell(console, model.notes)
+    config = model.config
     parts = apply_stage(model.vlm, config)
     if start is not None:
         start_from(model.vlm, start)
     if checkpoint is not None:
         go_on_from(model.vlm, checkpoint)
 
-    data = DataModule(config, model.encoder)
+    data = DataModule(config, model.encoder, follow)
     data.setup()
     max_steps = data.max_steps()
-    examiner = Examiner(config, model, data)
+    examiner = Examiner(config, model, data, console)
     run = run_of(checkpoint) if checkpoint else make_run_folder(config, start)
     data.write_quarantine(run / "quarantine.jsonl")
 
-    console.print(
-        f"run folder: {run}\nstarts from: {checkpoint or start or 'the base weights'}", highlight=False, soft_wrap=True
-    )
-    for remark in remarks_on(checkpoint) if checkpoint else []:
-        console.print(remark, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"run folder: {run}\nstarts from: {checkpoint or start or 'the base weights'}", soft_wrap=True)
+    tell(console, remarks_on(checkpoint) if checkpoint else [])
     show_data(console, data)
     show_parts(console, parts)
 
-    console.print(describe(config.trainer, max_steps), highlight=False, soft_wrap=True)
+    console.print(describe(config.trainer, max_steps), soft_wrap=True)
     if checkpoint is not None and (change := longer(run_config(checkpoint), config)):
-        console.print(change, highlight=False, soft_wrap=True)
+        console.print(change, soft_wrap=True)
 
     module = VlmModule(model, config, max_steps)
     is_finished = checkpoint is not None and checkpoint.name == checkpoint_name(module.max_steps)
     if is_finished:
         console.print("this run is finished: there is no step left, and its report is written anew")
-    trainer = make_trainer(config, module.max_steps, run, examiner.enter(run, max_steps))
+    trainer = make_trainer(config, module.max_steps, run, examiner.enter(run, max_steps), console)
     with only_here(run) if trainer.is_global_zero else nullcontext():
-        use_feature_cache(model.vlm, data, config, trainer.strategy.root_device)
+        keep_features(model.vlm, data, config, trainer.strategy.root_device, console)
         if trainer.is_global_zero:
             examiner.before(trainer.strategy.root_device)
         fit(trainer, module, data, checkpoint)
@@ -76,7 +77,7 @@ def train(config: Config) -> Path:
         if trainer.is_global_zero:
             report = RunReport(config, run, parts, start)
             examiner.after(trainer.strategy.root_device, report)
-            console.print(f"report: {report.write(module, data)}", highlight=False, soft_wrap=True)
+            console.print(f"report: {report.write(module, data)}", soft_wrap=True)
     return run
 
 
@@ -97,21 +98,33 @@ def fit(trainer: L.Trainer, module: VlmModule, data: DataModule, checkpoint: Pat
         raise ours from error
 
 
-def fill_ahead(config: Config) -> None:
+def fill_ahead(config: Config, console: Console) -> None:
     """Keep what the frozen encoder sees in a run's pictures, as the run itself would before its first step."""
     model = build_model(config)
+    tell(console, model.notes)
+    config = model.config
     apply_stage(model.vlm, config)
     start = earlier_stage(config)
     if start is not None:
         start_from(model.vlm, start)
     source = start or "the base weights"
-    Console().print(f"pictures are encoded by the encoder of {source}", highlight=False, soft_wrap=True)
-    data = DataModule(config, model.encoder)
+    console.print(f"pictures are encoded by the encoder of {source}", soft_wrap=True)
+    data = DataModule(config, model.encoder, follow)
     data.setup()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    use_feature_cache(
-        model.vlm, data, replace(config, data=replace(config.data, feature_cache=FeatureCaching.on)), device
-    )
+    wanted = replace(config, data=replace(config.data, feature_cache=FeatureCaching.on))
+    keep_features(model.vlm, data, wanted, device, console)
+
+
+def keep_features(
+    vlm: VisionLanguageModel, data: DataModule, config: Config, device: torch.device, console: Console
+) -> None:
+    """Keep what a frozen encoder sees in the run's pictures, where that is wanted and fits."""
+    plan = plan_cache(vlm, data, config)
+    if plan is not None:
+        console.print(plan.summary)
+        if plan.fits:
+            fill_cache(plan, vlm, data, device, follow)
 
 
 def earlier_stage(config: Config) -> Path | None:

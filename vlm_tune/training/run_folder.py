@@ -12,7 +12,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from rich.console import Console
 
 from vlm_tune.config.parse import write_config
 from vlm_tune.config.schema import Config
@@ -69,8 +68,8 @@ def only_here(run: Path) -> Iterator[None]:
         lock.release()
 
 
-def link_latest(run: Path) -> None:
-    """Point runs/latest at a run that has its first checkpoint; a disk without links is said, and no reason to stop."""
+def link_latest(run: Path) -> str:
+    """Point runs/latest at a run that has its first checkpoint; return a note on a disk without links, or ""."""
     link = run.parent / f".latest-{os.getpid()}"
     try:
         link.unlink(missing_ok=True)
@@ -79,9 +78,8 @@ def link_latest(run: Path) -> None:
     except OSError as error:
         link.unlink(missing_ok=True)
         latest = run.parent / "latest"
-        Console().print(
-            f"{latest} cannot name this run ({error.strerror}): write ckpt={run}", highlight=False, soft_wrap=True
-        )
+        return f"{latest} cannot name this run ({error.strerror}): write ckpt={run}"
+    return ""
 
 
 def append(path: Path, text: str) -> None:

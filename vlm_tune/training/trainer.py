@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger, WandbLogger
+from rich.console import Console
 
 from vlm_tune.config.schema import Config, Precision, Strategy
 from vlm_tune.errors import ConfigError
@@ -28,13 +29,13 @@ LOGGERS: dict[str, Any] = {
 }
 
 
-def make_trainer(config: Config, max_steps: int, run: Path, callbacks: list[L.Callback]) -> L.Trainer:
+def make_trainer(config: Config, max_steps: int, run: Path, callbacks: list[L.Callback], console: Console) -> L.Trainer:
     """Set up the loop. Its steps end the run; epochs are the data stream's affair."""
     trainer = config.trainer
     if not has_gpu(config):
         keep_freed_memory()
     stop = StopWhenAsked()
-    watch = WatchSteps(run, trainer.max_bad_steps, trainer.save_minutes, stop)
+    watch = WatchSteps(run, trainer.max_bad_steps, trainer.save_minutes, stop, console)
     slots = trainer.devices * trainer.nodes * trainer.micro_batch
     return L.Trainer(
         accelerator=trainer.accelerator,
@@ -53,10 +54,10 @@ def make_trainer(config: Config, max_steps: int, run: Path, callbacks: list[L.Ca
         logger=find_loggers(config, run),
         log_every_n_steps=trainer.log_every,
         callbacks=[
-            ProgressLine(trainer.log_every),
-            MetricsFile(run, trainer.log_every),
+            ProgressLine(trainer.log_every, console),
+            MetricsFile(run, trainer.log_every, console),
             *callbacks,  # before the checkpoint of a step, so that a kill between the two loses no answers
-            SaveCheckpoints(run, every(trainer.save_every, max_steps), trainer.keep, watch),
+            SaveCheckpoints(run, every(trainer.save_every, max_steps), trainer.keep, watch, console),
             watch,
             stop,
             LastBatch(),

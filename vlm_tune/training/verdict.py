@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from vlm_tune.pages.report_html import margin
+from vlm_tune.words import counted
 
 CLEAR = 2  # standard errors
 RIVALS = {
@@ -26,7 +27,7 @@ def verdicts(evaluation: dict[str, Any]) -> list[str]:
             error = math.hypot(margin(after, count), margin(guess, count)) / 1.96
             if after - guess < CLEAR * error:
                 said.append(
-                    f"{task}: {after:.1%} is not clearly above {guess:.1%} of {rival} ({count} questions, standard "
-                    f"error of the difference {100 * error:.1f} points): {meaning}"
+                    f"{task}: {after:.1%} is not clearly above {guess:.1%} of {rival} ({counted(count, 'question')}, "
+                    f"standard error of the difference {100 * error:.1f} points): {meaning}"
                 )
     return said

@@ -7,7 +7,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from vlm_tune.data.dialects.dialects import parse_record
-from vlm_tune.data.encode import NO_LOSS, Encoder
+from vlm_tune.data.encode import Encoder
+from vlm_tune.data.example import NO_LOSS
 from vlm_tune.data.fit import EncoderSettings
 from vlm_tune.data.sample import Sample
 from vlm_tune.data.text.chat_template import choose_template

@@ -9,7 +9,8 @@ from toys import TOKENIZER
 from transformers import AutoTokenizer, LlavaNextConfig, LlavaNextImageProcessorPil, LlavaNextModel, LlavaNextProcessor
 
 from vlm_tune.config.schema import TileRule, TilesConfig, TooLong
-from vlm_tune.data.encode import Encoder, Lengths
+from vlm_tune.data.encode import Encoder
+from vlm_tune.data.example import Lengths
 from vlm_tune.data.fit import EncoderSettings
 from vlm_tune.data.pictures.anyres import NEWLINE, Spread, count_tokens, token_order
 from vlm_tune.data.sample import Message, Picture, Sample

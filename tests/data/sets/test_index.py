@@ -290,7 +290,7 @@ def test_a_mended_picture_mends_its_row_alone(tmp_path, open_rows, monkeypatch):
     monkeypatch.setattr(
         index_module,
         "measure_all",
-        lambda data, rows, workers: measured.append(rows.tolist()) or measure_all(data, rows, workers),
+        lambda data, rows, *how: measured.append(rows.tolist()) or measure_all(data, rows, *how),
     )
     for _ in range(2):
         table, findings = open_index(open_rows(path, root))

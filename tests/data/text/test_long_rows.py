@@ -9,8 +9,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from vlm_tune.config.schema import TooLong
-from vlm_tune.data import encode as encode_module
-from vlm_tune.data.encode import Encoder, Lengths
+from vlm_tune.data import fit as fit_module
+from vlm_tune.data.encode import Encoder
+from vlm_tune.data.example import Lengths
 from vlm_tune.data.fit import EncoderSettings, SkippedSample, no_pictures
 from vlm_tune.data.sample import Message, Picture, Sample
 from vlm_tune.data.text import long_rows
@@ -67,7 +68,7 @@ def tiling(each: Sample):
 def whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokenize every row whole, and try its turns one by one."""
     monkeypatch.setattr(long_rows, "LONG", 1 << 40)
-    monkeypatch.setattr(encode_module, "FEW", 1 << 40)
+    monkeypatch.setattr(fit_module, "FEW", 1 << 40)
 
 
 @pytest.mark.parametrize("template", ["chatml", "vicuna"])

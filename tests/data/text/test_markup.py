@@ -7,7 +7,8 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from vlm_tune.config.parse import load_config
-from vlm_tune.data.encode import NO_LOSS, Encoder
+from vlm_tune.data.encode import Encoder
+from vlm_tune.data.example import NO_LOSS
 from vlm_tune.data.fit import EncoderSettings
 from vlm_tune.data.sample import Message, Sample
 from vlm_tune.data.text.markup import find_markup

@@ -5,7 +5,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import PreTrainedTokenizerFast
 
 from vlm_tune.data.dialects.dialects import parse_record
-from vlm_tune.data.encode import NO_LOSS, Encoder
+from vlm_tune.data.encode import Encoder
+from vlm_tune.data.example import NO_LOSS
 from vlm_tune.data.fit import EncoderSettings, no_pictures
 from vlm_tune.data.sample import Message, Sample
 from vlm_tune.data.text.chat_template import choose_template

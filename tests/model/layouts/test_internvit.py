@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel
 from vlm_tune.config.parse import load_config
 from vlm_tune.errors import CheckpointError
 from vlm_tune.model.encoder import build_encoder
-from vlm_tune.model.layouts.internvl.internvit import load_encoder
+from vlm_tune.model.layouts.internvl.alone import load_encoder
 from vlm_tune.model.parts.vision import VisionEncoder
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -1,1 +1,1 @@
-"""The dialects of rows: raw record -> Sample. `dialects` is the door."""
+"""The dialects of rows: raw record -> Sample. Start with `dialects`."""

@@ -1,6 +1,6 @@
-"""Fields that a table holds as text: JSON where a dialect wants a list or an object, read as what it is.
+"""Fields that a table holds as text: parsed where a dialect wants a list or an object.
 
-The field's name decides, never the look of the text: an answer may be JSON, and stays text.
+The name of the field decides, never the look of the text: an answer may be JSON, and stays text.
 """
 
 from vlm_tune.data.dialects.row import Record, literal
@@ -11,10 +11,10 @@ _MEDIA = ("image", "images", "video", "videos", "objects")  # the name of a file
 
 
 def read_cells(record: Record, where: str, sample_id: str | None = None) -> Record:
-    """Return the record with the lists and objects that it holds as JSON, or as Python prints them.
+    """Parse the lists and objects that a record holds as text, in JSON or as Python prints them.
 
-    Turns that are stored as an object of lists (datasets' older Sequence) become the list of objects that they are.
-    Raise DataError for text in place of turns that is no list.
+    Turns stored as an object of lists (datasets' older Sequence) become a list of objects.
+    Raise DataError for turns given as text that is not a list.
     """
     changed: dict[str, object] = {}
     for name in _LISTS:

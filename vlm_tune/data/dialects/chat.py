@@ -46,15 +46,14 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 
 def read_llava(row: Row) -> list[Message]:
     """Read LLaVA and InternVL rows: conversations of human, gpt and system; image, images or video."""
-    messages = _turns(row, "conversations", LLAVA_ROLES, "llava")
-    return _with_media(row, messages)
+    return _with_media(row, _turns(row, "conversations", LLAVA_ROLES, "llava"))
 
 
 def read_sharegpt(row: Row) -> list[Message]:
-    """Read ShareGPT rows: as LLaVA, and tools; also with "messages" of role and content, as LLaMA-Factory and swift do.
+    """Read ShareGPT rows: LLaVA's, plus tools; or "messages" of role and content, as LLaMA-Factory and swift do.
 
-    observation and tool speak on the user's side, function_call on the assistant's. A "system" field of the row stands
-    for a first turn of the system.
+    observation and tool are turns of the user, function_call is one of the assistant. A "system" field of the row is
+    the same as a first turn of the system.
     """
     key = "messages" if row.record.get("conversations") is None and "messages" in row.record else "conversations"
     messages = _turns(row, key, _SHAREGPT_ROLES, "sharegpt")
@@ -67,7 +66,7 @@ def read_sharegpt(row: Row) -> list[Message]:
 
 
 def _turns(row: Row, key: str, roles: Mapping[str, Role], dialect: str) -> list[Message]:
-    """Read a list of {"from", "value"} or {"role", "content"} in order, still without pictures."""
+    """Read a list of {"from", "value"} or {"role", "content"} in order, without placing pictures yet."""
     messages: list[Message] = []
     known = turn_fields(dialect)
     for number, turn in enumerate(_turn_list(row, key), 1):
@@ -103,18 +102,18 @@ def _role(row: Row, name: object, number: int, roles: Mapping[str, Role], key: s
 def _spoken(row: Row, value: object, number: int, role: Role, key: str) -> str:
     name = f'turn {number}, "{key}"'
     if role == "system":
-        return row.text(value, name)  # may be empty: it is left out
+        return row.text(value, name)  # may be empty: then it is left out
     return row.answer(value, name) if role == "assistant" else row.question(value, name)
 
 
 def _message(row: Row, turn: Mapping[str, object], number: int, role: Role, parts: tuple[Part, ...]) -> Message:
-    """Make the message of a turn: an answer with its loss flag and its reasoning."""
+    """Return the message of a turn, an answer with its loss flag and its reasoning."""
     is_answer = role == "assistant"
     return Message(role, parts, is_answer and _has_loss(row, turn, number), _reasoning(row, turn, number, role))
 
 
 def _reasoning(row: Row, turn: Mapping[str, object], number: int, role: Role) -> str:
-    """Read what an answer is thought out with: "reasoning_content", also called "reasoning" or "thinking"."""
+    """Read the reasoning of an answer: "reasoning_content", also called "reasoning" or "thinking"."""
     given = [key for key in REASONING if turn.get(key) not in (None, "")]
     if not given:
         return ""
@@ -127,7 +126,7 @@ def _reasoning(row: Row, turn: Mapping[str, object], number: int, role: Role) ->
 
 
 def _has_loss(row: Row, turn: Mapping[str, object], number: int) -> bool:
-    """Read a turn's loss flag: "loss" (true, false or their names, as XTuner) or OpenAI's "weight" (0 or 1)."""
+    """Read a turn's loss flag: "loss" (true or false, as text too, as XTuner does) or OpenAI's "weight" (0 or 1)."""
     value = turn.get("weight") if turn.get("loss") is None else turn["loss"]
     if value is None:
         return True
@@ -158,7 +157,7 @@ def video_parts(frames: Sequence[Picture]) -> tuple[Part, ...]:
 
 
 def _frames(row: Row, video: str) -> list[Picture]:
-    """List the frames of a video: those that `choose_frames` takes from a file, or all of a folder."""
+    """List the frames of a video: those that `choose_frames` picks from a file, or all pictures of a folder."""
     try:
         path = (row.image_root / video).resolve()
         if not path.is_relative_to(row.image_root.resolve()):
@@ -170,7 +169,7 @@ def _frames(row: Row, video: str) -> list[Picture]:
         hint = near(str(row.image_root), video)
         raise row.fault(f'video "{video}" is not there{hint} It is looked for below data.image.root.') from error
     except (OSError, ValueError) as error:  # no permission, a name too long, a zero byte in it
-        raise row.fault(f"the video cannot be read: {error}. Mend the path.") from error
+        raise row.fault(f"the video cannot be read: {error}. Fix the path.") from error
     if row.record.get("clip") is not None:
         raise row.fault(f'"clip" needs a video file, "{video}" is a folder. Keep only the clip\'s frames in it.')
     if not names:
@@ -218,7 +217,7 @@ _SOURCE = frozenset(("url", "path", "bytes"))
 def read_openai(row: Row) -> list[Message]:
     """Read OpenAI messages: content as text or as a list of text and image parts, and a loss flag for each answer.
 
-    An image part without a source (TRL writes them so) takes the next of the row's "images".
+    An image part without a source, as TRL writes them, takes the next of the row's "images".
     """
     waiting = row_pictures(row)
     messages: list[Message] = []
@@ -263,7 +262,7 @@ def _content_parts(
 
 
 def _image_part(row: Row, part: Mapping[str, object], name: str, waiting: list[Picture]) -> Picture:
-    """Read {"type": "image_url", "image_url": {"url": ...}} and the spellings of transformers for "image"."""
+    """Read {"type": "image_url", "image_url": {"url": ...}}, or "image" in any of the forms of transformers."""
     sources = [part[key] for key in _SOURCES if part.get(key) is not None]
     if len(sources) > 1:
         raise row.fault(f"{name}: more than one source. Keep one.")
@@ -280,7 +279,7 @@ def _image_part(row: Row, part: Mapping[str, object], name: str, waiting: list[P
 def read_xtuner(row: Row) -> list[Message]:
     """Read XTuner's conversation: a list of {"system", "input", "output", "output_with_loss"}, or one such row.
 
-    Each may bring a system text. An empty input is allowed: XTuner writes continued pretraining so.
+    Each may have a system text. An empty input is allowed: that is how XTuner writes continued pretraining.
     """
     messages: list[Message] = []
     known = turn_fields("xtuner")
@@ -310,12 +309,12 @@ def _xtuner_turns(row: Row) -> Sequence[Mapping[str, object]]:
         row = replace(row, record=nested)
         check_fields(row, "xtuner")
         return _turn_list(row, "conversation")
-    return (
-        [row.record] if "output" in row.record and "conversation" not in row.record else _turn_list(row, "conversation")
-    )
+    if "output" in row.record and "conversation" not in row.record:
+        return [row.record]
+    return _turn_list(row, "conversation")
 
 
 def read_swift(row: Row) -> list[Message]:
-    """Read ms-swift's rows of one turn: "query" and "response", the turns before in "history", and "system"."""
+    """Read ms-swift's rows of one turn: "query" and "response", earlier turns in "history", and "system"."""
     name = '"query" or "response"'
     return _with_media(row, single_turns(row, "system", row.required("query"), row.required("response"), name))

@@ -1,7 +1,7 @@
 """Dialects of the user's rows: raw record -> Sample. A new dialect is one function and one line of DIALECTS.
 
-A reader turns a `Row` into messages; everything around it (ids, order, faults) is here, and the parts that readers
-share are in `formats_row`. Nothing is repaired: a row becomes a Sample that says what the row says, or a DataError.
+A reader turns a `Row` into messages; everything around it (ids, order, faults) is here, and what readers share is in
+`dialects/row.py`. Nothing is repaired: a row becomes a Sample that says what the row says, or a DataError.
 """
 
 import difflib
@@ -20,14 +20,7 @@ from vlm_tune.data.dialects.chat import LLAVA_ROLES, read_llava, read_openai, re
 from vlm_tune.data.dialects.fields import Fields, check_fields, without
 from vlm_tune.data.dialects.row import IMAGE_MARK, VIDEO_MARK, Record, Row, check_answered, kind_of
 from vlm_tune.data.dialects.table import CAPTION_FIELDS, IMAGE_FIELDS, read_caption, read_vqa
-from vlm_tune.data.dialects.text import (
-    read_alpaca,
-    read_alpaca_zh,
-    read_msagent,
-    read_oasst1,
-    read_openorca,
-    read_text,
-)
+from vlm_tune.data.dialects.text import read_alpaca, read_msagent, read_oasst1, read_openorca, read_text
 from vlm_tune.data.rows.rows import Rows
 from vlm_tune.data.sample import Message, Picture, Sample
 from vlm_tune.errors import ConfigError, DataError
@@ -41,7 +34,7 @@ DIALECTS: dict[str, Reader] = {
     "xtuner": read_xtuner,
     "swift": read_swift,
     "alpaca": read_alpaca,
-    "alpaca_zh": read_alpaca_zh,
+    "alpaca_zh": functools.partial(read_alpaca, ending="_zh"),
     "oasst1": read_oasst1,
     "openorca": read_openorca,
     "msagent": read_msagent,
@@ -52,10 +45,10 @@ DIALECTS: dict[str, Reader] = {
 
 _CONVERSATIONS = ("llava", "sharegpt", "openai", "xtuner", "swift")
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-# <img>a.jpg</img>, as older rows of Qwen-VL and ms-swift name their files
+# <img>a.jpg</img>, as in older rows of Qwen-VL and ms-swift
 _NAMED_MEDIA = re.compile(r"<(img|image|audio|video)>(\w+://[^<]*|data:[^<]*|[^<\n]*\.\w{2,5})</\1>")
 
-# What a user's own function may raise: everything but a request to stop and what a class of its own says.
+# What a user's own function may raise, apart from exception classes of its own and requests to stop.
 _USER_FAULTS = (
     ArithmeticError,
     AssertionError,
@@ -74,14 +67,14 @@ def parse_record(
 ) -> Sample:
     """Turn one raw record into a Sample.
 
-    `fmt` is a name of DIALECTS, `auto` (recognised from this record), or `file.py:function`, a function of the user's
-    own: it takes the record and returns a Sample, or a record of a known dialect. That code runs, so the name may only
-    come from the command line, never from a data set, a meta file or a checkpoint.
+    `fmt` is a name of DIALECTS, `auto` (recognised from this record), or `file.py:function`, a user's own function that
+    takes the record and returns a Sample, or a record of a known dialect. It runs that code, so the name may only come
+    from the command line, never from a data set, a meta file or a checkpoint.
 
-    `index` stands in for an id that the record does not have; `image_root` is where relative video folders are. Fields
-    that are `ignored` (data.ignore_fields) count as not there.
+    `index` is the id of a record without one; relative video paths start at `image_root`. Fields in `ignored`
+    (data.ignore_fields) are treated as missing.
 
-    Raise DataError for every fault of the record, and ConfigError for an unknown dialect.
+    Raise DataError for any fault of the record, and ConfigError for an unknown dialect.
     """
     if not isinstance(record, dict):
         raise DataError(f"a row must be an object, not {kind_of(record)}. Write {{...}}.", where)
@@ -89,7 +82,7 @@ def parse_record(
         return _parse_by_user(record, fmt, where, index, (image_root, ignored))
     own_id = _sample_id(record, where)
     record = read_cells(record, where, own_id)
-    if ignored:  # behind the cells: a table may hold its turns as text
+    if ignored:  # after read_cells: a table may hold its turns as text
         record = {key: without(value, ignored) for key, value in record.items() if key not in ignored}
         own_id = _sample_id(record, where)
     name = recognise(record, where) if fmt == "auto" else fmt
@@ -98,7 +91,7 @@ def parse_record(
         raise unknown_dialect(name)
     row = Row(record, where, own_id, image_root)
     messages = reader(row)
-    check_fields(row, name)  # behind the reader: a row of another dialect is better told by what it lacks
+    check_fields(row, name)  # after the reader: for a row of another dialect, what it lacks is the better message
     if name in _CONVERSATIONS:
         _check_picture_fields(row, messages)
     _check_named_media(row, messages)
@@ -108,7 +101,7 @@ def parse_record(
 
 
 def _check_picture_fields(row: Row, messages: list[Message]) -> None:
-    """Refuse a conversation without pictures whose row names one in a column of tables."""
+    """Refuse a conversation without pictures if its row names one in a field that only tables use."""
     if any(isinstance(part, Picture) for message in messages for part in message.parts):
         return
     for key in IMAGE_FIELDS:
@@ -118,7 +111,7 @@ def _check_picture_fields(row: Row, messages: list[Message]) -> None:
 
 
 def _check_named_media(row: Row, messages: list[Message]) -> None:
-    """Refuse files that are named in a question's text: they would be trained as letters, and not shown."""
+    """Refuse files named in the text of a question: the model would be trained on the name and never see the file."""
     for message in messages:
         if message.role == "user" and (match := _NAMED_MEDIA.search(message.text)):
             remedy = 'Name pictures in "images", and write "<image>" in their places.'
@@ -126,7 +119,7 @@ def _check_named_media(row: Row, messages: list[Message]) -> None:
 
 
 def _sample_id(record: Record, where: str) -> str | None:
-    """Return the record's own id, under any of the names that data sets use."""
+    """Return the record's id, under any of the names that data sets use, or None."""
     for key in ("id", "question_id", "qid"):
         value = record.get(key)
         if value is None or value == "":
@@ -140,9 +133,9 @@ def _sample_id(record: Record, where: str) -> str | None:
 
 
 def recognise(record: Record, where: str = "") -> str:
-    """Return the name of the dialect that a record is written in; used on the first row where data.format=auto.
+    """Return the dialect that a record is written in, used on the first row with data.format=auto.
 
-    Raise DataError for a record that fits none.
+    Raise DataError for a record that matches none.
     """
     is_text = isinstance(record.get("conversations"), str)
     record = read_cells(record, where)
@@ -152,7 +145,7 @@ def recognise(record: Record, where: str = "") -> str:
         return "sharegpt" if has_picture and _has_marks(record["messages"]) else "openai"
     if "conversations" in keys:
         turns = str(record["conversations"])
-        # MSAgent writes the list as text, with the tools that there are; so do tables with any other conversation
+        # MSAgent writes the list as text and includes its tools; tables write any other conversation as text, too
         if "<|startofthink|>" in turns or (is_text and ('"description"' in turns or turns == "[]")):
             return "msagent"
         is_llava = has_picture and not record.get("system") and _is_llava(record["conversations"])
@@ -181,9 +174,9 @@ def recognise(record: Record, where: str = "") -> str:
 
 
 def recognise_rows(rows: Rows, ignored: Fields = frozenset(), num_tried: int = 100) -> str:
-    """Return the dialect of the first row that can be read and fits one, so that a faulty first row hides no other.
+    """Return the dialect of the first row that is readable and matches one, so that a faulty first row does no harm.
 
-    Raise the first row's DataError where none of the first `num_tried` does.
+    If none of the first `num_tried` rows does, raise the DataError of the first one.
     """
     first: DataError | None = None
     for number in range(min(num_tried, len(rows))):
@@ -208,14 +201,14 @@ def _is_llava(turns: object) -> bool:
 
 
 def unknown_dialect(name: str) -> ConfigError:
-    """Return the error to raise for a data.format that is not there, with the nearest name."""
+    """Return the error for an unknown data.format, with the nearest name."""
     near = difflib.get_close_matches(name, DIALECTS, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     return ConfigError(f"data.format={name} is unknown: {hint}Known: auto, {', '.join(DIALECTS)}, or file.py:function.")
 
 
 def require_format(name: str) -> None:
-    """Raise ConfigError for a data.format that is no dialect, and for a function whose file is not there."""
+    """Raise ConfigError if data.format is no dialect, or names a function whose file does not exist."""
     path, sign, _ = name.rpartition(":")
     if sign:
         require_given(name)
@@ -226,14 +219,14 @@ def require_format(name: str) -> None:
 
 
 def no_file(name: str) -> ConfigError:
-    """Return the error to raise for `file.py:function` whose file is not there."""
+    """Return the error for a `file.py:function` whose file does not exist."""
     path = name.rpartition(":")[0]
     return ConfigError(f"data.format={name}: {path} is not a Python file that is there. Write file.py:function.")
 
 
 @functools.cache
 def user_function(name: str) -> Callable[[Record], object]:
-    """Load `file.py:function` by path. Raise ConfigError for a file or function that is not there or does not load."""
+    """Load `file.py:function` by path. Raise ConfigError if the file or function is missing or does not load."""
     require_given(name)
     path, _, function = name.rpartition(":")
     spec = importlib.util.spec_from_file_location(f"vlm_tune_user_{Path(path).stem}", path)

@@ -1,9 +1,10 @@
-"""The fields of rows and turns: read, known to be harmless, or refused. What a row says is never passed over."""
+"""The fields of rows and turns: read, known to be harmless, or refused. Nothing is silently ignored."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from importlib import resources
+from itertools import chain
 from typing import Any
 
 import yaml
@@ -14,21 +15,21 @@ Fields = frozenset[str]
 
 
 def check_fields(row: Row, dialect: str) -> None:
-    """Refuse fields of a row that its dialect neither reads nor knows to say nothing.
+    """Refuse fields of a row that its dialect neither reads nor knows to be harmless.
 
-    A field without a value (null, "", an empty list) says nothing: tables give each row the columns of all.
+    A field without a value (null, "", an empty list) is fine: in a table, each row has the columns of all.
     """
     _refuse(row, row.record, known_fields(dialect), f"in rows of {dialect}")
 
 
 def check_turn(row: Row, turn: Mapping[str, object], number: int, known: Fields) -> None:
-    """Refuse fields of a turn, counted from 1."""
-    if turn.keys() - known:  # next to never: turns are many
+    """Refuse unknown fields of a turn, which is counted from 1."""
+    if turn.keys() - known:  # almost never true: a cheap test, since there are many turns
         _refuse(row, turn, known, f"in turn {number}")
 
 
 def check_part(row: Row, part: Mapping[str, object], name: str, known: Fields) -> None:
-    """Refuse fields of a part of a turn (`turn 1, part 2`)."""
+    """Refuse unknown fields of a part of a turn (`turn 1, part 2`)."""
     _refuse(row, part, known, f"in {name}")
 
 
@@ -50,7 +51,7 @@ def _refuse(row: Row, record: Record, known: Fields, place: str) -> None:
 
 
 def without(value: Any, ignored: Fields) -> Any:
-    """Leave fields out of a record, of its turns and of their parts, as if they had never been there."""
+    """Remove the ignored fields from a record, its turns and their parts."""
     if isinstance(value, dict):
         return {key: without(each, ignored) for key, each in value.items() if key not in ignored}
     return [without(each, ignored) for each in value] if isinstance(value, list) else value
@@ -62,23 +63,19 @@ def _says(value: object) -> bool:
 
 @cache
 def known_fields(dialect: str) -> Fields:
-    """Name the fields of rows that a dialect reads or may pass over."""
+    """Return the fields of rows that a dialect reads or may ignore."""
     table = _read()
     own = table["dialects"][dialect]
     pictures = () if dialect in table["text_only"] else table["pictures"]
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if dialect == "vqa" else ""  # its columns of choices
-    return _join(own["row"], own.get("harmless", ()), table["harmless"], pictures, letters)
+    return frozenset(chain(own["row"], own.get("harmless", ()), table["harmless"], pictures, letters))
 
 
 @cache
 def turn_fields(dialect: str) -> Fields:
-    """Name the fields of turns that a dialect reads or may pass over."""
+    """Return the fields of turns that a dialect reads or may ignore."""
     table = _read()
-    return _join(table["dialects"][dialect]["turn"], table["turn_harmless"])
-
-
-def _join(*parts: Iterable[str]) -> Fields:
-    return frozenset(name for part in parts for name in part)
+    return frozenset(chain(table["dialects"][dialect]["turn"], table["turn_harmless"]))
 
 
 @cache

@@ -1,4 +1,4 @@
-"""What the dialects share: a raw record with its place, its pictures, and the order of its turns."""
+"""What the dialects share: a raw record with its location, its pictures, and the order of its turns."""
 
 import ast
 import base64
@@ -14,25 +14,24 @@ from vlm_tune.errors import DataError
 Record = Mapping[str, object]
 
 IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"
-MARK_REMEDY = 'Give each mark one path in "images".'
 _LONGEST_PATH = 4096  # characters; anything longer is the picture itself, in base64
 
 
 @dataclass(slots=True)
 class Row:
-    """Hold one raw record and what its faults are reported with."""
+    """One raw record, with what an error message about it needs."""
 
     record: Record
     where: str
-    sample_id: str | None  # None where the record names none
+    sample_id: str | None  # None if the record has none
     image_root: Path  # of relative video folders
 
     def fault(self, reason: str) -> DataError:
-        """Return the error to raise: file, line, id, reason."""
+        """Return the error to raise for this row."""
         return DataError(reason, self.where, self.sample_id)
 
     def text(self, value: object, name: str) -> str:
-        """Return a value that must be text. Raise DataError for any other kind, and for broken unicode."""
+        """Return a value that must be text. Raise DataError for any other type, and for broken Unicode."""
         if not isinstance(value, str):
             raise self.fault(f"{name} is {kind_of(value)}, not text. Write it in quotes.")
         if not value.isascii():
@@ -44,26 +43,26 @@ class Row:
         return value
 
     def answer(self, value: object, name: str) -> str:
-        """Return a text that must not be empty or blank: there would be nothing to train on."""
+        """Return the text of an answer. Raise DataError if it is blank: there would be nothing to train on."""
         text = self.text(value, name)
         if not text.strip():
             raise self.fault(f"{name}: the answer is empty. Write one, or remove the turn.")
         return text
 
     def question(self, value: object, name: str) -> str:
-        """Return a text of the user or the system that must not be empty or blank."""
+        """Return a text of the user or the system. Raise DataError if it is blank."""
         text = self.text(value, name)
         if not text.strip():
             raise self.fault(f"{name} is empty. Write a text, or remove the turn.")
         return text
 
     def optional(self, key: str) -> str:
-        """Return a text field that may be missing, null or empty: then ""."""
+        """Return a text field, or "" if it is missing or null."""
         value = self.record.get(key)
         return "" if value is None else self.text(value, f'"{key}"')
 
     def required(self, key: str) -> object:
-        """Return a field that must be there. Raise DataError where it is missing or null."""
+        """Return a field. Raise DataError if it is missing or null."""
         value = self.record.get(key)
         if value is None:
             raise self.fault(f'no "{key}". It has {_keys(self.record)}: name the right dialect with data.format.')
@@ -71,7 +70,7 @@ class Row:
 
 
 def kind_of(value: object) -> str:
-    """Name a value as a user of JSON knows it."""
+    """Return the type of a value in the words of JSON."""
     kinds = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
     kinds |= {int: "a number", float: "a number"}
     return kinds.get(type(value), type(value).__name__)
@@ -83,7 +82,7 @@ def _keys(record: Record) -> str:
 
 
 def literal(text: str) -> object:
-    """Parse text that holds a list or an object in JSON or as Python prints it; never evaluate it.
+    """Parse a list or an object written in JSON or as Python prints it, without evaluating it.
 
     Raise ValueError for anything else.
     """
@@ -98,7 +97,7 @@ def literal(text: str) -> object:
 
 
 def listed(value: object) -> list[object]:
-    """Return a field that may hold one thing, a list, a list written as text (tables) or nothing as a list."""
+    """Return as a list a field that holds a list, one thing, nothing, or (in tables) a list written as text."""
     if value is None or value == "" or value == []:
         return []
     if isinstance(value, str) and value.startswith("["):
@@ -113,7 +112,7 @@ def listed(value: object) -> list[object]:
 def row_pictures(row: Row) -> list[Picture]:
     """Return the pictures of the fields "image" and "images", with the sizes that the row declares.
 
-    Raise DataError where both fields are given and differ, for what is no picture, and for sizes that do not fit.
+    Raise DataError if both fields are given and differ, for anything but pictures, and for sizes that do not match.
     """
     single, several = listed(row.record.get("image")), listed(row.record.get("images"))
     if single and several and single != several:
@@ -127,7 +126,7 @@ def row_pictures(row: Row) -> list[Picture]:
 
 
 def picture(row: Row, value: object, name: str, size: tuple[int, int] | None = None) -> Picture:
-    """Make a Picture of a path, a data URL, base64 text, bytes, or an object with "bytes" or "path".
+    """Return a Picture for a path, a data URL, base64 text, bytes, or an object with "bytes" or "path".
 
     Raise DataError for anything else.
     """
@@ -185,9 +184,9 @@ def _length(row: Row, value: object) -> int:
 
 
 def place_pictures(row: Row, messages: list[Message], pictures: list[Picture]) -> list[Message]:
-    """Put the row's pictures in place of the `<image>` marks of the user's turns; marks in answers stay text.
+    """Replace the `<image>` marks of the user's turns by the row's pictures; marks in answers stay text.
 
-    Raise DataError where their numbers differ: neither a picture nor a mark is ever left over.
+    Raise DataError if their numbers differ: neither a picture nor a mark may be left over.
     """
     placed = []
     num_marks = 0
@@ -205,19 +204,16 @@ def place_pictures(row: Row, messages: list[Message], pictures: list[Picture]) -
             message = Message("user", tuple(parts))
         placed.append(message)
     if num_marks != len(pictures):
-        raise row.fault(mark_mismatch(num_marks, len(pictures)))
+        marks, images = "mark" if num_marks == 1 else "marks", "image" if len(pictures) == 1 else "images"
+        remedy = f'Write one "{IMAGE_MARK}" per image into the user\'s turns.'
+        if num_marks > len(pictures):
+            remedy = 'Give each mark one path in "images".'
+        raise row.fault(f'{num_marks} "{IMAGE_MARK}" {marks} but {len(pictures)} {images}. {remedy}')
     return placed
 
 
-def mark_mismatch(num_marks: int, num_pictures: int) -> str:
-    """Say how many marks and images there are, and what to do."""
-    marks, images = "mark" if num_marks == 1 else "marks", "image" if num_pictures == 1 else "images"
-    remedy = MARK_REMEDY if num_marks > num_pictures else f'Write one "{IMAGE_MARK}" per image into the user\'s turns.'
-    return f'{num_marks} "{IMAGE_MARK}" {marks} but {num_pictures} {images}. {remedy}'
-
-
 def single_turns(row: Row, system_key: str, question: object, answer: object, name: str) -> list[Message]:
-    """Make the messages of a row of one question and its answer; "history" holds pairs that stand before them."""
+    """Return the messages of a row with one question and its answer; "history" holds the pairs before them."""
     system = row.optional(system_key)
     messages = [Message("system", (system,))] if system.strip() else []
     for number, pair in enumerate(listed(row.record.get("history")), 1):
@@ -235,9 +231,9 @@ def _pair(row: Row, question: object, answer: object, name: str) -> list[Message
 
 
 def check_order(row: Row, messages: Sequence[Message]) -> None:
-    """Refuse turns out of order: the system may only speak first, then user and assistant take turns.
+    """Refuse turns out of order: the system may only speak first, then user and assistant alternate.
 
-    Raise DataError with the number of the turn, counted as in the record.
+    The DataError gives the number of the turn, counted as in the record.
     """
     previous: Role | None = None
     for number, message in enumerate(messages, 1):
@@ -250,7 +246,7 @@ def check_order(row: Row, messages: Sequence[Message]) -> None:
 
 
 def conversation(messages: list[Message]) -> list[Message]:
-    """Drop what a conversation may open with but that says nothing: an empty system text, and a greeting.
+    """Drop an empty system text and a greeting from the beginning of a conversation.
 
     A greeting is an assistant's turn before the first question. LLaVA, InternVL and XTuner drop it: it answers nothing.
     """
@@ -262,7 +258,7 @@ def conversation(messages: list[Message]) -> list[Message]:
 
 
 def check_answered(row: Row, messages: Sequence[Message]) -> None:
-    """Refuse a conversation without an answer, with a question left open at its end, or with nothing to train on."""
+    """Refuse a conversation without an answer, with an unanswered last turn, or with nothing to train on."""
     answers = [message for message in messages if message.role == "assistant"]
     if not answers:
         raise row.fault("no answer: the assistant answers no question. Write one, or remove the row.")

@@ -12,7 +12,7 @@ _CHOOSE = "Answer with the option's letter from the given choices directly."
 
 
 def read_caption(row: Row) -> list[Message]:
-    """Read pairs of an image and its caption: the user shows the image and says nothing, as LLaVA's pretraining."""
+    """Read an image and its caption: the user shows the image and says nothing, as in LLaVA's pretraining."""
     pictures = _pictures(row)
     if len(pictures) != 1:
         raise row.fault(
@@ -35,16 +35,14 @@ def _pictures(row: Row) -> list[Picture]:
 def read_vqa(row: Row) -> list[Message]:
     """Read a question about images: question, answer, optional choices, image or images.
 
-    With choices the answer is an index from 0, a letter, or the text of a choice, and the model learns the letter.
-    FoodieQA's questions about four images have no written choices: there the images themselves are A, B, C, D
+    With choices, the answer is an index from 0, a letter, or the text of a choice, and the model learns the letter.
+    FoodieQA's questions about four images have no written choices: the images themselves are A, B, C, D
     (choices: "images", or FoodieQA's own fields).
     """
     pictures = _pictures(row)
     question = row.question(row.required("question"), '"question"')
     value = row.required("answer")
-    answer = (
-        str(value) if isinstance(value, int | float) and not isinstance(value, bool) else row.answer(value, '"answer"')
-    )
+    answer = str(value) if kind_of(value) == "a number" else row.answer(value, '"answer"')
     if hint := row.optional("hint").strip():  # MMBench: what the question needs beside the picture
         question = f"{hint}\n{question}"
     choices = _choices(row)
@@ -64,7 +62,7 @@ def read_vqa(row: Row) -> list[Message]:
 
 
 def _shown(pictures: list[Picture]) -> list[Part]:
-    """Write '<picture>\\n' for one picture, 'Image-1: <picture>\\n...' for several, as InternVL does."""
+    """Return '<picture>\\n' for one picture, 'Image-1: <picture>\\n...' for several, as InternVL writes them."""
     parts: list[Part] = []
     for number, shown in enumerate(pictures, 1):
         parts += [f"Image-{number}: "] if len(pictures) > 1 else []
@@ -73,7 +71,7 @@ def _shown(pictures: list[Picture]) -> list[Part]:
 
 
 def _choices(row: Row) -> list[str]:
-    """Read the field choices (a list, or a list written as text), or MMBench's columns A, B, C, D, ..."""
+    """Read the field "choices" (a list, or a list written as text), or MMBench's columns A, B, C, D, ..."""
     value = row.record.get("choices")
     if value == "images":
         return []
@@ -92,19 +90,19 @@ def _columns(row: Row) -> list[object]:
     while letters and row.record[letters[-1]] in (None, ""):
         letters.pop()
     empty = next((letter for letter in letters if row.record[letter] in (None, "")), None)
-    if empty is not None:  # the letters behind it would name other choices
+    if empty is not None:  # the letters after it would shift
         raise row.fault(f'column "{empty}" is empty, but "{letters[-1]}" is not. Fill it, or move the others up.')
     return [row.record[letter] for letter in letters]
 
 
 def _chooses_image(row: Row, pictures: list[Picture]) -> bool:
-    """Tell whether the images are the choices: the row says so, or it is FoodieQA's, which leaves choices empty."""
+    """Whether the images are the choices: the row says so, or it is FoodieQA's, which leaves "choices" empty."""
     is_foodie = "question_type" in row.record and "question_id" in row.record
     return row.record.get("choices") == "images" or (is_foodie and len(pictures) > 1)
 
 
 def _letter(row: Row, answer: str, choices: list[str]) -> str:
-    """Return the letter of the right choice. Raise DataError where the answer fits no choice, or two of them."""
+    """Return the letter of the right choice. Raise DataError if the answer matches no choice, or several."""
     answer = answer.strip()
     whole = answer.removesuffix(".0")  # tables with gaps store whole numbers as floats
     found = {number for number, choice in enumerate(choices) if choice in (answer, whole)}

@@ -10,25 +10,17 @@ from vlm_tune.data.sample import Message
 
 
 def read_text(row: Row) -> list[Message]:
-    """Read plain text for continued pretraining: all of it is trained on, there are no turns."""
+    """Read plain text for continued pretraining: there are no turns, and all of it is trained on."""
     return [Message("assistant", (row.answer(row.required("text"), '"text"'),), supervised=True)]
 
 
-def read_alpaca(row: Row) -> list[Message]:
-    """Read alpaca: the question is instruction, line end, input; also LLaMA-Factory's "system" and "history"."""
-    return _alpaca(row, "")
+def read_alpaca(row: Row, ending: str = "") -> list[Message]:
+    """Read alpaca, or alpaca_zh, whose fields end in "_zh": the question is the instruction, a newline and the input.
 
-
-def read_alpaca_zh(row: Row) -> list[Message]:
-    """Read alpaca_zh: instruction_zh, input_zh, output_zh."""
-    return _alpaca(row, "_zh")
-
-
-def _alpaca(row: Row, ending: str) -> list[Message]:
+    LLaMA-Factory's "system" and "history" are read, too.
+    """
     instruction = row.text(row.required(f"instruction{ending}"), f'"instruction{ending}"')
-    question = (
-        f"{instruction}\n{row.optional(f'input{ending}')}"  # the line end stays where input is empty, as in XTuner
-    )
+    question = f"{instruction}\n{row.optional(f'input{ending}')}"  # the newline stays if input is empty, as in XTuner
     answer = row.answer(row.required(f"output{ending}"), f'"output{ending}"')
     if answer == "<nooutput>":
         raise row.fault('the output is "<nooutput>": the row has no answer. Remove it, as XTuner does.')
@@ -36,9 +28,9 @@ def _alpaca(row: Row, ending: str) -> list[Message]:
 
 
 def read_oasst1(row: Row) -> list[Message]:
-    """Read oasst-guanaco: '### Human: ...### Assistant: ...'. A last question without an answer is left out.
+    """Read oasst-guanaco: '### Human: ...### Assistant: ...'. An unanswered last question is left out.
 
-    That is what the data set's readers do; unlike XTuner's, other '###' headings stay in the text.
+    Other readers of the data set do the same; unlike in XTuner's, other '###' headings stay in the text.
     """
     text = row.text(row.required("text"), '"text"')
     before, *pieces = re.split(r"###\s*(Human|Assistant):", text)
@@ -64,7 +56,7 @@ def read_openorca(row: Row) -> list[Message]:
 
 
 # MSAgent-Bench: {"conversations": [{"from": system | user | assistant, "value"}]}, the list often written as text.
-# The text that the model learns is XTuner's, letter by letter, Python's way of printing dicts included.
+# The text that the model learns is exactly XTuner's, including dicts as Python prints them.
 _THINK = re.compile(r"<\|startofthink\|>(.*?)<\|endofthink\|>", re.DOTALL)
 _REACT_SYSTEM = (
     "你是一个可以调用外部工具的助手，可以使用的工具包括：\n{tools}\n"
@@ -80,11 +72,14 @@ _REACT_SYSTEM = (
 def read_msagent(row: Row) -> list[Message]:
     """Read MSAgent's tool use as ReAct text. A tool's result becomes the system text of a turn without a question.
 
-    Raise DataError where XTuner drops a row in silence: broken JSON in a call or a result.
+    Raise DataError for rows that XTuner drops silently: broken JSON in a call or a result.
     """
+    turns = row.required("conversations")
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise row.fault(f'"conversations" is {kind_of(turns)}, not a list of objects. Write [{{...}}, {{...}}].')
     messages: list[Message] = []
     known = turn_fields("msagent")
-    for number, turn in enumerate(_agent_turns(row), 1):
+    for number, turn in enumerate(turns, 1):
         check_turn(row, turn, number, known)
         role = turn.get("from")
         text = row.text(turn.get("value"), f"turn {number}")
@@ -102,15 +97,8 @@ def read_msagent(row: Row) -> list[Message]:
     return messages
 
 
-def _agent_turns(row: Row) -> list[Mapping[str, object]]:
-    turns = row.required("conversations")
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise row.fault(f'"conversations" is {kind_of(turns)}, not a list of objects. Write [{{...}}, {{...}}].')
-    return turns
-
-
 def _react_system(text: str) -> str:
-    """Rewrite MSAgent's list of plugins: every JSON object in the text that has a name and a description."""
+    """Rewrite MSAgent's list of plugins, the JSON objects in the text that have a name and a description."""
     tools: dict[str, str] = {}
     decoder = json.JSONDecoder()
     position = text.find("{")
@@ -136,7 +124,7 @@ def _parameters(tool: Mapping[str, object]) -> str:
 
 
 def _react_answer(row: Row, text: str, name: str) -> list[Message]:
-    """Turn thinking and a call into Thought, Action, Action Input; a result and what follows into a second answer."""
+    """Turn thoughts and a call into Thought, Action, Action Input; a result and what follows into a second answer."""
     said, *results = text.split("<|startofexec|>")
     if len(results) > 1:
         raise row.fault(f"{name}: more than one <|startofexec|>. Split the turn.")
@@ -145,7 +133,7 @@ def _react_answer(row: Row, text: str, name: str) -> list[Message]:
         thought = said[end : match.start()].strip()
         fields = _block(row, match[1], name)
         if not isinstance(fields, dict) or "api_name" not in fields or "parameters" not in fields:
-            raise row.fault(f'{name}: the call needs "api_name" and "parameters". Mend it, or remove the row.')
+            raise row.fault(f'{name}: the call needs "api_name" and "parameters". Fix it, or remove the row.')
         written += f"Thought:{thought}\n" if thought else ""
         written += f"Action:{fields['api_name']}\nAction Input:{fields['parameters']}\n"
         end = match.end()
@@ -170,4 +158,4 @@ def _block(row: Row, text: str, name: str) -> object:
     try:
         return json.loads(text.replace("```JSON", "").replace("```", "").replace("\n", ""))
     except (ValueError, RecursionError) as error:
-        raise row.fault(f"{name}: the call or its result is not JSON: {error}. Mend it, or remove the row.") from error
+        raise row.fault(f"{name}: the call or its result is not JSON: {error}. Fix it, or remove the row.") from error

@@ -1,1 +1,1 @@
-"""Pictures and videos of the rows: read safely, measured, varied, and what an encoder saw in them kept."""
+"""Pictures and videos of the rows: read safely, measured, augmented, and their features cached."""

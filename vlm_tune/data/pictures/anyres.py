@@ -1,7 +1,7 @@
-"""How the tokens of an any-resolution picture (LLaVA-NeXT) lie: counted and ordered by the same functions.
+"""The layout of the tokens of an any-resolution picture (LLaVA-NeXT): counted and ordered by the same functions.
 
-The tokens of the base tile come first. The grid's tokens follow row by row over the whole grid, without those that lie
-on padding alone, and a newline token ends each row.
+The tokens of the base tile come first. Those of the grid follow, row by row over the whole grid, without the ones that
+show nothing but padding, and a newline token ends each row.
 """
 
 from math import isqrt
@@ -14,7 +14,7 @@ NEWLINE = -1  # in an order of tokens
 
 
 class Spread(NamedTuple):
-    """Hold what decides a picture's tokens: the grid of its tiles, and its own size in pixels."""
+    """The grid of a picture's tiles and its size in pixels, which together decide its tokens."""
 
     columns: int
     rows: int
@@ -23,14 +23,14 @@ class Spread(NamedTuple):
 
     @property
     def num_tiles(self) -> int:
-        """Count the tiles, the base tile included."""
+        """Count the tiles, including the base tile."""
         return self.columns * self.rows + (self.columns * self.rows > 1)
 
 
 def count_tokens(spread: Spread, tokens_per_tile: int) -> int:
-    """Return the number of tokens of a picture, newlines included.
+    """Return the number of tokens of a picture, including newlines.
 
-    With tiles of 24 x 24 tokens, 640 x 480 on a grid of 2 x 2: 576, and 36 rows of 48 tokens and a newline: 2340.
+    With tiles of 24 x 24 tokens, 640 x 480 on a grid of 2 x 2: 576, plus 36 rows of 48 tokens and a newline: 2340.
     """
     if spread.columns * spread.rows == 1:
         return tokens_per_tile + 1
@@ -41,7 +41,7 @@ def count_tokens(spread: Spread, tokens_per_tile: int) -> int:
 
 
 def token_order(spread: Spread, tokens_per_tile: int) -> npt.NDArray[np.int64]:
-    """Return which of a picture's T * S tokens stands in each place; NEWLINE for a newline: (count_tokens,)."""
+    """Return the index, among a picture's T * S tokens, of the token at each place, or NEWLINE: (count_tokens,)."""
     base, side = np.arange(tokens_per_tile), isqrt(tokens_per_tile)
     columns, rows = spread.columns, spread.rows
     if columns * rows == 1:
@@ -56,7 +56,7 @@ def token_order(spread: Spread, tokens_per_tile: int) -> npt.NDArray[np.int64]:
 
 
 def padding(spread: Spread, side: int) -> tuple[int, int]:
-    """Return how many rows of tokens at the top and the bottom, and columns left and right, show nothing but padding.
+    """Return how many rows of tokens at the top and bottom, and columns left and right, show nothing but padding.
 
     Bit-compatible with LLaVA-NeXT: the float expressions must stay as they are.
     Source: transformers `modeling_llava_next.py:unpad_image`.

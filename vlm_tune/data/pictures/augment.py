@@ -1,4 +1,4 @@
-"""Vary training pictures at random, before they are tiled. Plumbing between images and tiles (2)."""
+"""Augment training pictures at random, before they are tiled. Plumbing between images and tiles (2)."""
 
 import io
 
@@ -11,12 +11,12 @@ JPEG_QUALITIES = (75, 100)  # both included; InternVL, internvl/train/dataset.py
 
 
 def augment(image: Image.Image, config: AugmentConfig, rng: np.random.Generator) -> Image.Image:
-    """Return the RGB picture randomly mirrored, cropped and JPEG-degraded as `config` says, of unchanged size.
+    """Mirror, crop and JPEG-degrade an RGB picture at random, as `config` says; its size stays the same.
 
-    The number of tiles was settled from the header when the row was indexed; since the size stays, it still holds. The
+    The number of tiles was computed from the header when the row was indexed; since the size stays, it still holds. The
     crop keeps the aspect ratio: config.crop=0.8 keeps 80 to 100% of both sides, at a random place, and is enlarged
-    to the original size. All randomness comes from `rng`, so that a resumed run makes the same pictures again. A
-    setting that is off draws nothing. Source of the degradation: InternVL, simulate_jpeg_degradation.
+    to the original size. All randomness comes from `rng`, so a resumed run makes the same pictures again. A setting
+    that is off draws no random number. Source of the degradation: InternVL, simulate_jpeg_degradation.
     """
     if config.flip and rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -29,7 +29,7 @@ def augment(image: Image.Image, config: AugmentConfig, rng: np.random.Generator)
 
 
 def _crop(image: Image.Image, smallest: float, rng: np.random.Generator) -> Image.Image:
-    """Enlarge a random part of the same aspect ratio, with sides of `smallest` to 1 of the whole, to the whole size."""
+    """Cut out a random part, its sides `smallest` to 1 times those of the picture, and enlarge it to the full size."""
     width, height = image.size
     kept = rng.uniform(smallest, 1)
     left = rng.uniform(0, (1 - kept) * width)

@@ -1,7 +1,8 @@
-"""What a frozen vision encoder sees in a picture, kept on disk: the encoder then runs once a picture, not once a step.
+"""Features of a frozen vision tower, cached on disk: it then runs once per picture, not once per step.
 
-One file a picture, named by its content, its tile limit and everything that decides the encoder's output. Files are
-whole or absent (written aside and renamed), so runs, ranks and workers share the folder, and a kill leaves no damage.
+There is one file per picture, named by its content and tile limit, in a folder named by everything else that decides
+the encoder's output. Files are written aside and renamed, so runs, ranks and workers can share the folder, and a killed
+process leaves no damaged file.
 """
 
 import hashlib
@@ -26,25 +27,25 @@ class FeatureCache:
     folder: Path
 
     def key(self, content: bytes, max_tiles: int) -> str:
-        """Name a picture by its encoded file and the most tiles that it may have."""
+        """Return the key of a picture: a hash of its encoded file and the most tiles it may have."""
         return hashlib.blake2b(content, digest_size=16, salt=max_tiles.to_bytes(4, "little")).hexdigest()
 
     def path(self, key: str) -> Path:
-        """Spread the files over 256 folders."""
+        """Return the path of a picture's features; the files are spread over 256 folders."""
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def has(self, key: str) -> bool:
-        """Tell whether a picture's features are there."""
+        """Return whether a picture's features are cached."""
         return self.path(key).is_file()
 
     def read(self, key: str) -> Tensor:
-        """(T, P, C) in the encoder's dtype."""
+        """Read the features (T, P, C), in the encoder's dtype."""
         with safe_open(self.path(key), framework="pt") as file:
             features: Tensor = file.get_tensor(NAME)
         return features
 
     def write(self, key: str, features: Tensor) -> None:
-        """Keep the features (T, P, C) of a picture."""
+        """Store the features (T, P, C) of a picture."""
         path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}")
@@ -61,7 +62,7 @@ class FeatureCache:
 
 
 def fingerprint(weights: dict[str, Tensor], settings: str) -> str:
-    """Name an encoder by its weights and by the settings that decide what it is shown."""
+    """Hash the weights of an encoder and the settings that decide its input."""
     digest = hashlib.blake2b(settings.encode(), digest_size=12)
     for name, weight in sorted(weights.items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())

@@ -1,4 +1,4 @@
-"""Read the user's pictures safely: inside the image root only, of listed formats only, each fault an error of its own.
+"""Read the user's pictures safely: only inside the image root, only known formats, each fault with an error of its own.
 
 Plumbing before tiles (2). The size comes from the header, without decoding, so that millions of rows can be indexed.
 """
@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-# Pillow knows a format once its plugin is imported; without these it would import every plugin to find three of them.
+# Pillow knows a format once its plugin is imported; without these it would import every plugin to find these three.
 from PIL import AvifImagePlugin, ExifTags, Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
 
 from vlm_tune.config.schema import ImageConfig
@@ -26,11 +26,11 @@ from vlm_tune.data.pictures.whole_files import is_whole
 from vlm_tune.data.sample import Picture
 from vlm_tune.errors import DataError
 
-# How a complete file ends. Others are decoded to know, and so is a file with something behind its end.
+# The end of a complete file. Other formats are decoded to find out, and so are files with something after their end.
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\x00\x00\x00\x00IEND\xae\x42\x60\x82", "GIF": b"\x00;"}
 _MAX_CHECKED = 1 << 16  # pictures that one process remembers: about 20 MB
 
-# EXIF orientation -> what puts the picture upright, as in PIL.ImageOps.exif_transpose. From 5 on, the sides change.
+# EXIF orientation -> what turns the picture upright, as in PIL.ImageOps.exif_transpose. From 5 on, the sides swap.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -43,21 +43,22 @@ _UPRIGHT = {
 
 
 class _Header(NamedTuple):
-    """Hold an open picture of which only the header is read."""
+    """An open picture of which only the header has been read."""
 
     image: Image.Image
     file: BinaryIO
     format: str
-    upright: Image.Transpose | None  # what the EXIF orientation asks for, where it is honoured
+    upright: Image.Transpose | None  # what the EXIF orientation asks for, if it is honoured
     size: tuple[int, int]  # (width, height) in pixels, upright
 
 
 class ImageReader:
-    """Read pictures whose paths are relative to `root`; every fault is a DataError that carries `where` and the id.
+    """Read pictures whose paths are relative to `root`; every fault is a DataError with `where` and the sample's id.
 
     The faults: a missing, empty or unreadable file, not an image, truncated or damaged, more than config.max_pixels
     pixels, a path out of the root (`..`, absolute, symbolic link), a URL, a declared size that is not the file's,
-    pixels without a defined brightness. No state is global, so that workers and several data sets read side by side.
+    pixels without a defined brightness. There is no global state, so workers and several data sets can read side by
+    side.
     """
 
     def __init__(self, config: ImageConfig, root: Path) -> None:
@@ -67,7 +68,7 @@ class ImageReader:
     def read_size(self, picture: Picture, where: str = "", sample_id: str | None = None) -> tuple[int, int]:
         """Return (width, height) in pixels from the header alone: the size of what `open_picture` will return.
 
-        With config.exif the sides change places where the EXIF orientation says so. Raise DataError.
+        With config.exif the sides are swapped if the EXIF orientation says so. Raise DataError.
         """
         if picture.frame is not None:
             return self._read_video_size(picture, where, sample_id)
@@ -77,8 +78,8 @@ class ImageReader:
     def check_picture(self, picture: Picture, where: str = "", sample_id: str | None = None) -> tuple[int, int]:
         """Return the size as `read_size` does, but raise DataError for a truncated file, too.
 
-        A file whose last bytes are those of its format is taken as complete, which costs next to nothing; any other
-        (cut off, or with something behind its end) is decoded to be certain. A video is compared with its own index.
+        A file that ends as its format does is taken as complete, a check that costs almost nothing; any other (cut off,
+        or with something after its end) is decoded to be certain. A video is compared with its own index.
         """
         if picture.frame is not None:
             return self._read_video_size(picture, where, sample_id)
@@ -88,21 +89,21 @@ class ImageReader:
             return header.size
 
     def read_content(self, picture: Picture, where: str = "", sample_id: str | None = None) -> bytes:
-        """Return what tells the picture's pixels from others: the encoded file; of a video, its hash and the frame.
+        """Return bytes that identify the picture's pixels: the encoded file; for a frame, the video's hash and number.
 
-        The file lies under the same limits on its place. Raise DataError.
+        The path is restricted as everywhere. Raise DataError.
         """
         with self._naming(picture, where, sample_id):
             if picture.frame is not None:
                 return b"%s frame %d" % (videos.digest(self._inside_root(picture.path)), picture.frame)
-            with self._open_file(picture) as file:
+            with self.open_encoded(picture) as file:
                 return file.read()
 
     def open_picture(self, picture: Picture, where: str = "", sample_id: str | None = None) -> Image.Image:
-        """Return the decoded picture, RGB, upright where config.exif is set. Raise DataError.
+        """Return the decoded picture, RGB, upright if config.exif is set. Raise DataError.
 
-        Modes become RGB, and transparency becomes what config.alpha says, as `pixels.decode_rgb` does; of an animation
-        the first frame counts.
+        `pixels.decode_rgb` converts the mode and treats transparency as config.alpha says; of an animation, the first
+        frame is taken.
         """
         if picture.frame is not None:
             return next(self.open_pictures([picture], where, sample_id))
@@ -111,19 +112,19 @@ class ImageReader:
             return image if header.upright is None else image.transpose(header.upright)
 
     def has_alpha(self, picture: Picture) -> bool:
-        """Tell by the header alone whether a file has room for transparency. Raise DataError."""
-        with self._naming(picture, "", None), self._open_file(picture) as file:
+        """Return whether a file can hold transparency, by its header alone. Raise DataError."""
+        with self._naming(picture, "", None), self.open_encoded(picture) as file:
             return find_format(file) not in OPAQUE and self._read_header(picture, file).image.has_transparency_data
 
     def shows_through(self, picture: Picture) -> bool:
-        """Decode the picture; tell whether a pixel is not opaque, so that config.alpha counts. Raise DataError."""
+        """Decode the picture; return whether any pixel is not opaque, so that config.alpha matters. Raise DataError."""
         with self._opened(picture, "", None) as header, _damage(header.format):
             return shows_through(header.image)
 
     def open_pictures(
         self, pictures: Sequence[Picture], where: str = "", sample_id: str | None = None
     ) -> Iterator[Image.Image]:
-        """Yield the decoded pictures as `open_picture` does; a video is opened once for all its frames in a row."""
+        """Yield the decoded pictures as `open_picture` does; a video is opened once for consecutive frames."""
         for path, group in groupby(pictures, key=lambda picture: None if picture.frame is None else picture.path):
             members = list(group)
             if path is None:
@@ -133,10 +134,6 @@ class ImageReader:
                 numbers = [picture.frame for picture in members if picture.frame is not None]
                 yield from videos.read_frames(self._inside_root(path), numbers)
 
-    def open_encoded(self, picture: Picture) -> BinaryIO:
-        """Return the encoded picture, or the whole video of a frame, opened for reading. Raise DataError."""
-        return self._open_file(picture)
-
     def _read_video_size(self, picture: Picture, where: str, sample_id: str | None) -> tuple[int, int]:
         with self._naming(picture, where, sample_id):
             size = videos.read_header(self._inside_root(picture.path)).size
@@ -145,13 +142,13 @@ class ImageReader:
 
     @contextmanager
     def _opened(self, picture: Picture, where: str, sample_id: str | None) -> Iterator[_Header]:
-        """Open the picture and read its header; put its name, `where` and the id on every fault, also of the body."""
-        with self._naming(picture, where, sample_id), self._open_file(picture) as file:
+        """Open the picture and read its header; add its name, `where` and the id to every fault, also of the body."""
+        with self._naming(picture, where, sample_id), self.open_encoded(picture) as file:
             yield self._read_header(picture, file)
 
     @contextmanager
     def _naming(self, picture: Picture, where: str, sample_id: str | None) -> Iterator[None]:
-        """Put the picture's name, `where` and the id on every fault."""
+        """Add the picture's name, `where` and the id to every fault."""
         try:
             yield
         except DataError as error:
@@ -165,8 +162,11 @@ class ImageReader:
             limit = f"data.image.max_pixels={self.config.max_pixels}"
             raise DataError(f"is too large: {width} x {height} pixels, {limit}. Make it smaller, or raise the limit")
 
-    def _open_file(self, picture: Picture) -> BinaryIO:
-        """Return the encoded file, opened for reading; refuse paths out of the root and whatever is not a file."""
+    def open_encoded(self, picture: Picture) -> BinaryIO:
+        """Open the encoded picture, or the whole video of a frame, for reading.
+
+        Raise DataError for a path outside the root and for anything that is not a file.
+        """
         if picture.content is not None:
             if not picture.content:
                 raise DataError("is empty (0 bytes). Write the file's bytes into the row again")
@@ -187,7 +187,7 @@ class ImageReader:
             raise DataError(f"cannot be read: {error.strerror}. Check the file and its permissions") from error
 
     def _inside_root(self, path: str) -> str:
-        """Return the real path; raise DataError for a URL, no path, and whatever lies outside the image root."""
+        """Return the real path; raise DataError for a URL, no path, and anything outside the image root."""
         if "://" in path and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path):
             raise DataError("is a URL; pictures are read from disk only. Download it and give the file's path")
         if not path or "\0" in path:
@@ -210,16 +210,10 @@ class ImageReader:
     def _read_header(self, picture: Picture, file: BinaryIO) -> _Header:
         """Read the header and compare it with the limits and with the size that the row declares."""
         name = find_format(file)
-        try:
+        with _damage(name):
             image = Image.open(file, formats=[name])
-            # TIFF and HEIF are put upright, size included, by who reads them, whether it is asked for or not.
+            # Their readers turn TIFF and HEIF upright, size included, whether asked to or not.
             orientation = _read_orientation(image) if self.config.exif and name not in ("TIFF", HEIF) else 1
-        except Image.DecompressionBombError as error:
-            raise DataError(f"is too large for Pillow: {error} Make it smaller") from error
-        except MemoryError:
-            raise
-        except Exception as error:  # on damaged bytes a decoder may raise whatever it likes
-            raise _damaged(name, error) from error
         width, height = image.size if orientation < 5 else image.size[::-1]
         self._check_pixels(width, height)
         if image.mode == "F" or (image.mode == "I" and name != "PPM"):  # 16-bit PPM comes as mode I
@@ -240,14 +234,14 @@ class ImageReader:
 
 
 class CheckedPictures:
-    """Check each picture file once, however many rows show it: what one process keeps for one pass over the rows."""
+    """Check each picture file only once in a pass of one process over the rows, however many rows show it."""
 
     def __init__(self, reader: ImageReader) -> None:
         self._reader = reader
-        self._found: dict[Picture, tuple[int, int] | str] = {}  # size, or the reason why there is none
+        self._found: dict[Picture, tuple[int, int] | str] = {}  # size, or the fault
 
     def check(self, picture: Picture, where: str = "", sample_id: str | None = None) -> tuple[int, int]:
-        """Return the size as `ImageReader.check_picture` does, from memory where it can. Raise DataError."""
+        """Return the size as `ImageReader.check_picture` does, from memory if possible. Raise DataError."""
         if picture.content is not None:
             return self._reader.check_picture(picture, where, sample_id)
         found = self._found.get(picture)
@@ -267,30 +261,26 @@ class CheckedPictures:
 def _read_orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 (upright) to 8, from the header alone.
 
-    The base class is asked since PngImageFile.getexif would decode the whole picture to find EXIF behind the pixels.
+    This calls the base class, since PngImageFile.getexif would decode the whole picture to find EXIF after the pixels.
     """
     found = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     return found if isinstance(found, int) and found in _UPRIGHT else 1
 
 
 def _ends_properly(header: _Header) -> bool:
-    """Tell whether the last bytes are those that end a file of this format; False where that cannot be told."""
+    """Whether the file ends as its format does; False if that cannot be known."""
     position = header.file.tell()
-    if header.format in ("AVIF", HEIF):
-        ends = is_whole(header.format, header.file)
-        header.file.seek(position)
-        return ends
-    end = _ENDS.get(header.format)
-    if end is None:
-        return False
-    header.file.seek(-len(end), os.SEEK_END)
-    last = header.file.read()
-    header.file.seek(position)  # Pillow goes on from where it stopped reading
-    return last == end
+    if end := _ENDS.get(header.format):
+        header.file.seek(-len(end), os.SEEK_END)
+        ends = header.file.read() == end
+    else:
+        ends = header.format in ("AVIF", HEIF) and is_whole(header.format, header.file)
+    header.file.seek(position)  # Pillow continues from where it stopped reading
+    return ends
 
 
 def _is_preview(image: Image.Image) -> bool:
-    """Tell whether a TIFF begins with a small copy of what it holds: NEF, ARW, DNG, ... hold a RAW photo so."""
+    """Whether a TIFF begins with a preview of its content, as RAW photos (NEF, ARW, DNG, ...) do."""
     tags = getattr(image, "tag_v2", {})
     subfile_type, dng_version = tags.get(254, 0), tags.get(50706)
     return dng_version is not None or (isinstance(subfile_type, int) and bool(subfile_type & 1))
@@ -298,22 +288,19 @@ def _is_preview(image: Image.Image) -> bool:
 
 @contextmanager
 def _damage(name: str) -> Iterator[None]:
-    """Report whatever a decoder raises on damaged bytes as a fault of the file."""
+    """Report whatever a decoder raises as a fault of the file."""
     try:
         yield
     except MemoryError:
         raise
-    except Exception as error:  # on damaged bytes a decoder may raise whatever it likes
-        raise _damaged(name, error) from error
-
-
-def _damaged(name: str, error: Exception) -> DataError:
-    """Return the fault of a file that begins like a picture and cannot be decoded."""
-    detail = "its header is not complete" if isinstance(error, UnidentifiedImageError) else str(error).rstrip(". ")
-    return DataError(f"is a truncated or damaged {name} file: {detail}. Copy or export it again")
+    except Image.DecompressionBombError as error:
+        raise DataError(f"is too large for Pillow: {error} Make it smaller") from error
+    except Exception as error:  # a decoder may raise anything on damaged bytes
+        detail = "its header is not complete" if isinstance(error, UnidentifiedImageError) else str(error).rstrip(". ")
+        raise DataError(f"is a truncated or damaged {name} file: {detail}. Copy or export it again") from error
 
 
 @lru_cache(maxsize=4096)
 def _real_folder(folder: str) -> str:
-    """Resolve the links of a folder once: following them anew for each picture takes as long as reading its header."""
+    """Resolve the links of a folder once: doing it for each picture takes as long as reading its header."""
     return os.path.realpath(folder)

@@ -1,4 +1,4 @@
-"""Words for a file that is not there: which one may be meant."""
+"""Hints for a missing file: which one may be meant."""
 
 import difflib
 import json
@@ -10,10 +10,10 @@ from itertools import islice
 
 
 def near(root: str, path: str) -> str:
-    """End the sentence "X is not there" with the file below `root` that may be meant, as JSON writes its path.
+    """Return an ending for "X is not there": the file below `root` that may be meant, its path written as in JSON.
 
-    A path that differs in the case of letters, the Unicode form or the strokes between folders is told to; else a name
-    of the same folder with another suffix or spelling is.
+    That is a path that differs only in case, Unicode form or slashes; failing that, a similar name in the same folder,
+    preferably one that differs only in its suffix.
     """
     if os.path.islink(os.path.join(root, path)):
         return f": it is a link to {os.readlink(os.path.join(root, path))}, which is not there."
@@ -24,7 +24,7 @@ def near(root: str, path: str) -> str:
     folder, name = os.path.split(os.path.join(root, path))
     names = {other.lower(): other for other in _list_folder(folder)}
     same_stem = [other for other in names if os.path.splitext(other)[0] == os.path.splitext(name.lower())[0]]
-    # Comparing letter by letter is slow, hence not with every name of a large folder.
+    # Comparing names is slow, so not every name of a large folder is compared.
     close = difflib.get_close_matches(
         name.lower(), same_stem or list(names)[:500], n=1, cutoff=0.0 if same_stem else 0.8
     )
@@ -34,7 +34,7 @@ def near(root: str, path: str) -> str:
 
 
 def _twin(root: str, path: str) -> tuple[str, list[str]] | None:
-    """Find the file whose path says the same in another way; return its path and in what the two differ."""
+    """Find a file whose path is the same but for its spelling; return that path and how the two differ."""
     real = root
     differences: dict[str, None] = {}
     if "\\" in path and not os.path.lexists(os.path.join(root, path)):
@@ -67,7 +67,7 @@ def _form(name: str) -> str:
 
 @lru_cache(maxsize=64)
 def _list_folder(folder: str) -> tuple[str, ...]:
-    """Return up to 10,000 names of a folder, kept because the next missing picture is likely to be sought there."""
+    """Return up to 10,000 names in a folder; cached, since the next missing picture is probably in the same one."""
     try:
         with os.scandir(folder) as entries:
             return tuple(entry.name for entry in islice(entries, 10_000))

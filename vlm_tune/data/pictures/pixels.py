@@ -5,20 +5,19 @@ from PIL import Image, ImageColor
 
 Key = int | tuple[int, ...] | None
 
-# What Pillow multiplies grey of fewer bits by; the colour that a PNG calls transparent it leaves as it is written.
+# Factors by which Pillow scales grey of fewer bits up; the transparent colour of a PNG it leaves as written.
 _STRETCHED = {"L;2": 85, "L;4": 17}
 
 
 def decode_rgb(image: Image.Image, alpha: str = "drop") -> Image.Image:
-    """Decode an opened picture to RGB; what Pillow raises on damaged bytes is raised.
+    """Decode an opened picture to RGB; Pillow's exceptions on damaged bytes pass through.
 
-    Modes become RGB as in the references, by convert("RGB"). Only 16-bit grey keeps its high byte instead, as Pillow
-    does with 16-bit colour, since convert("RGB") would make white of everything above 255 of 65535.
+    As in the references, convert("RGB") converts the mode. Only 16-bit grey keeps its high byte instead, as Pillow does
+    with 16-bit colour, since convert("RGB") would turn everything above 255 of 65535 white.
 
-    `alpha` is data.image.alpha. drop: the colours below transparent pixels count, whatever they are. A colour: the
-    picture is laid over it by Image.alpha_composite, c = round((a * c + (255 - a) * colour) / 255) for each channel c
-    under alpha a, halves up: black of alpha 128 over white is 127. A picture without transparency is the same under
-    all settings.
+    `alpha` is data.image.alpha. drop: transparent pixels keep whatever colour they have. A colour: the picture is laid
+    over it by Image.alpha_composite, c = round((a * c + (255 - a) * colour) / 255) for each channel c with alpha a,
+    halves rounded up: black of alpha 128 over white is 127. Pictures without transparency are not affected.
     """
     if alpha == "drop" or not image.has_transparency_data:
         image.load()
@@ -29,7 +28,7 @@ def decode_rgb(image: Image.Image, alpha: str = "drop") -> Image.Image:
 
 
 def shows_through(image: Image.Image) -> bool:
-    """Decode an opened picture; tell whether any pixel is not opaque, so that data.image.alpha changes it."""
+    """Decode an opened picture; return whether any pixel is not opaque, so that data.image.alpha changes it."""
     return image.has_transparency_data and bool(np.asarray(_decode_rgba(image))[..., 3].min() < 255)
 
 
@@ -47,9 +46,9 @@ def _decode_rgba(image: Image.Image) -> Image.Image:
 
 
 def _colour_key(image: Image.Image) -> Key:
-    """Return the one colour that a PNG without alpha calls transparent, in the numbers that decoding will give.
+    """Return the transparent colour of a PNG without an alpha channel, as values after decoding, or None.
 
-    Of 16-bit colour the high bytes are compared, the only ones that Pillow keeps. None for every other picture.
+    For 16-bit colour these are the high bytes, the only ones that Pillow keeps.
     """
     key = image.info.get("transparency")
     tiles = getattr(image, "tile", [])

@@ -1,11 +1,11 @@
-"""What a picture file is, by its first bytes alone: the formats that are read, and words for those that are not."""
+"""What a picture file is, by its first bytes alone: the supported formats, and messages for the others."""
 
 import re
 from typing import BinaryIO
 
 from vlm_tune.errors import DataError
 
-# What may be read, by the first bytes. The name of the file plays no part, and no other decoder is ever tried.
+# Supported formats by their first bytes. The file name plays no part, and no other decoder is ever tried.
 FORMATS = {
     "JPEG": rb"\xff\xd8\xff",
     "PNG": rb"\x89PNG\r\n\x1a\n",
@@ -16,17 +16,16 @@ FORMATS = {
     "PPM": rb"P[1-6]\s",
     "AVIF": rb".{4}ftyp(avi[fs]|(mif1|msf1).{4}(.{4}){0,8}?avi[fs])",
 }
-OPAQUE = ("JPEG", "BMP", "PPM")  # whose pixels are never transparent
-# Apple's pictures: read by pillow-heif where it is installed.
-HEIF = "HEIF"
+OPAQUE = ("JPEG", "BMP", "PPM")  # never transparent
+HEIF = "HEIF"  # Apple's pictures: read by pillow-heif if it is installed
 _HEIF = rb".{4}ftyp(hei[cxms]|hev[cxms]|mif1|msf1)"
 _READABLE = {name: re.compile(pattern, re.DOTALL) for name, pattern in {**FORMATS, HEIF: _HEIF}.items()}
 _HEAD = 64  # bytes
-_LONG_HEAD = 4096  # bytes, of a file that is none of these
+_LONG_HEAD = 4096  # bytes of an unsupported file that are read to name it
 
 _AS_PNG = "Export it as PNG"
 _DEVELOP = "Develop it, and export it as JPEG or PNG"
-# Files that people take for pictures: what it is, and what to do.
+# Files that people mistake for supported pictures: what it is, and what to do.
 _OTHERS = {
     rb"\s*(<\?xml.*?>\s*|<!--.*?-->\s*|<!DOCTYPE svg.*?>\s*)*<(\w+:)?svg\b": ("an SVG drawing", _AS_PNG),
     rb"\s*(<\?xml.*?>\s*|<!--.*?-->\s*)*<(!doctype )?html\b": (
@@ -55,9 +54,9 @@ _FOREIGN = [(re.compile(pattern, re.DOTALL | re.IGNORECASE), words) for pattern,
 
 
 def find_format(file: BinaryIO) -> str:
-    """Return the name of the format by the first bytes, and leave the file at its start.
+    """Return the name of the format, judging by the first bytes, and rewind the file.
 
-    Raise DataError for what is not read; it says what the file is, where that is known, and what to do.
+    Raise DataError for an unsupported file; it says what the file is, if known, and what to do.
     """
     first = file.read(_HEAD)
     file.seek(0)
@@ -76,7 +75,7 @@ def find_format(file: BinaryIO) -> str:
 
 
 def _require_heif() -> None:
-    """Let Pillow know of HEIF; raise DataError where the package for it is missing."""
+    """Register HEIF with Pillow; raise DataError if the package for it is missing."""
     try:
         from pillow_heif import register_heif_opener
     except ImportError as error:

@@ -1,7 +1,7 @@
-"""Read video files through PyAV: how many frames there are, and when, from their stamps; pixels when asked for.
+"""Read video files with PyAV: how many frames there are, and when, from their timestamps; pixels on demand.
 
-Plumbing before tiles (2). `choose_frames` alone decides which frames of a video the model sees: the text counts them by
-it, and the same numbers are decoded.
+Plumbing before tiles (2). `choose_frames` alone decides which frames of a video the model sees: those it returns are
+counted in the text, and the same ones are decoded.
 """
 
 import os
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from PIL import Image
 
-from vlm_tune.data.pictures.whole_files import is_whole
+from vlm_tune.data.pictures.whole_files import is_whole, read_element
 from vlm_tune.errors import DataError
 
 if TYPE_CHECKING:
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 MIN_FRAMES, MAX_FRAMES = 8, 32  # of one video; InternVL, internvl_chat_finetune.py, min_num_frame and max_num_frame
-ROUNDED = 1.0  # seconds by which a clip may end behind its video: people round
+ROUNDED = 1.0  # seconds by which a clip may end after its video: people round
 
-# What may be read, by the first bytes. The decoder of playlists, which fetches what they name, is never tried.
+# Supported formats by their first bytes. The playlist decoder, which would fetch what a playlist names, is never tried.
 _SIGNATURES = {
     "mov": re.compile(rb".{4}(ftyp|moov|mdat|wide|free|skip|pnot)", re.DOTALL),  # .mp4, .mov, .m4v
     "matroska": re.compile(rb"\x1aE\xdf\xa3"),  # .mkv, .webm
@@ -37,8 +37,8 @@ _SIGNATURES = {
     "gif": re.compile(rb"GIF8[79]a"),
 }
 _TICK = 0.001  # seconds to which .mkv and .webm round the time of a frame
-_SEGMENT = b"\x18\x53\x80\x67"  # name of the element that holds all others of an .mkv
-_LOST = 0.5  # seconds that may be missing at the end of a file which says how long it is
+_SEGMENT = b"\x18\x53\x80\x67"  # id of the element that holds all others of an .mkv
+_LOST = 0.5  # seconds that may be missing at the end of a file that states its duration
 _UPRIGHT = {
     90: Image.Transpose.ROTATE_90,
     180: Image.Transpose.ROTATE_180,
@@ -49,16 +49,16 @@ _UPRIGHT = {
 
 @dataclass(frozen=True, slots=True)
 class VideoHeader:
-    """Hold what is known of a video without decoding it."""
+    """What is known of a video without decoding it."""
 
     num_frames: int
-    rate: float  # frames a second, on average
-    size: tuple[int, int]  # (width, height) in pixels, as stored: a phone's turn is not in it
-    times: tuple[float, ...] = ()  # of uneven frames, when each is shown, in seconds, the first at 0; and the end
+    rate: float  # frames per second, on average
+    size: tuple[int, int]  # (width, height) in pixels as stored, before the rotation of a phone's video
+    times: tuple[float, ...] = ()  # if frames are uneven: when each is shown, in seconds from the first; and the end
 
     @property
     def seconds(self) -> float:
-        """For how long the frames are shown."""
+        """Return the duration of the frames."""
         return self.times[-1] if self.times else self.num_frames / self.rate
 
 
@@ -73,21 +73,21 @@ class _Packet(NamedTuple):
 class _Scan(NamedTuple):
     header: VideoHeader
     times: list[int]  # of each frame, ascending, in units of the stream
-    keys: list[tuple[int, int]]  # (time shown, place to seek to) of frames that need no other, ascending
+    keys: list[tuple[int, int]]  # (time shown, place to seek to) of key frames, ascending
 
 
 def choose_frames(header: VideoHeader, clip: tuple[float, float] | None = None) -> tuple[int, ...]:
-    """Return the numbers of the frames that stand for a video, from 0: one a second, at least 8 and at most 32.
+    """Return the indices of the frames that represent a video: one per second, at least 8 and at most 32.
 
     `clip` (start, end) in seconds limits them to a part. The part is divided evenly, and the middle frame of each piece
     is taken: of 50 frames in 5 seconds 2, 8, 14, 21, 27, 33, 39, 46. A video of fewer than 8 frames gives all of them.
     Source: InternVL, get_frame_indices with sample="middle", as at inference. Its training draws the number, 8 to 32,
-    and the places at random, so that a row's tokens differ in each epoch; here they are settled by the header.
+    and the places at random, so that a row's tokens differ in each epoch; here the header alone decides.
 
-    Where frames are uneven, the pieces are of time, and the frame that is shown in the middle of each is taken; none
-    twice: where one stays for several pieces, the frames beside it are taken for the others.
+    If frames are uneven, the part is divided by time, and the frame shown in the middle of each piece is taken, but
+    none twice: if one is shown throughout several pieces, its neighbours are taken for the others.
 
-    Raise DataError for a clip that is not in the video.
+    Raise DataError for a clip outside the video.
     """
     first, count, seconds = 0, header.num_frames, header.seconds
     start, end = clip or (0.0, seconds)
@@ -111,7 +111,7 @@ def choose_frames(header: VideoHeader, clip: tuple[float, float] | None = None) 
 
 
 def _without_repeats(numbers: list[int], first: int, end: int) -> tuple[int, ...]:
-    """Move ascending numbers as little as is needed for each to differ; all of them from `first` to before `end`."""
+    """Move ascending numbers as little as possible to make each distinct, all within `first` to before `end`."""
     chosen: list[int] = []
     for place, number in enumerate(numbers):
         lowest = chosen[-1] + 1 if chosen else first
@@ -120,28 +120,28 @@ def _without_repeats(numbers: list[int], first: int, end: int) -> tuple[int, ...
 
 
 def read_header(path: str) -> VideoHeader:
-    """Read a video's number of frames, their times and size; nothing is decoded beyond what tells the codec's settings.
+    """Read the number, times and size of a video's frames, decoding no more than the codec's settings need.
 
-    The file is read through for the times that its frames bear: the rate in a header may be wrong, and the index of an
-    .mp4 lists when frames are decoded. Frames that a player does not show do not count: those outside of an edit list,
-    and those before the first key frame of a part that was cut out without encoding it anew. What was found is kept for
-    as long as the file does not change.
+    The whole file is read for the timestamps of its frames: the rate in a header may be wrong, and the index of an .mp4
+    lists when frames are decoded. Frames that a player does not show do not count: those outside an edit list, and
+    those before the first key frame of a part that was cut out without re-encoding. The result is cached for as long as
+    the file does not change.
 
-    Raise DataError without a place for a missing, empty, truncated or damaged file, one that is no video, and one
-    without a video stream or without a frame that can be shown.
+    Raise DataError, without a location, for a missing, empty, truncated or damaged file, for one that is no video, and
+    for one without a video stream or without a frame that can be shown.
     """
     return _header_of(path, *_state(path))
 
 
 def digest(path: str) -> bytes:
-    """Return a hash of the whole file, computed once for as long as it does not change. Raise DataError."""
+    """Return a hash of the whole file, computed again only if the file changes. Raise DataError."""
     return _digest_of(path, *_state(path))
 
 
 def read_frames(path: str, numbers: Sequence[int]) -> Iterator[Image.Image]:
-    """Yield the frames of these ascending numbers, RGB, upright where the file says how it was held.
+    """Yield the frames of these ascending indices, RGB, upright if the file says how the camera was held.
 
-    Decoding begins at the last frame before each that needs no other. Raise DataError as `read_header` does.
+    Decoding begins at the last key frame before each. Raise DataError as `read_header` does.
     """
     scan = _scan(path, *_state(path))
     with open(path, "rb") as file, _damage(), _opened(file) as (container, stream):
@@ -156,7 +156,7 @@ def read_frames(path: str, numbers: Sequence[int]) -> Iterator[Image.Image]:
 def _decode(
     container: "InputContainer", stream: "VideoStream", keys: list[tuple[int, int]], targets: list[int]
 ) -> Iterator[Any]:
-    """Yield, for each time in ascending order, the first frame that is shown then or later."""
+    """Yield, for each of the ascending times, the first frame shown then or later."""
     frames, current = container.decode(stream), None
     for target in targets:
         time, place = keys[bisect_right(keys, target, key=lambda key: key[0]) - 1]
@@ -178,7 +178,7 @@ def _decode(
 
 
 def _shown(frame: Any) -> int:
-    """Return when a frame (or the frame of a packet) is shown; .avi may say when it is decoded only."""
+    """Return when a frame is shown; an .avi may only say when it is decoded."""
     time = frame.dts if frame.pts is None else frame.pts
     if time is None:
         raise DataError("has frames without a time. Convert it to .mp4")
@@ -190,7 +190,7 @@ def _header_of(path: str, size: int, changed: int) -> VideoHeader:
     return _scan(path, size, changed).header
 
 
-@lru_cache(maxsize=2)  # a row's frames are decoded right after they were counted
+@lru_cache(maxsize=2)  # the frames of a row are decoded right after they were counted
 def _scan(path: str, size: int, _: int) -> _Scan:
     with open(path, "rb") as file, _damage(), _opened(file) as (container, stream):
         if not (unit := stream.time_base):
@@ -200,11 +200,11 @@ def _scan(path: str, size: int, _: int) -> _Scan:
         if max((entry.pos + entry.size for entry in entries if entry.size), default=0) > size:
             raise _truncated("it is shorter than its index says")
         lost = (container.duration or 0) / 1e6 - end if "matroska" in container.format.name else 0.0
-        if lost > _LOST and not _holds_its_elements(file):
+        if lost > _LOST and not _shows_to_be_whole(file):
             raise _truncated(f"its last {lost:.1f} s are missing")
         lengths, keys = _keep_visible(packets, any(entry.is_keyframe for entry in entries))
         if lost > _LOST:
-            lengths[max(lengths)] += round(lost / unit)  # its last frame stays, as of slides
+            lengths[max(lengths)] += round(lost / unit)  # its last frame stays, as with slides
         rate, times = _pace(lengths, unit, (stream.average_rate, stream.guessed_rate, stream.base_rate))
         codec = stream.codec_context
         header = VideoHeader(len(lengths), rate, (codec.width, codec.height), times)
@@ -212,9 +212,9 @@ def _scan(path: str, size: int, _: int) -> _Scan:
 
 
 def _list_packets(container: "InputContainer", stream: "VideoStream") -> tuple[list[_Packet], float]:
-    """Read through the file, without decoding, for the packets of its frames, and its end in seconds."""
+    """Read through the file, without decoding, and return the packets of its frames, and its end in seconds."""
     packets: list[_Packet] = []
-    ends: dict[int, int] = {}  # of each stream, in its units: to make fractions of every packet's would double the time
+    ends: dict[int, int] = {}  # of each stream, in its units: converting each packet's to seconds would double the time
     keyed, by_shown = False, "matroska" in container.format.name  # its index says when key frames are shown
     for packet in container.demux():
         if not packet.size:
@@ -238,7 +238,7 @@ def _list_packets(container: "InputContainer", stream: "VideoStream") -> tuple[l
 
 
 def _keep_visible(packets: list[_Packet], indexed: bool) -> tuple[dict[int, int], list[tuple[int, int]]]:
-    """Return time and length of each frame that is shown, and the key frames; `indexed`: the file says it has some."""
+    """Return time and length of each visible frame, and the key frames; `indexed`: the file claims to have some."""
     if not packets:
         raise DataError("holds no frames. Remove the row")
     first = next((number for number, packet in enumerate(packets) if packet.is_key), 0 if indexed else None)
@@ -256,9 +256,9 @@ def _keep_visible(packets: list[_Packet], indexed: bool) -> tuple[dict[int, int]
 
 
 def _pace(lengths: dict[int, int], unit: Fraction, rates: Iterable[Fraction | None]) -> tuple[float, tuple[float, ...]]:
-    """Return the rate of frames and, where they do not keep it, when each is shown, and the end, in seconds.
+    """Return the frame rate and, if the frames do not keep it, the time of each and the end, in seconds.
 
-    The header's rates are guesses of whoever wrote it: one counts only where every frame is shown when it says.
+    The rates in a header are guesses of its writer: one counts only if every frame is shown at the time it implies.
     """
     numbers = sorted(lengths)
     seconds = [(number - numbers[0]) * unit.numerator / unit.denominator for number in numbers]
@@ -281,7 +281,7 @@ def _digest_of(path: str, size: int, _: int) -> bytes:
 
 
 def _state(path: str) -> tuple[int, int]:
-    """Return size and time of a file; refuse what is not one, and an empty one."""
+    """Return size and modification time of a file; refuse an empty one, and what is not a file."""
     try:
         status = os.stat(path)
     except OSError as error:
@@ -295,9 +295,9 @@ def _state(path: str) -> tuple[int, int]:
 
 @contextmanager
 def _opened(file: BinaryIO) -> Iterator[tuple["InputContainer", "VideoStream"]]:
-    """Open a video by its first bytes; yield the container and the stream of its pictures."""
+    """Open a video as the format that its first bytes show; yield the container and its video stream."""
     try:
-        import av  # a quarter of a second, for those who have videos only
+        import av  # takes a quarter of a second, so only for those who have videos
         from av.stream import Disposition
     except ImportError as error:
         raise DataError(
@@ -326,22 +326,18 @@ def _opened(file: BinaryIO) -> Iterator[tuple["InputContainer", "VideoStream"]]:
         yield container, streams[0]
 
 
-def _holds_its_elements(file: BinaryIO) -> bool:
-    """Tell whether the elements that an .mkv consists of say how long they are, and are there to their ends."""
+def _shows_to_be_whole(file: BinaryIO) -> bool:
+    """Tell whether all elements of a .mkv say how long they are, and are there to their ends.
+
+    Asked where the frames end before the film does: there a length that is not known is no excuse, as it is elsewhere.
+    """
     end, place = file.seek(0, os.SEEK_END), 0
     while place < end:
-        file.seek(place)
-        head = file.read(12)
-        name = 9 - head[0].bit_length()  # as many bytes as the first has zeros in front, and one
-        if name > 4 or name >= len(head):
+        element = read_element(file, place)
+        if element is None:
             return False
-        width = 9 - head[name].bit_length()  # of its length, likewise
-        unknown = (1 << 7 * width) - 1
-        size = int.from_bytes(head[name : name + width]) & unknown
-        if width > 8 or size == unknown:
-            return False
-        place += name + width
-        if not head.startswith(_SEGMENT):
+        name, place, size = element
+        if name != _SEGMENT:
             place += size
         elif place + size > end:
             return False
@@ -352,12 +348,12 @@ def _holds_its_elements(file: BinaryIO) -> bool:
 
 @contextmanager
 def _damage() -> Iterator[None]:
-    """Report whatever a decoder raises on damaged bytes as a fault of the file."""
+    """Report whatever a decoder raises as a fault of the file."""
     try:
         yield
     except DataError:
         raise
-    except Exception as error:  # on damaged bytes a decoder may raise whatever it likes
+    except Exception as error:  # a decoder may raise anything on damaged bytes
         if type(error) is MemoryError:  # the machine's; a decoder has its own, for a file that says it is huge
             raise
         raise _truncated(getattr(error, "strerror", None) or str(error)) from error

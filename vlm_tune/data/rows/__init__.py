@@ -1,1 +1,1 @@
-"""Containers of rows: text, tables, archives, found and read one at a time. `rows` is the door."""
+"""Containers of rows: text, tables and archives, read one row at a time. Start with `rows`."""

@@ -9,20 +9,14 @@ import pyarrow as pa
 from filelock import FileLock
 
 from vlm_tune.errors import DataError
-from vlm_tune.recipes.fetch import cache_folder
 
 CODECS = {".gz": "gzip", ".tgz": "gzip", ".zst": "zstd"}
 BLOCK = 1 << 24  # bytes read at once
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 
-def rows_folder(folder: Path | None) -> Path:
-    """Return the folder of derived files: the caller's, or one in the user's cache."""
-    return folder if folder is not None else cache_folder() / "rows"
-
-
 def content_key(path: Path) -> str:
-    """Name what a file holds by its size, its time and a hash of 16 samples: cheap for any size.
+    """Return a key for the content of a file: its size, its time and a hash of 16 samples, cheap for any size.
 
     Size and time alone miss an edit that keeps both (an archive unpacked with old times, a copy with preserved times).
     """
@@ -36,13 +30,13 @@ def content_key(path: Path) -> str:
 
 
 def sampled(content: bytes) -> Iterator[bytes]:
-    """Yield what names a picture inside a row, as `content_key` names a file: its size and 16 samples of it."""
+    """Yield what identifies a picture inside a row, as `content_key` does for a file: its size and 16 samples."""
     yield f"{len(content)} ".encode()
     yield from (content[start : start + _SAMPLE_BYTES] for start in _sample_starts(len(content)))
 
 
 def hashed(parts: Iterable[bytes]) -> int:
-    """Hash a list of strings to 64 bits; never 0, which stands for nothing."""
+    """Hash a list of strings to 64 bits; never 0, which means "no hash"."""
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         digest.update(len(part).to_bytes(8, "little"))  # so that ("ab", "c") is not ("a", "bc")
@@ -55,9 +49,9 @@ def _sample_starts(size: int) -> list[int]:
 
 
 def derived(path: Path, folder: Path, name: str, make: Callable[[Path], None]) -> Path:
-    """Return the file that `make` derives from `path`, made only where it is not there yet.
+    """Return the file that `make` derives from `path`, creating it only if it does not exist yet.
 
-    Several processes may ask at once: one makes it, the others wait. A half-written file is never seen.
+    If several processes ask at once, one creates it and the others wait. Nobody ever sees a half-written file.
     """
     target = folder / f"{content_key(path)}-{name}"
     if target.exists():
@@ -75,17 +69,15 @@ def derived(path: Path, folder: Path, name: str, make: Callable[[Path], None]) -
 
 
 def unpacked(path: Path, folder: Path) -> Path:
-    """Return the plain copy of a gzip or zstd file; random access into a compressed one would read it from its start.
+    """Return an uncompressed copy of a gzip or zstd file, since random access into those reads from the start.
 
-    Raise DataError for a damaged or cut-off file.
+    Raise DataError for a damaged or truncated file.
     """
 
     def unpack(target: Path) -> None:
+        codec = CODECS[path.suffix.lower()]
         try:
-            with (
-                pa.input_stream(str(path), compression=CODECS[path.suffix.lower()]) as source,
-                target.open("wb") as out,
-            ):
+            with pa.input_stream(str(path), compression=codec) as source, target.open("wb") as out:
                 while block := source.read(BLOCK):
                     out.write(block)
         except OSError as error:

@@ -1,7 +1,7 @@
-"""What the columns of a table mean beyond what they store: JSON, names of classes, and media that nobody reads here.
+"""What the columns of a table mean beyond what they store: JSON, class names, and media that are not supported.
 
-Arrow marks JSON itself (parquet's logical type, and the `Json()` of datasets); all else follows from the features that
-datasets writes beside the schema. A cell becomes what datasets itself would give, or an error that names its feature.
+Arrow itself marks JSON (parquet's logical type, and the `Json()` of datasets); the rest follows from the features that
+datasets stores with the schema. A cell becomes what datasets itself would return, or an error naming its feature.
 """
 
 import json
@@ -12,16 +12,16 @@ import pyarrow as pa
 
 Decode = Callable[[object], object]
 
-# Kinds of datasets 5.2 that hold what a model would have to see or hear.
+# Features of datasets 5.2 whose content a model would have to see or hear.
 _UNREAD = ("Audio", "Pdf", "Nifti", "Mesh", "BioSequence", "BioStructure")
 
-_TURNS = {"messages": "content", "conversations": "value"}  # columns of turns, and where their text stands
+_TURNS = {"messages": "content", "conversations": "value"}  # columns of turns, and the field of their text
 
 
 def cell_decoders(schema: pa.Schema) -> dict[str, Decode]:
-    """Name the columns whose cells are not what they store, with the function that reads one cell.
+    """Return a decoder for each column whose cells mean something other than they store.
 
-    That function raises ValueError, with what is wrong and what to do, for a cell that cannot be read.
+    A decoder raises ValueError, saying what is wrong and what to do, for a cell that cannot be read.
     """
     features = _features(schema)
     found = {column.name: _decoder(column.type, features.get(column.name)) for column in schema}
@@ -32,7 +32,7 @@ def cell_decoders(schema: pa.Schema) -> dict[str, Decode]:
 
 
 def _features(schema: pa.Schema) -> Mapping[str, object]:
-    """Read the features that datasets keeps in a schema's metadata; none where it did not write the table."""
+    """Read the features that datasets keeps in a schema's metadata; empty if it did not write the table."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, TypeError, ValueError):
@@ -41,7 +41,7 @@ def _features(schema: pa.Schema) -> Mapping[str, object]:
 
 
 def _decoder(stored: pa.DataType, feature: object) -> Decode | None:
-    """Return what reads a cell of this type and feature; None where the cell is what it stores."""
+    """Return the decoder for cells of this type and feature, or None if they need none."""
     kind = _kind(feature)
     if kind == "Json" or isinstance(stored, pa.JsonType):
         return _read_json
@@ -63,7 +63,7 @@ def _decoder(stored: pa.DataType, feature: object) -> Decode | None:
 
 
 def _kind(feature: object) -> str:
-    """Return the name of a feature's class; "" for a plain group of fields, one of which may be called "_type"."""
+    """Return the class name of a feature; "" for a plain group of fields, one of which may be called "_type"."""
     kind = feature.get("_type") if isinstance(feature, dict) else None
     return kind if isinstance(kind, str) else ""
 
@@ -99,7 +99,7 @@ def _read_json(cell: object) -> object:
 
 
 def _class_name(names: list[str], cell: object) -> object:
-    if not isinstance(cell, int) or cell == -1:  # datasets writes -1 where there is no label
+    if not isinstance(cell, int) or cell == -1:  # datasets writes -1 for a missing label
         return None
     if not 0 <= cell < len(names):
         raise ValueError(f"is class {cell}, but its ClassLabel() has {len(names)} names. Write the names as text")
@@ -107,7 +107,7 @@ def _class_name(names: list[str], cell: object) -> object:
 
 
 def _video_path(cell: object) -> object:
-    """Take a video by its path; one that is stored inside the table has nothing that could be opened."""
+    """Return the path of a video; one stored inside the table cannot be opened."""
     if not isinstance(cell, dict):
         return cell
     if cell.get("bytes") is not None or not cell.get("path"):
@@ -124,21 +124,19 @@ def _refuse(kind: str, cell: object) -> object:
 def _refuse_quoted(field: str, cell: object) -> object:
     """Refuse turns whose text is JSON throughout.
 
-    Where the first 10 MB of a .jsonl hold text alone and a later block a list too, datasets (5.2) keeps the kind of the
-    column and writes every value of that block as JSON text: '"A cat."' with its quote marks, and the list as text.
+    If the first 10 MB of a .jsonl hold only text and a later block also holds a list, datasets (5.2) keeps the type of
+    the column and writes every value of that block as JSON text: '"A cat."' with its quotes, and the list as text.
     """
     turns = cell if isinstance(cell, list) else []
     texts = [text for turn in turns if isinstance(turn, dict) and (text := turn.get(field)) is not None]
     if texts and all(isinstance(text, str) and _is_quoted(text) for text in texts):
-        reason = (
-            f'holds JSON text in every "{field}": {texts[0]!r:.60}. datasets writes so where the kinds of the values'
-        )
+        reason = f'holds JSON text in every "{field}": {texts[0]!r:.60}. datasets does that if the types of the values'
         raise ValueError(f"{reason} differ within a file. Name the .jsonl itself, or make the table again with Json()")
     return cell
 
 
 def _is_quoted(text: str) -> bool:
-    """Tell whether a text is JSON for a text, or for a list of parts."""
+    """Whether a text is the JSON of a string or of a list of parts."""
     if not text.startswith(('"', "[{")):
         return False
     try:

@@ -1,4 +1,4 @@
-"""The user's files as rows: any container, one row at a time. `formats` turns a row into a Sample."""
+"""The user's files as rows: any container, one row at a time. `dialects` turns a row into a Sample."""
 
 import difflib
 import json
@@ -9,29 +9,31 @@ from typing import Protocol
 import numpy as np
 
 from vlm_tune.config.hints import PICTURE_ENDINGS
-from vlm_tune.data.rows.cache import CODECS, rows_folder, unpacked
+from vlm_tune.data.rows.cache import CODECS, unpacked
 from vlm_tune.data.rows.table import TABLES, TableRows
 from vlm_tune.data.rows.tar import TarRows
 from vlm_tune.data.rows.text import TextRows
 from vlm_tune.errors import DataError
+from vlm_tune.recipes.fetch import cache_folder
+from vlm_tune.words import counted
 
 TEXTS = (".jsonl", ".json", ".ndjson")
 CONTAINERS = (*TEXTS, *TABLES, ".tar")
 
 
 class Rows(Protocol):
-    """Give access to raw records by number. Cheap to pickle: a worker process opens the files again."""
+    """Raw records by number. Cheap to pickle: a worker process reopens the files."""
 
     def __len__(self) -> int:
         """Count the rows."""
         ...
 
     def __getitem__(self, index: int, /) -> dict[str, object]:
-        """Read one row. Raise DataError, with file and line, where it cannot be read."""
+        """Read one row. Raise DataError, with file and line, if it cannot be read."""
         ...
 
     def where(self, index: int, /) -> str:
-        """Name the row as messages do: 'train.jsonl:17'."""
+        """Return the location of a row as it appears in messages: 'train.jsonl:17'."""
         ...
 
 
@@ -46,12 +48,11 @@ class ShardedRows:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> dict[str, object]:
-        """Read one row of one shard."""
         shard, row = self._find(index)
         return shard[row]
 
     def where(self, index: int) -> str:
-        """Name the row within its own file."""
+        """Return the location of a row within its own shard."""
         shard, row = self._find(index)
         return shard.where(row)
 
@@ -66,38 +67,35 @@ class ShardedRows:
 def open_rows(path: str | Path, index_folder: Path | None = None) -> Rows:
     """Open a file, a folder or a pattern such as `shards/train-*.tar` as rows.
 
-    `index_folder` keeps what is derived from the files (offsets, unpacked copies, Arrow tables), so that a second start
-    and other processes find it; a changed file is derived again. Without it offsets live in memory, and unpacked copies
-    and tables go into the user's cache.
+    `index_folder`, by default one in the user's cache, keeps what is derived from the files (offsets, unpacked copies,
+    Arrow tables) for later runs and other processes; a changed file is processed again.
 
-    Raise DataError for a missing, empty or damaged file, an unknown kind of file, and a folder whose files are not
-    the shards of one data set.
+    Raise DataError for a missing, empty or damaged file, an unknown file type, and a folder whose files are not the
+    shards of one data set.
     """
-    files = find_files(Path(path))
-    opened = [_open_file(file, index_folder) for file in files]
+    folder = index_folder or cache_folder() / "rows"
+    opened = [_open_file(file, folder) for file in find_files(Path(path))]
     return opened[0] if len(opened) == 1 else ShardedRows(opened)
 
 
-def _open_file(path: Path, index_folder: Path | None) -> Rows:
+def _open_file(path: Path, folder: Path) -> Rows:
     kind = container(path)
     if not path.is_file():
         raise DataError("is not a file: a pipe or a device has no rows to go back to.", path.name)
     if path.stat().st_size == 0:
         raise DataError("holds no rows: the file is empty.", path.name)
-    plain = path
-    if path.suffix.lower() in CODECS:
-        plain = unpacked(path, rows_folder(index_folder))
+    plain = unpacked(path, folder) if path.suffix.lower() in CODECS else path
     if kind == ".tar":
         return TarRows(plain, path.name)
     if kind in TABLES:
-        return TableRows(plain, path.name, index_folder)
-    return TextRows(plain, path.name, index_folder)
+        return TableRows(plain, path.name, folder)
+    return TextRows(plain, path.name, folder)
 
 
 def container(path: Path) -> str:
-    """Return the ending that names a file's container, compression left out: 'a.jsonl.gz' -> '.jsonl'.
+    """Return the suffix that identifies a file's container, ignoring compression: 'a.jsonl.gz' -> '.jsonl'.
 
-    Raise DataError for one that is not known.
+    Raise DataError for an unknown one.
     """
     name = path.name.lower()
     if name.endswith(".tgz"):
@@ -110,7 +108,7 @@ def container(path: Path) -> str:
 
 
 def find_files(path: Path) -> list[Path]:
-    """Find the files that a path, a pattern or a folder names. Raise DataError as `open_rows` does."""
+    """List the files of a path, a pattern or a folder. Raise DataError as `open_rows` does."""
     if "*" in path.name and not path.exists():
         found = sorted(path.parent.glob(path.name))
         if not found:
@@ -122,7 +120,7 @@ def find_files(path: Path) -> list[Path]:
 
 
 def _missing(path: Path) -> str:
-    """Say what is there instead of a missing file."""
+    """Return the message for a missing path: the closest names, or what the folder holds instead."""
     what = "no such file" if path.parent.is_dir() else "no such folder"
     while not path.parent.is_dir():
         path = path.parent
@@ -136,7 +134,7 @@ def _missing(path: Path) -> str:
 
 
 def _folder_files(folder: Path) -> list[Path]:
-    """Find the files of a data set folder: Hugging Face's save_to_disk, its hub layout, or the shards of one set."""
+    """List the files of a data set folder: Hugging Face's save_to_disk, its hub layout, or the shards of one set."""
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
         raise DataError(f"holds the splits {', '.join(splits)}. Name one: {folder.name}/{splits[0]}.", str(folder))
@@ -145,7 +143,9 @@ def _folder_files(folder: Path) -> list[Path]:
     found = _data_files(folder) or (_data_files(folder / "data") if (folder / "data").is_dir() else [])
     if not found:
         num_pictures = sum(entry.suffix.lower() in PICTURE_ENDINGS for entry in folder.iterdir())
-        pictures = f" but {num_pictures} pictures. Write a file of rows that names them" if num_pictures else ""
+        pictures = (
+            f" but {counted(num_pictures, 'picture')}. Write a file of rows that names them" if num_pictures else ""
+        )
         raise DataError(f"holds no data file{pictures}. Known: {', '.join(CONTAINERS)}.", str(folder))
     sets = {re.sub(r"[-_.]?\d+(-of-\d+)?", "", file.name) for file in found}
     if len(sets) > 1:
@@ -155,7 +155,7 @@ def _folder_files(folder: Path) -> list[Path]:
 
 
 def _data_files(folder: Path) -> list[Path]:
-    """List the files of a known container; JSON beside shards of another kind describes them and is no data."""
+    """List the files in a known container; JSON beside shards of another type describes them and is not data."""
 
     def kind(entry: Path) -> str:
         try:
@@ -170,7 +170,7 @@ def _data_files(folder: Path) -> list[Path]:
 
 
 def _saved_dataset(folder: Path) -> list[Path]:
-    """Read which Arrow files `datasets.Dataset.save_to_disk` wrote."""
+    """List the Arrow files that `datasets.Dataset.save_to_disk` wrote."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         names = [entry["filename"] for entry in state["_data_files"]]

@@ -1,4 +1,4 @@
-"""Rows of tables: csv, tsv, xlsx, parquet and Arrow. All become Arrow files, mapped and never loaded whole."""
+"""Rows of tables: csv, tsv, xlsx, parquet and Arrow. All become Arrow files, memory-mapped and never loaded whole."""
 
 import csv
 import zipfile
@@ -10,23 +10,23 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from vlm_tune.data.rows.cache import derived, rows_folder
+from vlm_tune.data.rows.cache import derived
 from vlm_tune.data.rows.features import cell_decoders
 from vlm_tune.errors import DataError
 
 SPREADSHEETS = (".csv", ".tsv", ".xlsx")  # the header is row 1, as every editor shows it
 TABLES = (*SPREADSHEETS, ".parquet", ".arrow", ".feather")
 _BATCH = 1024  # rows
-_BATCH_BYTES = 1 << 24  # a batch of large rows has fewer of them
-_READ_BYTES = 1 << 16  # of a parquet column at once; without it, pyarrow reads the column of a whole row group
-_MAX_ROW = 1 << 26  # bytes of one csv row: cells may hold pictures in base64
+_BATCH_BYTES = 1 << 24  # batches of large rows hold fewer rows
+_READ_BYTES = 1 << 16  # read from a parquet column at a time; by default, pyarrow reads the whole row group's column
+_MAX_ROW = 1 << 26  # bytes of a csv row: cells may hold base64 pictures
 
 
 class TableRows:
     """Read single rows of a table; `where` counts as a spreadsheet does (parquet and Arrow: from 1, no header)."""
 
-    def __init__(self, path: Path, name: str, index_folder: Path | None) -> None:
-        """Open the table; all but .arrow are converted once, into `index_folder` (.feather is mostly compressed).
+    def __init__(self, path: Path, name: str, folder: Path) -> None:
+        """Open the table; everything but .arrow is converted once, into `folder` (.feather is mostly compressed).
 
         Raise DataError for a damaged file, rows of unequal length and text that is not UTF-8.
         """
@@ -35,7 +35,6 @@ class TableRows:
         self._first_row = 2 if suffix in SPREADSHEETS else 1
         self._path = path
         if suffix != ".arrow":
-            folder = rows_folder(index_folder)
             self._path = derived(path, folder, f"{path.name}.arrow", lambda target: _convert(path, name, target))
         self._open()
         self._ends = np.cumsum([batch.num_rows for batch in self._batches])
@@ -48,7 +47,7 @@ class TableRows:
     def __getitem__(self, index: int) -> dict[str, object]:
         """Read one row as plain Python values; pictures stay encoded bytes.
 
-        Raise DataError for a cell that is not what its column's feature says, or of a feature that is not read.
+        Raise DataError for a cell that contradicts its column's feature, or whose feature is not supported.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
@@ -67,7 +66,7 @@ class TableRows:
         return f"{self.name}:{index + self._first_row}"
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave the mapped table behind: another process maps it again, at no cost."""
+        """Drop the mapped table: another process maps it again, at no cost."""
         return self.__dict__ | {"_batches": None, "_decoders": None}
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -80,7 +79,7 @@ class TableRows:
 
 
 def _batches(path: Path, name: str) -> Iterator[pa.RecordBatch]:
-    """Map an Arrow file or stream (Hugging Face writes streams), a batch at a time."""
+    """Memory-map an Arrow file or stream (Hugging Face writes streams), one batch at a time."""
     try:
         source = pa.memory_map(str(path))
         try:
@@ -95,11 +94,9 @@ def _batches(path: Path, name: str) -> Iterator[pa.RecordBatch]:
 
 
 def _convert(path: Path, name: str, target: Path) -> None:
-    """Write a table as an Arrow stream; its batches are small, so that one row is found without its neighbours."""
-    read = {".xlsx": _read_xlsx, ".parquet": _read_parquet, ".feather": _read_feather}.get(
-        path.suffix.lower(), _read_csv
-    )
-    batches = read(path, name)
+    """Write a table as an Arrow stream of small batches, so that reading a row does not read many neighbours."""
+    readers = {".xlsx": _read_xlsx, ".parquet": _read_parquet, ".feather": _read_feather}
+    batches = readers.get(path.suffix.lower(), _read_csv)(path, name)
     first = next(batches, None)
     if first is None:
         raise DataError("holds no rows.", name)
@@ -119,10 +116,10 @@ def _read_parquet(path: Path, name: str) -> Iterator[pa.RecordBatch]:
 
 
 def _read_group(file: pa.parquet.ParquetFile, group: int) -> Iterator[pa.RecordBatch]:
-    """Read a row group in batches of about _BATCH_BYTES; one of more than 2 GiB in a column cannot be read at all.
+    """Read a row group in batches of about _BATCH_BYTES; a batch with over 2 GiB in one column cannot be read at all.
 
-    How large rows are is known on average only, and not at all where a dictionary stands for them. After a batch that
-    is far too large, or too large to be read, the group is read again in smaller ones, behind the rows that are done.
+    Only the average size of the rows is known, and not even that with dictionary encoding. After a batch that is far
+    too large, or too large to be read, the group is read again in smaller batches, skipping the rows already done.
     """
     facts = file.metadata.row_group(group)
     size = min(_BATCH, max(1, _BATCH_BYTES * facts.num_rows // max(1, facts.total_byte_size)))
@@ -153,7 +150,9 @@ def _read_feather(path: Path, name: str) -> Iterator[pa.RecordBatch]:
 def _read_csv(path: Path, name: str) -> Iterator[pa.RecordBatch]:
     """Read every cell as text: what looks like a number may be an id such as 0042."""
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    header = _header(path, name, delimiter)
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        header = next(csv.reader(file, delimiter=delimiter), [])
+    _check_header(header, name)
     uneven: list[pa.csv.InvalidRow] = []
 
     def stop(row: pa.csv.InvalidRow) -> str:
@@ -180,14 +179,11 @@ def _read_csv(path: Path, name: str) -> Iterator[pa.RecordBatch]:
         raise DataError(f"not a table: {error}. Write it again as UTF-8.", name) from error
 
 
-def _header(path: Path, name: str, delimiter: str) -> list[str]:
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        header = next(csv.reader(file, delimiter=delimiter), [])
+def _check_header(header: list[str], name: str) -> None:
     if not header:
         raise DataError("holds no rows.", name)
     if "" in header or len(set(header)) < len(header):
         raise DataError(f"the header {header} has an empty or repeated name. Name each column once.", f"{name}:1")
-    return header
 
 
 def _check_utf8(path: Path, name: str) -> None:
@@ -201,7 +197,7 @@ def _check_utf8(path: Path, name: str) -> None:
 
 
 def _read_xlsx(path: Path, name: str) -> Iterator[pa.RecordBatch]:
-    """Read the one sheet of a workbook that holds something; every cell becomes text, an empty one "" ."""
+    """Read the only non-empty sheet of a workbook; every cell becomes text, an empty one ""."""
     try:
         import openpyxl  # only the few who have xlsx tables need it
     except ImportError as error:
@@ -220,7 +216,6 @@ def _read_xlsx(path: Path, name: str) -> Iterator[pa.RecordBatch]:
     while cells and not any(cells[-1]):
         cells.pop()
     header, *rows = cells
-    if "" in header or len(set(header)) < len(header):
-        raise DataError(f"the header {header} has an empty or repeated name. Name each column once.", f"{name}:1")
+    _check_header(header, name)
     columns = [[row[number] if number < len(row) else "" for row in rows] for number in range(len(header))]
     yield from pa.table(dict(zip(header, columns, strict=True))).to_batches(max_chunksize=_BATCH)

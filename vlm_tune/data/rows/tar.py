@@ -1,6 +1,6 @@
-"""Rows of webdataset shards: the neighbouring members of a tar file whose names differ only behind the first dot.
+"""Rows of webdataset shards: neighbouring members of a tar file whose names differ only after the first dot.
 
-What belongs to a sample is decided as webdataset 1.0 does, and an error says what it would pass over.
+Members are grouped into samples as webdataset 1.0 does; if it would silently skip something, an error says so.
 """
 
 import io
@@ -17,7 +17,7 @@ import numpy as np
 
 from vlm_tune.errors import DataError
 
-# The last five open nowhere, or not everywhere: they must not be passed over as what is not for us.
+# The last five cannot be opened, or not everywhere; they are listed so that they are not skipped as foreign members.
 _PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "avif", "jfif", "heic", "heif", "jxl")
 _TEXTS = ("txt", "caption")
 _META = re.compile(r"__[^/]*__($|/)")  # of the archive itself: "__meta__", "__index__/..."
@@ -25,25 +25,16 @@ _META = re.compile(r"__[^/]*__($|/)")  # of the archive itself: "__meta__", "__i
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """Hold one file of a sample."""
+    """One file of a sample."""
 
     key: str  # "a/000017"
-    ending: str  # "seg.png", in small letters
+    ending: str  # "seg.png", in lower case
     name: str  # "a/000017.seg.png"
     content: bytes
 
-    @property
-    def is_picture(self) -> bool:
-        """Tell by the last ending."""
-        return self.ending.rsplit(".", 1)[-1] in _PICTURES
-
     def as_picture(self) -> dict[str, object]:
-        """Give the file as a row holds a picture."""
+        """Return the file in the form in which rows hold pictures."""
         return {"bytes": self.content, "path": self.name}
-
-    def answers_to(self, written: str) -> bool:
-        """Say whether a row may mean this file: by its whole name, its name without folders, or its ending."""
-        return written in (self.name, self.ending) or written.rpartition("/")[2] == self.name.rpartition("/")[2]
 
 
 class TarRows:
@@ -64,20 +55,20 @@ class TarRows:
         return len(self._offsets) - 1
 
     def __getitem__(self, index: int) -> dict[str, object]:
-        """Read one sample. Raise DataError where its files cannot be read, or do not say one thing."""
+        """Read one sample. Raise DataError if its files cannot be read or contradict each other."""
         members = self._members(index)
         record: dict[str, object] = {"id": members[0].key}
         for member in members:
             if member.ending == "json":
                 record |= self._fields(index, member.content)
         for member in members:
-            # Other members (.cls, .npy, embeddings) are not for us: shards are shared between kinds of training.
+            # Other members (.cls, .npy, embeddings) are skipped: shards are shared between kinds of training.
             if member.ending in _TEXTS:
                 caption = self._text(index, member.content)
                 if record.setdefault("caption", caption) != caption:
                     reason = f'".{member.ending}" and another file give different captions. Keep one of them.'
                     raise DataError(reason, self.where(index))
-        pictures = [member for member in members if member.is_picture]
+        pictures = [member for member in members if member.ending.rpartition(".")[2] in _PICTURES]
         if pictures and not _fill_parts(record.get("messages"), pictures):
             written = _written(record.pop("image", None)) or _written(record.get("images"))
             chosen = self._in_order(index, pictures, written)
@@ -85,9 +76,9 @@ class TarRows:
         return record
 
     def _in_order(self, index: int, pictures: list[Member], written: Sequence[str]) -> list[Member]:
-        """Choose the pictures that the row names, in its order; without names there, all in the archive's order.
+        """Return the pictures that the row names, in its order; without names, all of them in the archive's order.
 
-        One name for one picture needs no likeness: it may be a path from before the picture was put into the shard.
+        A single name for a single picture need not match: it may be the path from before the picture was packed.
         """
         found = [_find(pictures, name) for name in written]
         named = [each for each in found if each is not None]
@@ -106,7 +97,7 @@ class TarRows:
         return f"{self.name}:{self._members(index, first_only=True)[0].key}"
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave the open file behind."""
+        """Drop the open file."""
         return self.__dict__ | {"_file": None}
 
     def __del__(self) -> None:
@@ -160,14 +151,16 @@ class TarRows:
 
 
 def _find(pictures: list[Member], written: object) -> Member | None:
-    """Return the picture that a row may mean by what it writes."""
+    """Return the picture that a row refers to: by its full name, its name without folders, or its ending."""
     if not isinstance(written, str):
         return None
-    return next((each for each in pictures if each.answers_to(written)), None)
+    last = written.rpartition("/")[2]
+    fits = (each for each in pictures if written in (each.name, each.ending) or each.name.rpartition("/")[2] == last)
+    return next(fits, None)
 
 
 def _fill_parts(turns: object, pictures: list[Member]) -> bool:
-    """Put the pictures into the image parts of OpenAI messages that name them; say whether one did."""
+    """Put the pictures into the image parts of OpenAI messages that name them; return whether any did."""
     is_named = False
     for turn in turns if isinstance(turns, list) else []:
         parts = turn.get("content") if isinstance(turn, dict) else None
@@ -181,7 +174,7 @@ def _fill_parts(turns: object, pictures: list[Member]) -> bool:
 
 
 def _written(value: object) -> list[str]:
-    """List the names in a row's "image" or "images": texts, or objects with a path."""
+    """List the names in a row's "image" or "images": strings, or objects with a path."""
     values = value if isinstance(value, list) else [value]
     paths = [each.get("path") if isinstance(each, dict) else each for each in values]
     return [path for path in paths if isinstance(path, str) and path]
@@ -190,8 +183,8 @@ def _written(value: object) -> list[str]:
 def _split(file: tarfile.TarInfo) -> tuple[str, str]:
     """Split at the first dot of the file's own name: 'a/000017.seg.png' -> ('a/000017', 'seg.png').
 
-    Of what belongs to no sample, the key is "": folders, names without an ending, hidden files (macOS packs a "._x" for
-    each x), and files about the archive itself.
+    The key is "" for members that belong to no sample: folders, names without an ending, hidden files (macOS packs a
+    "._x" for each x), and files about the archive itself.
     """
     folder, slash, name = file.name.rpartition("/")
     key, dot, ending = name.partition(".")

@@ -1,7 +1,7 @@
 """Rows of .jsonl and .json files: found by byte offset in one scan, parsed one at a time.
 
-Ten million rows cost one int64 array. Reads go through `pread`: forked workers share the file without sharing a
-position, and a shuffled pass does not count the whole file as the process's memory, as a memory map would.
+Ten million rows cost one int64 array. Reads go through `pread`: forked workers share the file without sharing its
+position, and unlike with a memory map, a shuffled pass does not count the whole file as memory of the process.
 """
 
 import codecs
@@ -18,9 +18,9 @@ from vlm_tune.errors import DataError
 
 Offsets = npt.NDArray[np.int64]
 
-ARRAY_BLOCK = BLOCK >> 4  # an array needs some 100 bytes for each byte that is looked at
+ARRAY_BLOCK = BLOCK >> 4  # scanning an array takes some 100 bytes of memory per byte
 
-_LONGEST_FIRST_LINE = 1 << 24  # bytes; a longer one is an array or object as a whole
+_LONGEST_FIRST_LINE = 1 << 24  # bytes; a longer one is a whole array or object
 _NEWLINE, _QUOTE, _BACKSLASH, _COMMA = (ord(character) for character in '\n"\\,')
 _OPEN, _CLOSE = np.zeros(256, bool), np.zeros(256, bool)
 _OPEN[[ord("["), ord("{")]] = True
@@ -32,26 +32,22 @@ _BLANK[list(b" \t\r\n\v\f")] = True
 _REMEDIES = {
     "lines": "Write one JSON object per line.",
     "array": "Mend this row of the array.",
-    "object": "Mend the file.",
+    "object": "Fix the file.",
 }
 
 
 class TextRows:
-    """Read single rows of a JSON text file; `where` gives the true line, blank lines counted."""
+    """Read single rows of a JSON text file; `where` gives the true line, counting blank lines."""
 
-    def __init__(self, path: Path, name: str, index_folder: Path | None) -> None:
-        """Scan the file, or take its offsets from `index_folder`, where another process may have put them.
+    def __init__(self, path: Path, name: str, folder: Path) -> None:
+        """Scan the file, or load its offsets from `folder`, where another process may have saved them.
 
         Raise DataError for a file without rows, an array that is never closed, and UTF-16.
         """
         self.path, self.name = path, name
         self._layout, start = _layout(path, name)
-        self._index: Path | None = None
-        if index_folder is None:
-            self._offsets = self._scan(start)
-        else:
-            self._index = derived(path, index_folder, f"{path.name}.npy", lambda target: self._save(start, target))
-            self._offsets = np.load(self._index, mmap_mode="r")
+        self._index = derived(path, folder, f"{path.name}.npy", lambda target: self._save(start, target))
+        self._offsets = np.load(self._index, mmap_mode="r")
         self._file: BinaryIO | None = None
         if len(self) == 0:
             raise DataError("holds no rows. Write one JSON object per line.", name)
@@ -60,7 +56,7 @@ class TextRows:
         return int(self._offsets.shape[1]) - 1
 
     def __getitem__(self, index: int) -> dict[str, object]:
-        """Parse one row. Raise DataError for what is not UTF-8, not JSON or not an object, with line and column."""
+        """Parse one row. Raise DataError, with line and column, if it is not UTF-8, not JSON or not an object."""
         raw = self._raw(index)
         try:
             record = json.loads(raw.decode("utf-8"))
@@ -83,18 +79,16 @@ class TextRows:
         return record
 
     def where(self, index: int) -> str:
-        """Return 'train.jsonl:17'; rows of an array that share a line are told apart by their number."""
+        """Return 'train.jsonl:17'; for rows of an array that share a line, also their number."""
         return self._where(index, self._raw(index) if self._layout == "array" else b"", 0)
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave the open file behind, and the offsets too where every process can map them from disk."""
-        state = self.__dict__ | {"_file": None}
-        return state | {"_offsets": None} if self._index is not None else state
+        """Drop the open file and the offsets, which every process can map from disk."""
+        return self.__dict__ | {"_file": None, "_offsets": None}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
-        if self._index is not None:
-            self._offsets = np.load(self._index, mmap_mode="r")
+        self._offsets = np.load(self._index, mmap_mode="r")
 
     def __del__(self) -> None:
         if getattr(self, "_file", None) is not None:
@@ -112,7 +106,7 @@ class TextRows:
         return raw[:-1] if self._layout == "array" else raw.rstrip()  # [:-1]: the comma or bracket that ends the row
 
     def _where(self, index: int, raw: bytes, lines_down: int) -> str:
-        """Name the line `lines_down` below the row's start; in an array, blank space before the row is skipped."""
+        """Return the line `lines_down` below the start of a row; in an array, white space before the row is skipped."""
         if self._offsets.shape[0] == 1:
             return f"{self.name}:{index + 1 + lines_down}"
         above = raw[: len(raw) - len(raw.lstrip())].count(b"\n")
@@ -133,9 +127,9 @@ class TextRows:
 
 
 def _layout(path: Path, name: str) -> tuple[str, int]:
-    """Tell what a JSON file holds: lines (one object each), an array of rows, or a single object; and where it starts.
+    """Return what a JSON file holds ("lines", one object each, an "array" of rows, or one "object"), and its start.
 
-    The name does not decide: tutorials write arrays into .jsonl files and lines into .json files.
+    The file name does not decide: tutorials write arrays into .jsonl files and lines into .json files.
     """
     with path.open("rb") as file:
         head = file.read(1 << 16)
@@ -161,9 +155,9 @@ def _layout(path: Path, name: str) -> tuple[str, int]:
 
 
 def _scan_lines(path: Path, start: int) -> Offsets:
-    """Find where each line starts that is not blank: (1, N+1) offsets; (2, N+1) with line numbers if any line is blank.
+    """Find the start of each line that is not blank: (1, N+1) offsets; (2, N+1) with line numbers if any is blank.
 
-    A row reaches to the start of the next one; the blank lines in between are white space.
+    A row extends to the start of the next one; blank lines in between are white space.
     """
     starts, suspects = [], []
     position, is_fresh = start, True  # is_fresh: the block begins with a new line
@@ -193,8 +187,8 @@ def _scan_lines(path: Path, start: int) -> Offsets:
 def _scan_array(path: Path, name: str, start: int) -> Offsets:
     """Find the rows of a JSON array: (2, N+1) offsets behind the bracket and commas that bound them, and their lines.
 
-    Only brackets, commas, quotes, backslashes and line ends are looked at, so that a faulty row is an error of that row
-    alone. A line end closes an open text (JSON allows none inside): a missing quote reaches no further than its line.
+    Only brackets, commas, quotes, backslashes and line ends are examined, so a faulty row is an error of that row only.
+    A line end closes an open string (JSON allows none inside): a missing quote affects only its own line.
     """
     offsets, lines = [], []
     position, line, depth, in_text, ended_by = start, 1, 0, 0, 0
@@ -229,7 +223,7 @@ def _scan_array(path: Path, name: str, start: int) -> Offsets:
 
 
 def _structure(codes: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
-    """Return where the characters that give JSON its structure stand, and what they are, without escaped quotes."""
+    """Return the positions and codes of JSON's structural characters, leaving out escaped quotes."""
     at = np.flatnonzero(_STRUCTURE[codes])
     code = codes[at]
     is_escape = code == _BACKSLASH
@@ -245,16 +239,14 @@ def _structure(codes: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.int64], npt
 
 
 def _check_array(file: BinaryIO, name: str, found: Offsets, ended_by: int) -> None:
-    """Refuse an array whose brackets do not match: what follows the fault cannot be told apart."""
+    """Refuse an array whose brackets do not match: the rows behind the fault cannot be separated."""
     last, line = found[:, -1].tolist()
     file.seek(last)
     rest = file.read(1 << 16)
     if not ended_by:
         line += rest[: len(rest) - len(rest.lstrip())].count(b"\n")
-        reason = (
-            "not JSON: the array is never closed. A bracket or a quote is missing in this row, or the file is cut off."
-        )
-        raise DataError(reason, f"{name}:{line}")
+        reason = "the array is never closed. A bracket or a quote is missing in this row, or the file is cut off."
+        raise DataError(f"not JSON: {reason}", f"{name}:{line}")
     if ended_by != ord("]") or rest.strip():
         reason = "not JSON: the array ends here, but the file goes on. Remove the bracket that is too many in this row."
         raise DataError(reason, f"{name}:{line}")

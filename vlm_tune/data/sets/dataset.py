@@ -1,4 +1,4 @@
-"""One data file as examples: a row is parsed, measured, encoded and cut into tiles when it is asked for."""
+"""One data file as examples: a row is parsed, measured, encoded and cut into tiles on demand."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from vlm_tune.config.schema import AugmentConfig, DataConfig, TileRule, TilesConfig
 from vlm_tune.data.dialects.dialects import parse_record, recognise_rows
-from vlm_tune.data.encode import Encoder, Example
+from vlm_tune.data.encode import Encoder
+from vlm_tune.data.example import Example
 from vlm_tune.data.pictures.anyres import Spread
 from vlm_tune.data.pictures.augment import augment
 from vlm_tune.data.pictures.feature_cache import FeatureCache
@@ -20,10 +21,9 @@ from vlm_tune.data.pictures.images import ImageReader
 from vlm_tune.data.rows.rows import open_rows
 from vlm_tune.data.sample import Picture, Sample
 from vlm_tune.data.tiles import make_tiles, picture_spreads, picture_tiles, tile_limits
-from vlm_tune.recipes.fetch import cache_folder
 
 Measure = Callable[[Picture, str, str | None], tuple[int, int]]
-"""The size of a picture (width, height), by ImageReader.read_size or a method that looks closer."""
+"""Returns the (width, height) of a picture: ImageReader.read_size, or a method that checks more."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +38,17 @@ class PictureSettings:
 class Conversations:
     """Read the rows of one data file as Samples and Examples.
 
-    Workers share nothing but the file: an object costs its row offsets, not its rows.
+    Workers share only the file: an object holds the offsets of the rows, not the rows.
     """
 
     def __init__(self, path: Path, config: DataConfig, encoder: Encoder, pictures: PictureSettings) -> None:
         self.path = path
-        self.rows = open_rows(path, cache_folder() / "rows")
+        self.rows = open_rows(path)
         self.encoder = encoder
         self.pictures = pictures
         self.root = Path(config.image.root) if config.image.root else path if path.is_dir() else path.parent
         self.reader = ImageReader(config.image, self.root)
-        self.cache: FeatureCache | None = None  # set where a frozen encoder's features are kept
+        self.cache: FeatureCache | None = None  # set if the features of a frozen vision tower are cached
         self.ignored = frozenset(config.ignore_fields)
         self.format = config.format if config.format != "auto" else recognise_rows(self.rows, self.ignored)
 
@@ -57,11 +57,11 @@ class Conversations:
 
     @property
     def sets(self) -> list["Conversations"]:
-        """Be a mixture of one set (see mixture.py)."""
+        """Return itself, as a mixture of one set would (see mixture.py)."""
         return [self]
 
     def locate(self, row: int) -> tuple["Conversations", int]:
-        """Find a row of a mixture of one set."""
+        """Return the set of a row and its number there, as a mixture of one set would."""
         return self, row
 
     def sample(self, row: int) -> Sample:
@@ -73,12 +73,12 @@ class Conversations:
         return parse_record(record, self.format, self.rows.where(row), row, self.root, self.ignored)
 
     def encode(self, row: int) -> Example:
-        """Encode one row; its pictures' sizes come from their headers alone."""
+        """Encode one row; only the headers of its pictures are read."""
         sample = self.sample(row)
         return self.encoder.encode(sample, self.tiling(sample))
 
     def tiling(self, sample: Sample, measure: Measure | None = None) -> "Tiling":
-        """Measure a sample's pictures once, by default from their headers; tile counts under any limit follow."""
+        """Measure a sample's pictures once, by default from their headers, to count their tiles under any limit."""
         measure = measure or self.reader.read_size
         sizes = [measure(picture, sample.where, sample.id) for picture in sample.pictures]
         return Tiling(sizes, [picture.is_frame for picture in sample.pictures], self.pictures.tiles)
@@ -86,7 +86,7 @@ class Conversations:
     def make_tiles(
         self, sample: Sample, example: Example, generator: np.random.Generator | None = None
     ) -> npt.NDArray[np.uint8]:
-        """Cut all pictures of a sample into tiles (T, H, W, 3); a generator turns augmentation on."""
+        """Cut all pictures of a sample into tiles (T, H, W, 3); with a generator, pictures are augmented."""
         size = self.pictures.tiles.size
         limited = self.limited_pictures(sample, example)
         images = self.reader.open_pictures([picture for picture, _ in limited], sample.where, sample.id)
@@ -103,7 +103,7 @@ class Conversations:
         return make_tiles(image, self.pictures.tiles, limit, self.pictures.normalization)
 
     def read_features(self, sample: Sample, example: Example) -> Tensor:
-        """Read what the frozen encoder saw in a sample's pictures: (T, P, C)."""
+        """Read the cached features of a sample's pictures: (T, P, C)."""
         assert self.cache is not None
         features = [
             self.cache.read(self.cache.key(self.reader.read_content(picture, sample.where, sample.id), limit))
@@ -120,14 +120,14 @@ class Conversations:
 
 @dataclass(frozen=True)
 class Tiling:
-    """Give the tiles of each picture of a sample under a limit."""
+    """The tiles of each picture of a sample as a function of their limit."""
 
     sizes: list[tuple[int, int]]
     is_frame: list[bool]
     tiles: TilesConfig
 
     def __call__(self, max_tiles: int) -> tuple[int, ...] | tuple[Spread, ...]:
-        """Count the tiles of each picture when the sample may have `max_tiles` in all; of anyres, say how they lie."""
+        """Count the tiles of each picture if the sample may have `max_tiles` in all; with anyres, return Spreads."""
         if self.tiles.rule is TileRule.anyres:
             return picture_spreads(self.sizes, self.is_frame, self.tiles, max_tiles)
         return picture_tiles(self.sizes, self.is_frame, self.tiles, max_tiles)

@@ -1,7 +1,7 @@
 """Sizes of all rows, found before the first step: tokens, supervised tokens, tiles; and every faulty row.
 
-They are found once, by several processes, and kept in the cache as a mapped array: 28 bytes a row. A hash of what each
-row says stands beside them, so that an interrupted run knows its rows again.
+They are found once, by several processes, and cached as a memory-mapped array of 28 bytes a row. With them goes a hash
+of the content of each row, by which an interrupted run recognises its rows.
 """
 
 import gc
@@ -9,8 +9,7 @@ import hashlib
 import json
 import os
 import signal
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from filelock import FileLock
-from rich.console import Console
-from rich.progress import Progress
 from torch.utils.data import DataLoader, Dataset
 
-from vlm_tune.data.encode import Lengths
+from vlm_tune.data.example import Lengths
 from vlm_tune.data.fit import SkippedSample
 from vlm_tune.data.pictures.images import CheckedPictures
+from vlm_tune.data.progress import Follow, unseen
 from vlm_tune.data.rows.cache import content_key, hashed, sampled
 from vlm_tune.data.rows.rows import find_files
 from vlm_tune.data.sample import Sample
@@ -36,15 +34,14 @@ from vlm_tune.recipes.fetch import cache_folder
 
 SHOWN = 20  # faults that an error message lists
 CHUNK = 500  # rows that are tokenized together
-MANY = 5000  # rows that are worth processes of their own
-PATIENCE = 3.0  # seconds before a progress bar appears
+MANY = 5000  # from this many rows on, starting processes pays off
 SIZES, FINDINGS = "sizes.npy", "findings.json"
 CODE = Path(__file__).parents[1]  # all of data/
 
 
 @dataclass
 class Findings:
-    """What the pass over all rows found beside the sizes."""
+    """What a pass over all rows found besides the sizes."""
 
     faults: list[DataError] = field(default_factory=list)
     skipped: list[DataError] = field(default_factory=list)  # rows that data.on_too_long=skip leaves out
@@ -52,7 +49,7 @@ class Findings:
     fault_rows: list[int] = field(default_factory=list)  # the numbers of the rows in `faults`
 
     def merge(self, other: "Findings") -> None:
-        """Add what was found in other rows."""
+        """Add the findings in other rows."""
         for name, found in vars(other).items():
             getattr(self, name).extend(found)
 
@@ -60,42 +57,36 @@ class Findings:
 Measured = tuple[npt.NDArray[np.void], Findings]
 
 
-def open_index(data: Conversations, workers: int = 0) -> Measured:
-    """Read the sizes of all rows, a table of ROWs, from the cache, or measure them and keep them there.
+def open_index(data: Conversations, workers: int = 0, follow: Follow = unseen) -> Measured:
+    """Read the sizes of all rows, a table of ROWs, from the cache, or measure and cache them.
 
-    Rows that were faulty are looked at again each time: their pictures may have been mended since, which the key of the
-    cache does not see. Several processes may ask at once: one works, the others wait.
+    Faulty rows are measured again each time: their pictures may have been fixed since, which does not change the key of
+    the cache. If several processes ask at once, one works and the others wait.
     """
     folder = cache_folder() / "index" / index_key(data)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         if not (folder / SIZES).is_file():
-            table, findings = measure_all(data, np.arange(len(data)), workers)
+            table, findings = measure_all(data, np.arange(len(data)), workers, follow)
             save(folder, table, findings)
             return load(folder)
         table, findings = load(folder)
         if findings.faults:
-            mended, still = measure_all(data, np.array(findings.fault_rows), workers)
+            fixed, still = measure_all(data, np.array(findings.fault_rows), workers, follow)
             if still.fault_rows != findings.fault_rows:
                 findings.faults, findings.fault_rows = [], []
                 findings.merge(still)
-                joined = np.concatenate([table, mended])
+                joined = np.concatenate([table, fixed])
                 save(folder, joined[np.argsort(joined["row"])], findings)
                 return load(folder)
     return table, findings
 
 
 def index_key(data: Conversations) -> str:
-    """Name everything that the sizes and the faults of a file's rows depend on, this program's own code included."""
+    """Hash everything that the sizes and the faults of a file's rows depend on, including the code of this program."""
     facts = [str(data.path.resolve()), *(content_key(file) for file in find_files(data.path))]
-    facts += [
-        data.format,
-        str(sorted(data.ignored)),
-        str(data.root.resolve()),
-        str(data.reader.config),
-        str(data.pictures.tiles),
-    ]
-    facts.append(data.encoder.fingerprint())
+    facts += [data.format, str(sorted(data.ignored)), str(data.root.resolve())]
+    facts += [str(data.reader.config), str(data.pictures.tiles), data.encoder.fingerprint()]
     code = [file for file in sorted(CODE.rglob("*")) if file.suffix in (".py", ".yaml")]
     if ":" in data.format:
         code.append(Path(data.format.rpartition(":")[0]))
@@ -104,8 +95,8 @@ def index_key(data: Conversations) -> str:
 
 
 def save(folder: Path, table: npt.NDArray[np.void], findings: Findings) -> None:
-    """Keep sizes and findings. The sizes come last, and whole or not at all: without them there is no index."""
-    (folder / SIZES).unlink(missing_ok=True)  # a kill between the two files must not leave one of each age
+    """Save sizes and findings. The sizes are written last and atomically: without them there is no index."""
+    (folder / SIZES).unlink(missing_ok=True)  # a kill between the two files must not leave an old and a new one
     plain = {name: [as_json(each) for each in found] for name, found in vars(findings).items()}
     (folder / FINDINGS).write_text(json.dumps(plain, ensure_ascii=True), encoding="utf-8")
     partial = folder / f".{SIZES}"
@@ -115,8 +106,8 @@ def save(folder: Path, table: npt.NDArray[np.void], findings: Findings) -> None:
 
 
 def load(folder: Path) -> Measured:
-    """Map the sizes, which costs no memory of its own, and read the findings."""
-    # numpy's own class of mapped arrays takes ten times as long for each access as the plain view of it
+    """Memory-map the sizes and read the findings."""
+    # an access to numpy's memmap class takes ten times as long as one to a plain view of it
     table = np.asarray(np.load(folder / SIZES, mmap_mode="r"))
     found: dict[str, list[Any]] = json.loads((folder / FINDINGS).read_text(encoding="utf-8"))
     faults = [DataError(**fault) for fault in found["faults"]]
@@ -125,16 +116,16 @@ def load(folder: Path) -> Measured:
 
 
 def as_json(finding: DataError | str | int) -> object:
-    """Write a finding in plain values."""
+    """Return a finding as plain JSON values."""
     if isinstance(finding, DataError):
         return {"reason": finding.reason, "where": finding.where, "sample_id": finding.sample_id}
     return finding
 
 
-def measure_all(data: Conversations, rows: npt.NDArray[np.int64], workers: int) -> Measured:
-    """Measure the named rows, many of them in two or more processes, with a progress bar where it takes long.
+def measure_all(data: Conversations, rows: npt.NDArray[np.int64], workers: int, follow: Follow = unseen) -> Measured:
+    """Measure the given rows, many of them in two or more processes.
 
-    Processes, not the tokenizer's threads: parsing and pictures take as much time as tokenizing does.
+    Processes, not the tokenizer's threads: parsing and pictures take as much time as tokenizing.
     """
     chunks = Chunks(data, rows)
     loader = DataLoader(
@@ -143,11 +134,11 @@ def measure_all(data: Conversations, rows: npt.NDArray[np.int64], workers: int) 
         collate_fn=as_it_is,
         num_workers=max(2, workers) if len(rows) >= MANY else 0,
         worker_init_fn=start_worker,
-        generator=torch.Generator(),  # or it would draw from the one that the run is seeded with
+        generator=torch.Generator(),  # else it would draw from the generator that the run has seeded
     )
     tables, findings = [np.zeros(0, ROW)], Findings()
     try:
-        for table, found in with_progress(loader, len(chunks), f"measuring {len(rows):,} rows of {data.path.name}"):
+        for table, found in follow(loader, f"measuring {data.path.name}", "rows", len(rows), num_measured):
             tables.append(table)
             findings.merge(found)
     except RuntimeError as error:
@@ -162,12 +153,12 @@ def measure_all(data: Conversations, rows: npt.NDArray[np.int64], workers: int) 
 
 
 def as_it_is(measured: Any) -> Any:
-    """Keep DataLoader from making tensors; a lambda could not be sent to a process that is not forked."""
+    """Return the argument, so that DataLoader makes no tensors; a lambda cannot be pickled for a spawned process."""
     return measured
 
 
 class Chunks(Dataset[Measured]):
-    """Measure rows a chunk at a time; `torch.utils.data.DataLoader` spreads the chunks over processes."""
+    """Measure rows a chunk at a time; a DataLoader distributes the chunks over processes."""
 
     def __init__(self, data: Conversations, rows: npt.NDArray[np.int64]) -> None:
         self.data = data
@@ -178,7 +169,7 @@ class Chunks(Dataset[Measured]):
         return -(-len(self.rows) // CHUNK)
 
     def __getitem__(self, number: int) -> Measured:
-        """Measure one chunk; pictures by their headers and last bytes alone."""
+        """Measure one chunk; only the headers and last bytes of pictures are read."""
         rows = self.rows[number * CHUNK : (number + 1) * CHUNK].tolist()
         outcomes: dict[int, Lengths | DataError] = {}
         read: dict[int, tuple[Sample, Tiling]] = {}
@@ -224,30 +215,20 @@ def trained_content(sample: Sample) -> Iterator[bytes]:
 
 
 def start_worker(number: int) -> None:
-    """Keep a process to one thread, and its garbage collector away from what it inherited."""
+    """Limit a process to one thread, and keep its garbage collector off inherited objects."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all: the main process ends the others
     gc.freeze()
 
 
-def with_progress(chunks: Iterable[Measured], total: int, title: str) -> Iterator[Measured]:
-    """Hand the chunks on, and show a bar once that has taken a while."""
-    console = Console(stderr=True)
-    progress = Progress(console=console, transient=True)
-    task, start = progress.add_task(title, total=total), time.monotonic()
-    try:
-        for chunk in chunks:
-            yield chunk
-            progress.advance(task)
-            if not progress.live.is_started and console.is_terminal and time.monotonic() - start > PATIENCE:
-                progress.start()
-    finally:
-        if progress.live.is_started:
-            progress.stop()
+def num_measured(measured: Measured) -> int:
+    """Count the rows of a chunk, those without sizes included."""
+    table, findings = measured
+    return len(table) + len(findings.faults) + len(findings.skipped)
 
 
 def refuse_faults(findings: Findings, path: Path) -> None:
-    """Stop before training when rows are faulty, with the list of them: what many rows say alike is said once."""
+    """Raise an error that lists the faulty rows, each kind of fault once."""
     faults = findings.faults
     if len(faults) == 1:
         raise faults[0]
@@ -267,6 +248,6 @@ def _and_more(num: int) -> str:
 
 
 def write_faults(faults: list[DataError], path: Path) -> None:
-    """Write one JSON line a faulty row: where, id, reason."""
+    """Write one line of JSON per faulty row: where, id, reason."""
     lines = [{"where": fault.where, "id": fault.sample_id, "reason": fault.reason} for fault in faults]
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")

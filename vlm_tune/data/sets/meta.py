@@ -3,8 +3,8 @@
 InternVL's meta file, {name: {...}}, or a list of the same in YAML or JSON. Beyond InternVL's: `weight` and `format`.
 """
 
+import dataclasses
 import json
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,38 +15,30 @@ from vlm_tune.data.dialects.dialects import DIALECTS
 from vlm_tune.data.sets.paths import find_file
 from vlm_tune.errors import DataError
 
-_KNOWN = (
-    "root",
-    "annotation",
-    "data_augment",
-    "max_dynamic_patch",
-    "repeat_time",
-    "length",
-    "weight",
-    "format",
-    "name",
-)
 _LARGEST = 1 << 24  # bytes; a larger .json holds rows
 _YAML = (".yaml", ".yml")  # never a file of rows
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class MetaEntry:
-    """Describe one data set of a mixture."""
+    """One data set of a mixture."""
 
     name: str
-    root: Path  # of relative picture paths
+    root: Path  # base of relative picture paths
     annotation: Path
     data_augment: bool = False
     max_dynamic_patch: int | None = None  # None = the model's own limit
     repeat_time: float = 1.0  # 0.5 = half of the rows, 3.5 = all of them three times and half of them once more
-    length: int | None = None  # rows, as the file says; not relied on
-    weight: float | None = None  # share of the mixture's rows, in place of repeat_time
+    length: int | None = None  # number of rows according to the file; not relied on
+    weight: float | None = None  # share of the mixture's rows, instead of repeat_time
     format: str | None = None  # dialect of the rows; None = data.format
 
 
+_KNOWN = (*(field.name for field in dataclasses.fields(MetaEntry)[1:]), "name")
+
+
 def is_meta(path: Path) -> bool:
-    """Tell a meta file from a file of rows: YAML, or JSON that holds nothing but objects with "annotation"."""
+    """Return whether a file is a meta file, not rows: YAML, or JSON of nothing but objects with "annotation"."""
     if path.suffix.lower() in _YAML:
         return True
     if path.suffix.lower() != ".json" or not path.is_file() or path.stat().st_size > _LARGEST:
@@ -59,17 +51,17 @@ def is_meta(path: Path) -> bool:
     entries = content if is_list else list(content.values()) if isinstance(content, dict) else []
     return bool(entries) and all(
         isinstance(entry, dict) and "annotation" in entry and (not is_list or entry.keys() <= set(_KNOWN))
-        for entry in entries  # rows that have an annotation have other fields, too
+        for entry in entries  # rows with an annotation have other fields, too
     )
 
 
 def read_meta(path: Path) -> list[MetaEntry]:
     """Read a meta file: {name: {root, annotation, data_augment, max_dynamic_patch, repeat_time, length}}, or a list.
 
-    Relative paths are looked for beside the meta file, then from the current folder, as InternVL does. The root may be
-    left out: it is the annotation's folder.
+    Relative paths are looked up next to the meta file, then in the current folder, as InternVL does. The root defaults
+    to the folder of the annotation.
 
-    Raise DataError for a missing or unknown field and for values of the wrong kind, with file and data set.
+    Raise DataError, naming file and data set, for a missing or unknown field and for values of the wrong type.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -79,7 +71,7 @@ def read_meta(path: Path) -> list[MetaEntry]:
         raise DataError(f"cannot be read: {error.strerror}.", str(path)) from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         kind = "YAML" if path.suffix.lower() in _YAML else "JSON"
-        raise DataError(f"not {kind}: {error}. Mend the file.", path.name) from error
+        raise DataError(f"not {kind}: {error}. Fix the file.", path.name) from error
     if isinstance(content, list):
         content = _by_name(path, content)
     if not isinstance(content, dict) or not content:
@@ -92,7 +84,7 @@ def read_meta(path: Path) -> list[MetaEntry]:
 
 
 def _once(path: Path, pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Make a dict of a JSON object; json itself would keep the last of two of one name, in silence."""
+    """Return a JSON object as a dict; json itself would silently keep only the last of two equal names."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -102,7 +94,7 @@ def _once(path: Path, pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _by_name(path: Path, content: list[object]) -> dict[str, object]:
-    """Name the entries of a list: by "name", else by number."""
+    """Return the entries of a list by their "name", or else their number."""
     named: dict[str, object] = {}
     for number, fields in enumerate(content, 1):
         name = str(fields.get("name", number)) if isinstance(fields, dict) else str(number)
@@ -149,7 +141,7 @@ def _how_often(fields: dict[str, Any], where: str) -> tuple[float, float | None]
 
 
 def _format(fields: dict[str, Any], where: str) -> str | None:
-    """Read the dialect. A function of the user's runs code: only the command line may name one."""
+    """Read the dialect. A user's own function runs code: only the command line may name one."""
     name = fields.get("format")
     if isinstance(name, str) and ":" in name:
         raise DataError(f'"format" is {name!r}: name a function of your own with data.format=file.py:function.', where)

@@ -1,13 +1,15 @@
-"""Several data sets as one: a file names them (see meta.py), their rows are numbered through, set after set."""
+"""Several data sets as one: a file names them (see meta.py), their rows are numbered consecutively, set after set."""
 
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from vlm_tune.config.schema import AugmentConfig, Config
 from vlm_tune.data.encode import Encoder
+from vlm_tune.data.progress import Follow, unseen
 from vlm_tune.data.sets.dataset import Conversations, PictureSettings
 from vlm_tune.data.sets.index import Findings, open_index
 from vlm_tune.data.sets.meta import MetaEntry, is_meta, read_meta
@@ -17,7 +19,7 @@ from vlm_tune.errors import DataError
 
 
 class Mixture:
-    """Read the rows of several data sets under one numbering."""
+    """Read the rows of several data sets, numbered consecutively."""
 
     def __init__(self, path: Path, entries: list[MetaEntry], sets: list[Conversations]) -> None:
         self.path = path
@@ -29,15 +31,15 @@ class Mixture:
         return int(self.starts[-1])
 
     def locate(self, row: int) -> tuple[Conversations, int]:
-        """Find a row's set, and its number there."""
+        """Return the set of a row, and its number there."""
         number = int(np.searchsorted(self.starts, row, side="right")) - 1
         return self.sets[number], row - int(self.starts[number])
 
     def draw(self, index: Index) -> Draw:
-        """Say how often the entries of an index come in an epoch.
+        """Return how often the entries of an index occur in an epoch.
 
-        repeat_time counts passes over a set. weight is a set's share of an epoch, which is as long as all sets
-        together; where that is less than the whole set, every epoch draws other rows of it.
+        repeat_time is a number of passes over a set. weight is a set's share of an epoch, which is as long as all sets
+        together; if that is less than the whole set, every epoch draws other rows of it.
         """
         bounds = np.searchsorted(index.rows, self.starts)
         sizes = np.diff(bounds)
@@ -47,13 +49,13 @@ class Mixture:
             exact = weights / weights.sum() * sizes.sum()
         else:
             exact = sizes * np.array([entry.repeat_time for entry in self.entries])
-        # 0.29 * 100 is 28.999... in binary; a set that is named is never left out altogether
+        # 0.29 * 100 is 28.999... in binary; no set is ever left out altogether
         counts = np.maximum(np.floor(exact + (0.5 if is_weighted else 1e-6)), sizes > 0).astype(np.int64)
         return Draw(tuple(bounds.tolist()), tuple(counts.tolist()), rotates=is_weighted)
 
 
 def open_data(path: Path, config: Config, encoder: Encoder) -> Conversations | Mixture:
-    """Open a file of rows, or all sets that a file of a mixture names."""
+    """Open a file of rows, or all sets of a meta file."""
     if is_meta(path):
         entries = read_meta(path)
         return Mixture(path, entries, [open_set(path, entry, config, encoder) for entry in entries])
@@ -64,12 +66,12 @@ def open_data(path: Path, config: Config, encoder: Encoder) -> Conversations | M
 def open_set(path: Path, entry: MetaEntry, config: Config, encoder: Encoder) -> Conversations:
     """Open one set with its own image root, tile limit, dialect and degradation.
 
-    Raise DataError for a set whose pictures may not fit into a pack, and what opening a file raises.
+    Raise DataError if the set's pictures may not fit into a pack, and whatever opening a file raises.
     """
     tiles, stage = config.model.tiles, config.stage
     if entry.max_dynamic_patch is not None:
         tiles = replace(tiles, max=entry.max_dynamic_patch)
-        encoder = with_max_tiles(encoder, tiles.max)
+        encoder = with_settings(encoder, max_tiles=tiles.max)
         most = tiles.max + (tiles.thumbnail and tiles.max > 1)
         if stage.packing and most > stage.pack_tiles:
             reason = f'"max_dynamic_patch" makes up to {most} tiles of one picture, stage.pack_tiles is'
@@ -85,18 +87,18 @@ def open_set(path: Path, entry: MetaEntry, config: Config, encoder: Encoder) -> 
     )
 
 
-def with_max_tiles(encoder: Encoder, max_tiles: int) -> Encoder:
-    """Limit the tiles of a sample; tokenizer and template stay shared."""
-    limited = copy(encoder)
-    limited.settings = replace(encoder.settings, max_tiles=max_tiles)
-    return limited
+def with_settings(encoder: Encoder, **changes: Any) -> Encoder:
+    """Return the encoder with other limits; tokenizer and template stay shared."""
+    changed = copy(encoder)
+    changed.settings = replace(encoder.settings, **changes)
+    return changed
 
 
-def open_sizes(data: Conversations | Mixture, workers: int) -> tuple[Index, Findings]:
-    """Find the sizes and the faults of all rows, numbered through."""
+def open_sizes(data: Conversations | Mixture, workers: int, follow: Follow = unseen) -> tuple[Index, Findings]:
+    """Return the sizes and the faults of all rows, numbered consecutively."""
     indexes, findings, start = [], Findings(), 0
     for each in data.sets:
-        table, found = open_index(each, workers)
+        table, found = open_index(each, workers, follow)
         indexes.append(Index.of(table, start))
         found.fault_rows = [row + start for row in found.fault_rows]
         findings.merge(found)
@@ -105,5 +107,5 @@ def open_sizes(data: Conversations | Mixture, workers: int) -> tuple[Index, Find
 
 
 def is_augmented(data: Conversations | Mixture) -> bool:
-    """Say whether anything random touches the pictures of any set."""
+    """Return whether the pictures of any set are augmented at random."""
     return any(each.pictures.augment != AugmentConfig() for each in data.sets)

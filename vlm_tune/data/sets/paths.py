@@ -1,4 +1,4 @@
-"""Where the files of a run are: a path as it is written, a recipe's file, and the files beside it."""
+"""Where the files of a run are: a path as it is written, a recipe's file, and the files next to it."""
 
 from difflib import get_close_matches
 from pathlib import Path
@@ -9,9 +9,9 @@ from vlm_tune.recipes.recipe import run_recipe
 
 
 def find_file(path: str, key: str = "data.path") -> Path:
-    """Turn a path, or recipe:NAME/FILE, into a local path; the recipe is run the first time it is named.
+    """Return the local path for a path or recipe:NAME/FILE; a recipe runs the first time it is used.
 
-    A pattern of files (`train-*.tar`) stays as it is: `rows` finds its files.
+    A pattern of files (`train-*.tar`) stays as it is: `rows` expands it. Raise DataError for a missing file.
     """
     if not path:
         raise DataError(f"no file is named. Give an existing one: {key}=FILE")
@@ -21,11 +21,7 @@ def find_file(path: str, key: str = "data.path") -> Path:
     else:
         found = Path(path).expanduser()
     if not found.exists() and "*" not in found.name:
-        near = (
-            get_close_matches(found.name, [p.name for p in found.parent.glob("*")], n=1)
-            if found.parent.is_dir()
-            else []
-        )
+        near = get_close_matches(found.name, [other.name for other in found.parent.glob("*")], n=1)
         hint = f"Did you mean {found.with_name(near[0])}?" if near else f"Give an existing file: {key}=FILE"
         place = "" if found.is_absolute() else f" in {Path.cwd()}"
         raise DataError(f"no such file{place}. {hint}", path)
@@ -33,7 +29,7 @@ def find_file(path: str, key: str = "data.path") -> Path:
 
 
 def sibling(path: str, part: str) -> Path | None:
-    """Find the validation or test file beside a training file: x_train.jsonl -> x_val.jsonl, or test.jsonl."""
+    """Find the validation or test file next to a training file: x_train.jsonl -> x_val.jsonl, or test.jsonl."""
     train = find_file(path)
     for name in (part.join(train.name.rsplit("train", 1)), f"{part}{train.suffix}"):  # pretrain_train: the last one
         if name != train.name and train.with_name(name).is_file():
@@ -42,7 +38,7 @@ def sibling(path: str, part: str) -> Path | None:
 
 
 def find_test(config: Config) -> Path | None:
-    """Find the test file: data.test, or test.jsonl beside the training file; None when there is none."""
+    """Find the test file: data.test, or test.jsonl next to the training file; None if there is none."""
     data = config.data
     if data.test == "none":
         return None

@@ -1,1 +1,1 @@
-"""What a conversation is as text: templates, tokens, and the pieces between them."""
+"""A conversation as text: templates, tokens, and the pieces between them."""

@@ -1,4 +1,4 @@
-"""Read a tokenizer's own chat template as a Template: rendered once on marks, cut at them, and checked."""
+"""Read a tokenizer's own chat template as a Template: rendered once with marks, cut at them, and checked."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,7 +25,7 @@ TWO_TURNS: tuple[Turn, ...] = (
 
 
 def choose_template(name: str, tokenizer: "PreTrainedTokenizerBase") -> Template:
-    """Return the template that model.template names: one of templates.yaml, or `tokenizer` for the tokenizer's own.
+    """Return the template of model.template: one of templates.yaml, or with `tokenizer` the tokenizer's own.
 
     Raises ConfigError for an unknown name, or a chat template that cannot be masked.
     """
@@ -35,12 +35,12 @@ def choose_template(name: str, tokenizer: "PreTrainedTokenizerBase") -> Template
 def read_chat_template(tokenizer: "PreTrainedTokenizerBase") -> Template:
     """Turn the tokenizer's chat template into strings around the system prompt, questions and answers.
 
-    The strings are what stands between marks in a rendered conversation, so text of the user and text of the template
-    stay apart, and no Jinja runs for a row. What they write is compared with what the chat template writes for
-    conversations of one to three turns, with and without a system prompt, and for each prompt on the way.
+    The strings are the text between marks in a rendered conversation, so text of the user and of the template stay
+    separate, and no row needs Jinja. Their output is compared with that of the chat template for conversations of one
+    to three turns, with and without a system prompt, and for each prompt on the way.
 
-    Raises ConfigError where turns cannot be written one after the other: a template that writes earlier turns
-    otherwise than the last one (Qwen3 and its thoughts) has prompts that are no beginnings of the conversation.
+    Raises ConfigError if turns cannot be written one after the other: if a template writes earlier turns differently
+    from the last one (as Qwen3 does with its thoughts), a prompt is not the beginning of its conversation.
     """
     if not tokenizer.chat_template:
         raise ConfigError(f"model.template=tokenizer, but {tokenizer.name_or_path} has no chat template: name one")
@@ -81,12 +81,12 @@ def _cut(tokenizer: "PreTrainedTokenizerBase") -> Template:
         return template
     if opening.endswith(header) and after.endswith(header):
         return replace(template, system=f"{before}{{system}}{after.removesuffix(header)}")
-    first_user = f"{{question}}{tail}"  # the header of the first question stands before the system prompt
+    first_user = f"{{question}}{tail}"  # the header of the first question comes before the system prompt
     return replace(template, system=f"{before}{{system}}{after}", no_system=opening, first_user=first_user)
 
 
 def _split(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn]) -> list[str]:
-    """Render turns and cut the text at what they say."""
+    """Render turns and return the text around their contents."""
     rest = _rendered(tokenizer, turns)
     pieces = []
     for _, mark in turns:
@@ -98,7 +98,7 @@ def _split(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn]) -> list[
 
 
 def _split_system(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:
-    """Return what stands before and after the system prompt; nothing where the template refuses one."""
+    """Return the text before and after the system prompt; "" and "" if the template refuses one."""
     try:
         before, after, *_ = _split(tokenizer, (("system", SYSTEM), *TWO_TURNS))
     except (ConfigError, ValueError):
@@ -107,7 +107,7 @@ def _split_system(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:
 
 
 def _cut_reasoning(tokenizer: "PreTrainedTokenizerBase", template: Template) -> str:
-    """Return how the reasoning of each answer is written before it; "" where it is left out of one."""
+    """Return how the reasoning is written before each answer; "" if any answer is written without it."""
     turns = [
         {"role": "user", "content": QUESTION},
         {"role": "assistant", "content": ANSWER, "reasoning_content": SYSTEM},
@@ -130,7 +130,7 @@ def _rendered(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn], *, pr
 
 
 def _conversations(template: Template) -> list[tuple[Turn, ...]]:
-    """Make conversations to compare, white space around their texts."""
+    """Return conversations to compare, with white space around their texts."""
     texts = ["\n first ", " second\n\n", "third", " fourth", "fifth ", "sixth"]
     turns: list[Turn] = [("user" if index % 2 == 0 else "assistant", text) for index, text in enumerate(texts)]
     plain = [tuple(turns[:end]) for end in range(1, len(turns) + 1)]
@@ -144,7 +144,7 @@ def _agrees(tokenizer: "PreTrainedTokenizerBase", template: Template, turns: Seq
     is_prompt = turns[-1][0] == "user"
     ours = "".join(str(each.content) for each in render(template, sample, for_generation=is_prompt))
     if is_prompt and template.assistant.endswith(" "):
-        ours = ours[:-1]  # as in a prompt of ours: the space belongs to the first word of the answer
+        ours = ours[:-1]  # as in our prompts: the space belongs to the first word of the answer
     return ours == _rendered(tokenizer, turns, prompt=is_prompt)
 
 

@@ -1,7 +1,7 @@
-"""Rows that are far too long: only as much of their beginning is tokenized as can matter.
+"""Rows that are far too long: only the part of their beginning that can matter is tokenized.
 
-Tokenizing takes about a second and 250 MB for a million characters. A row of 60 million, mostly a book or a log that
-was meant to be many rows, is found too long by its beginning alone.
+Tokenizing takes about a second and 250 MB per million characters. A row of 60 million, usually a book or a log that
+should have been many rows, is found to be too long by its beginning alone.
 """
 
 from dataclasses import dataclass, replace
@@ -9,21 +9,21 @@ from dataclasses import dataclass, replace
 from vlm_tune.data.sample import Message, Part, Sample
 from vlm_tune.data.text.tokens import TextTokenizer
 
-LONG = 1 << 20  # characters of a row; up to there it is tokenized whole, and its tokens are counted exactly
-_SPARE = 64  # tokens by which a text may differ beside the text of a template
+LONG = 1 << 20  # characters; a row of up to this length is tokenized whole, so its tokens are counted exactly
+_SPARE = 64  # tokens by which a text's count may change next to the text of a template
 
 
 @dataclass(frozen=True, slots=True)
 class Beginning(Sample):
-    """Stand for a row that is too long: its first tokens are those of the whole row, up to the limit."""
+    """The beginning of a row that is too long; up to the limit, its tokens are those of the whole row."""
 
     num_answers: int = 0  # of the whole row
 
 
 def shortened(sample: Sample, tokens: TextTokenizer, limit: int) -> Sample:
-    """Return the sample itself, or where it is longer than LONG and than `limit` tokens, its beginning.
+    """Return the sample itself, or if it exceeds LONG characters and `limit` tokens, its beginning.
 
-    The beginning holds more than `limit` tokens too, and a supervised answer if the row has one.
+    The beginning has more than `limit` tokens, too, and a supervised answer if the row has one.
     """
     texts = (part for message in sample.messages for part in (message.reasoning, *message.parts))
     if sum(len(text) for text in texts if isinstance(text, str)) <= LONG:
@@ -49,9 +49,9 @@ def shortened(sample: Sample, tokens: TextTokenizer, limit: int) -> Sample:
 
 
 def _beginning(text: str, tokens: TextTokenizer, limit: int) -> tuple[str, int]:
-    """Cut a text where its first `limit` tokens no longer depend on what follows, and count its tokens.
+    """Cut a text where its first `limit` tokens no longer depend on what follows; return it with its token count.
 
-    That is so where twice as much text begins with the same tokens. A text of fewer tokens stays whole.
+    That is where twice as much text begins with the same tokens. A text of fewer tokens stays whole.
     """
     size = max(16 * limit, 1 << 14)
     before: list[int] = []
@@ -68,16 +68,16 @@ def _ids(text: str, tokens: TextTokenizer) -> list[int]:
 
 
 def most_turns(sample: Sample, tokens: TextTokenizer, limit: int) -> int:
-    """Bound how many of a sample's turns (each ends with an answer) can fit into `limit` tokens.
+    """Return an upper bound for how many of a sample's turns (each ends with an answer) fit into `limit` tokens.
 
-    At least the turns up to the first that is trained on count, whether they fit or not.
+    The turns up to the first supervised one count in any case, whether they fit or not.
     """
     texts = [message.text for message in sample.messages]
     encodings = tokens.plain((False, text) for text in texts)
     num_tokens = num_turns = 0
     is_supervised = False
     for message, text in zip(sample.messages, texts, strict=True):
-        num_tokens += len(encodings[False, text]) - 2  # at either end it may merge with what stands beside it
+        num_tokens += len(encodings[False, text]) - 2  # either end may merge with the text next to it
         num_turns += message.role == "assistant"
         is_supervised |= message.supervised
         if num_tokens > limit and is_supervised and message.role == "assistant":

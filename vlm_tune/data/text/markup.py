@@ -1,4 +1,4 @@
-"""Tell the tokens that belong to what is said (`<box>`, `<think>`) from those that control a conversation."""
+"""Distinguish added tokens that belong to the content (`<box>`, `<think>`) from those that control a conversation."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -12,7 +12,7 @@ from vlm_tune.data.text.templates import Template, load_template, template_names
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Names that engines act upon whatever the chat template: places of pictures, and the borders of a text or a turn.
+# Names that engines act upon with any chat template: placeholders of pictures, and the ends of a text or a turn.
 _ACTED_UPON = re.compile(
     r"(?i)image|img|vision|video|audio|speech|<\|?(begin|start|end)_?of_?(text|turn|message|document|sequence)\|?>"
     r"|<\|e(o[stm]|nd)_?(id)?\|>|<[be]o[st]>|<(pad|unk|mask)>"
@@ -22,21 +22,22 @@ _ACTED_UPON = re.compile(
 def find_markup(
     tokenizer: "PreTrainedTokenizerBase", template: Template, image_tokens: Iterable[str] = ()
 ) -> tuple[str, ...]:
-    """List the added tokens of a tokenizer that belong to content: all that control nothing.
+    """List the added tokens of a tokenizer that belong to content, that is, all but the control tokens.
 
     Control tokens are those that a chat template writes (the chosen one, the tokenizer's own, any of templates.yaml),
-    the tokenizer's named ones (bos, eos, pad, unk ...), the model's image tokens, and what engines act upon by name.
+    the tokenizer's named ones (bos, eos, pad, unk ...), the model's image tokens, and names that engines act upon.
 
     Example (InternVL2-2B): <quad> </quad> <ref> </ref> <box> </box> <|plugin|> <|interpreter|> <|action_start|> ...
     """
     named = {getattr(tokenizer, name, None) for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
     control = {*named, *image_tokens}
-    written = "\n".join([*_strings(template), *_known_strings(), _own_turns(tokenizer)])
+    templates = [template, *map(load_template, template_names())]
+    written = "\n".join([*(text for each in templates for text in _strings(each)), _own_turns(tokenizer)])
     added = sorted(tokenizer.added_tokens_decoder.items())
     return tuple(
         token.content
         for _, token in added
-        if token.content.strip()  # runs of white space control nothing either, and need no naming
+        if token.content.strip()  # runs of white space control nothing either, but need not be named
         and token.content not in control
         and token.content not in written
         and not _ACTED_UPON.search(token.content)
@@ -50,15 +51,10 @@ def _strings(template: Template) -> Iterator[str]:
             yield value
 
 
-def _known_strings() -> Iterator[str]:
-    for name in template_names():
-        yield from _strings(load_template(name))
-
-
 def _own_turns(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Render a conversation as the tokenizer's own chat template does: its tokens say who speaks.
+    """Render a conversation with the tokenizer's own chat template, whose tokens say who speaks.
 
-    A question alone: some templates write thoughts into an answer, whose marks are content.
+    It is a question only: some templates write thoughts into an answer, and the tokens around those are content.
     """
     if not tokenizer.chat_template:
         return ""

@@ -1,4 +1,4 @@
-"""How many tokens of one sample the positions of a language model carry, read from its configuration."""
+"""How many tokens of a sample the positions of a language model support, read from its configuration."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vlm_tune.words import counted
+
 NAME = "max_position_embeddings"
 
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """Hold the most tokens of a sample, where that comes from ("data.max_length=8192"), and a way out."""
+    """The most tokens of a sample, where that limit comes from ("data.max_length=8192"), and a way out."""
 
     tokens: int
     name: str
@@ -20,24 +22,24 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Positions:
-    """Hold where the positions of a language model end.
+    """Where the positions of a language model end.
 
-    Up to `named` tokens it reads as it was trained; up to `end` its rope scaling stretches it; beyond that a table of
-    learned positions has no entry, and rotary ones say what the model never learned to read.
+    Up to `named` tokens it works as it was trained, up to `end` by rope scaling. Beyond that, a table of learned
+    positions has no entry, and rotary positions have values that the model has never seen.
     """
 
-    named: int | None = None  # max_position_embeddings; None = the model names no end
+    named: int | None = None  # max_position_embeddings; None = the model does not have it
     end: int | None = None  # None = there is none
-    rope: str = ""  # what stretches them: "linear, factor 4"
+    rope: str = ""  # what scales them: "linear, factor 4"
 
     @classmethod
     def of(cls, config: Any) -> "Positions":
         """Read them from transformers' configuration of a language model.
 
-        linear: they end at factor times max_position_embeddings, which is what was trained before the stretching. yarn:
-        at factor times original_max_position_embeddings. dynamic: nowhere, as the frequencies follow each sample's
-        length. longrope and llama3 write the stretched length into max_position_embeddings; so do models with a scaling
-        for each kind of layer (Gemma 3). Source: transformers' modeling_rope_utils.py, vLLM's max_model_len.
+        linear: they end at factor times max_position_embeddings, the length that was trained without scaling. yarn: at
+        factor times original_max_position_embeddings. dynamic: nowhere, as the frequencies follow each sample's length.
+        longrope and llama3 store the scaled length in max_position_embeddings; so do models with a scaling per kind of
+        layer (Gemma 3). Source: transformers' modeling_rope_utils.py, vLLM's max_model_len.
         """
         named = getattr(config, NAME, None)
         if not isinstance(named, int) or named < 1:
@@ -51,7 +53,7 @@ class Positions:
         return cls(named, end, f"{kind}, factor {factor:g}" if end > named else "")
 
     def limit(self, max_length: int) -> Limit:
-        """Choose the smaller of data.max_length and the end of the positions."""
+        """Return the smaller of data.max_length and the end of the positions."""
         if self.end is None or max_length <= self.end:
             return Limit(max_length, f"data.max_length={max_length}", "raise it")
         end = f", which ends at {self.end}" if self.end != self.named else ""
@@ -66,7 +68,7 @@ UNLIMITED = Positions()
 
 
 def length_notes(positions: Positions, max_length: int, tokens: npt.NDArray[np.int32]) -> list[str]:
-    """Say what a run should know of its limits, and of the `tokens` of the rows that it trains on."""
+    """Return notes about the limits of a run, and about rows whose number of `tokens` exceeds them."""
     notes = []
     if positions.end is not None and positions.end < max_length:
         notes.append(
@@ -75,9 +77,8 @@ def length_notes(positions: Positions, max_length: int, tokens: npt.NDArray[np.i
         )
     long = tokens[tokens > positions.named] if positions.named is not None else tokens[:0]
     if len(long):
-        rows = f"{len(long):,} row{'s' * (len(long) > 1)} of up to {long.max():,} tokens"
         notes.append(
-            f"{rows}: more than the language model's {positions}. The scaling carries them, but the model may never "
-            "have read texts of that length"
+            f"{counted(len(long), 'row')} of up to {long.max():,} tokens: more than the language model's {positions}. "
+            "The scaling allows them, but the model may never have seen texts of that length"
         )
     return notes

@@ -12,36 +12,36 @@ import yaml
 from vlm_tune.data.sample import Message, Part, Picture, Sample
 from vlm_tune.errors import ConfigError, DataError
 
-BOS = "<BOS>"  # in control text: the tokenizer's own first token, nothing where it has none
+BOS = "<BOS>"  # in control text: the tokenizer's own first token, or nothing if it has none
 EOS = "<EOS>"  # in control text: the tokenizer's own end token
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """Hold the strings around what a conversation says. A turn is `user` + `assistant` + answer + `end` + `after`.
+    """The strings around the texts of a conversation. A turn is `user` + `assistant` + answer + `end` + `after`.
 
-    Supervised are the answer and `end`, nothing else.
+    Only the answer and `end` are supervised.
     """
 
     name: str
-    user: str  # holds {question} (text, and pictures where they stand) or {pictures} (text left out)
+    user: str  # holds {question} (text, with pictures in their places) or {pictures} (without the text)
     assistant: str  # header of an answer; generation starts after it
     end: str  # closes an answer; its last token ends generation
     after: str = ""  # follows `end`, no loss
     system: str = ""  # holds {system}; empty = no place for a system prompt
     default_system: str | None = None
-    no_system: str = ""  # written in place of `system` where the conversation has no system prompt
-    first_user: str = ""  # `user` of the first turn, where it differs
+    no_system: str = ""  # written in place of `system` if the conversation has no system prompt
+    first_user: str = ""  # `user` of the first turn, if it differs
     drops_greeting: bool = False  # an answer before the first question is left out
     pictures_first: bool = False  # LLaVA: pictures move to the front of their turn, a newline after each
     trims: bool = False  # white space around a message is left out
-    is_xtuner: bool = False  # pictures first; <BOS> anew after <EOS>; question, answer, `after` tokenized one by one
+    is_xtuner: bool = False  # pictures first; <BOS> again after <EOS>; question, answer, `after` tokenized separately
     has_bos: bool = False  # the strings hold the tokenizer's first token: none is put in front
-    reasoning: str = "<think>\n{reasoning}\n</think>\n\n"  # stands before an answer that is thought out; "" = no place
+    reasoning: str = "<think>\n{reasoning}\n</think>\n\n"  # written before an answer with reasoning; "" = no place
 
     @property
     def stop(self) -> str:
-        """The text that ends generation."""
+        """Return the text that ends generation."""
         return self.end.strip()
 
 
@@ -49,7 +49,7 @@ PLAIN_TEXT = Template(name="text", user="", assistant="", end=EOS)  # of rows wi
 
 
 class Segment(NamedTuple):
-    """Hold a stretch of the conversation of one kind.
+    """A stretch of a conversation: control text, text of the user, or a picture.
 
     Control text comes from the template and may become special tokens; text of the user never does.
     """
@@ -57,13 +57,13 @@ class Segment(NamedTuple):
     content: str | Picture
     is_control: bool = False
     supervised: bool = False
-    starts_piece: bool = False  # tokenised apart from what stands before it
+    starts_piece: bool = False  # tokenized separately from what comes before
 
 
 def load_template(name: str) -> Template:
-    """Return the template of that name.
+    """Return the template of that name in templates.yaml.
 
-    Raises ConfigError with the nearest names for one that templates.yaml lacks.
+    Raises ConfigError for an unknown name, with the nearest ones.
     """
     templates = _read_templates()
     if name not in templates:
@@ -92,11 +92,11 @@ def render(
     for_generation: bool = False,
     reasoning_loss: bool = True,
 ) -> list[Segment]:
-    """Write a sample as segments, in order.
+    """Return the segments of a sample, in order.
 
     The system prompt is the row's, else `system`, else the template's; an empty one is left out. With
     `for_generation` the header of an answer follows the sample, and nothing is supervised. The reasoning of an answer
-    is supervised as the answer is, without `reasoning_loss` not at all.
+    is supervised if the answer is, but never without `reasoning_loss`.
 
     Example (template chatml, question "Hi", answer "Hello"; c = control, * = supervised):
         c"<|im_start|>user\\n" "Hi" c"<|im_end|>\\n" c"<|im_start|>assistant\\n" *"Hello" c*"<|im_end|>" c"\\n"
@@ -111,7 +111,9 @@ def render(
     previous = ""
     for message in messages:
         if template.is_xtuner and previous in ("", "assistant"):
-            _start_xtuner_turn(writer, template, is_first=not previous)
+            if previous and template.end.endswith(EOS):
+                writer.control(BOS)
+            writer.start_piece()
         if message.role == "system":
             writer.framed(template.system, "{system}", message.parts)
         elif message.role == "user":
@@ -129,7 +131,7 @@ def render(
 
 
 class _Writer:
-    """Collect segments; empty text makes none."""
+    """Collect segments, dropping empty text."""
 
     def __init__(self) -> None:
         self.segments: list[Segment] = []
@@ -147,7 +149,7 @@ class _Writer:
         self.add(text, True, supervised)
 
     def framed(self, frame: str, mark: str, parts: Sequence[Part]) -> None:
-        """Write the parts where the mark stands in the frame."""
+        """Write the frame with the parts in place of the mark."""
         before, _, after = frame.partition(mark)
         self.control(before)
         for part in parts:
@@ -156,7 +158,7 @@ class _Writer:
 
 
 def _prepare(template: Template, sample: Sample, system: str | None, for_generation: bool) -> list[Message]:
-    """Choose the system prompt, and leave out what this template or generation has no place for."""
+    """Choose the system prompt, and leave out what this template, or generation, has no place for."""
     kept = list(sample.messages)
     if for_generation:  # a place for the answer, and nothing supervised before it
         kept = [replace(each, supervised=False) for each in [*kept, Message("assistant", ())]]
@@ -173,7 +175,7 @@ def _prepare(template: Template, sample: Sample, system: str | None, for_generat
         reason = f"reasoning beside an answer, but model.template={template.name} has no place for it: remove it"
         raise DataError(reason, sample.where, sample.id)
     first = next((index for index, message in enumerate(kept) if message.role != "system"), None)
-    has_question = any(each.role == "user" for each in kept)  # what nothing follows is no greeting
+    has_question = any(each.role == "user" for each in kept)  # without one, the answer is no greeting
     if template.drops_greeting and has_question and first is not None and kept[first].role == "assistant":
         kept.pop(first)
     if template.trims:
@@ -188,12 +190,6 @@ def _trim(parts: Sequence[Part]) -> tuple[Part, ...]:
     if trimmed and isinstance(trimmed[-1], str):
         trimmed[-1] = trimmed[-1].rstrip()
     return tuple(trimmed)
-
-
-def _start_xtuner_turn(writer: _Writer, template: Template, is_first: bool) -> None:
-    if not is_first and template.end.endswith(EOS):
-        writer.control(BOS)
-    writer.start_piece()
 
 
 def _write_question(writer: _Writer, template: Template, parts: Sequence[Part], turn: int) -> None:
@@ -212,7 +208,7 @@ def _write_question(writer: _Writer, template: Template, parts: Sequence[Part], 
 def _write_answer(writer: _Writer, template: Template, message: Message, reasoning_loss: bool) -> None:
     if template.is_xtuner:
         writer.start_piece()
-    if message.reasoning:  # text, not control: what the tokenizer has no token for is spelled, as in an answer
+    if message.reasoning:  # as text, not control: marks that are no tokens of the tokenizer are split, as in an answer
         thought = template.reasoning.replace("{reasoning}", message.reasoning.strip("\n"))
         writer.add(thought, False, message.supervised and reasoning_loss)
     for part in message.parts:

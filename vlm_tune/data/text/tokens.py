@@ -1,8 +1,8 @@
 """Tokenize control text with its control tokens, and everything else without any, whatever a user writes.
 
-An added token of a tokenizer is one of two things. Control tokens say who speaks, where an answer ends and where a
-picture stands: only templates write them, and in a user's text their names are spelled in pieces. Markup belongs to
-what is said (`<box>`, `<think>`, `<tool_call>`): there it is one token, as in every engine.
+There are two kinds of added tokens. Control tokens say who speaks, where an answer ends and where a picture is: only
+templates write them, and in the text of a user their names are split into ordinary tokens. Markup (`<box>`, `<think>`,
+`<tool_call>`) belongs to the content and is one token there, as in every engine.
 """
 
 import hashlib
@@ -25,9 +25,9 @@ PlainKey = tuple[bool, str]  # (opens a string, text)
 class TextTokenizer:
     """Split a tokenizer in two: control tokens, which only templates may write, and the model of plain text.
 
-    That model passes over the control tokens, so no text can become one: not even an added token that is not marked
-    as special, for which `split_special_tokens` would do nothing. `markup` are the added tokens that it keeps, found
-    in a text as the tokenizer itself finds them.
+    That model ignores the control tokens, so no text can become one, not even those that are not marked as special,
+    for which `split_special_tokens` would do nothing. `markup` are the added tokens that it keeps, found in a text as
+    the tokenizer itself finds them.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class TextTokenizer:
                 f"{tokenizer.name_or_path}: {type(tokenizer).__name__} is not a fast tokenizer: "
                 "save it with tokenizer.json (transformers.AutoTokenizer converts most)"
             )
+        self.name: str = tokenizer.name_or_path
         spec = json.loads(backend.to_str())
         added = [each for each in spec["added_tokens"] if each["content"].strip()]
         self._added = {each["content"]: each["id"] for each in added}
@@ -47,10 +48,9 @@ class TextTokenizer:
                 f"model.markup names {unknown[0]!r}, which is no added token of {tokenizer.name_or_path}: remove it"
             )
         self.markup = {content: self._added[content] for content in markup}  # token -> id
-        self._pattern = re.compile(
-            "|".join(re.escape(text) for text in sorted([*self._added, BOS, EOS], key=len)[::-1])
-        )
-        self.strips_right = {each["id"] for each in added if each["rstrip"]}  # swallow the white space after them
+        longest_first = sorted([*self._added, BOS, EOS], key=len)[::-1]
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)))
+        self.strips_right = {each["id"] for each in added if each["rstrip"]}  # these swallow the white space after them
 
         bos = tokenizer.bos_token_id
         if add_bos is None:
@@ -60,8 +60,8 @@ class TextTokenizer:
         self.bos_id: int | None = bos if add_bos else None
         self.eos_id: int | None = tokenizer.eos_token_id
 
-        # `encode_special_tokens` passes over what is special; were the list cut, the others would be numbered anew.
-        # White space (GPT-NeoX has added tokens for runs of it) controls nothing: it keeps its tokens.
+        # `encode_special_tokens` ignores special tokens; shortening the list instead would renumber the others.
+        # White space (GPT-NeoX has added tokens for runs of it) controls nothing and keeps its tokens.
         for each in spec["added_tokens"]:
             each["special"] = bool(each["content"].strip()) and each["content"] not in self.markup
         spec["truncation"] = spec["padding"] = spec["post_processor"] = None  # it would trim offsets
@@ -72,18 +72,18 @@ class TextTokenizer:
         self._control: dict[str, tuple[int | str, ...]] = {}
 
     def fingerprint(self) -> str:
-        """Name all that decides which tokens a text becomes."""
+        """Hash everything that decides which tokens a text becomes."""
         control = f"{sorted(self._added.items())} {sorted(self.strips_right)} {self.bos_id} {self.eos_id}"
         return hashlib.blake2b(f"{self._opening.to_str()} {control}".encode(), digest_size=16).hexdigest()
 
     def control(self, text: str) -> tuple[int | str, ...]:
         """Split control text into the ids of its special tokens and the plain text between them."""
-        if text not in self._control:  # templates write the same few strings again and again
+        if text not in self._control:  # templates write the same few strings over and over
             self._control[text] = tuple(part for part in self._split(text) if part != "")
         return self._control[text]
 
     def plain(self, keys: Iterable[PlainKey]) -> dict[PlainKey, Encoding]:
-        """Tokenize distinct texts in one batch, no control token among the results."""
+        """Tokenize the distinct texts in one batch, without producing any control token."""
         opening: list[PlainKey] = []
         inner: list[PlainKey] = []
         for key in dict.fromkeys(keys):
@@ -96,7 +96,7 @@ class TextTokenizer:
         return encodings
 
     def token_id(self, content: str) -> int | None:
-        """Return the id of an added token, None where the tokenizer has none of that name."""
+        """Return the id of an added token, or None if the tokenizer does not have it."""
         return self._added.get(content)
 
     def _split(self, text: str) -> Iterator[int | str]:
@@ -131,10 +131,10 @@ def _plain_model(spec: dict[str, Any]) -> Tokenizer:
 
 
 def _prefix_only_where_text_opens(pre_tokenizer: dict[str, Any] | None) -> bool:
-    """Switch off, in place, SentencePiece's space in front of the text; say whether there was one to switch off.
+    """Switch off, in place, SentencePiece's space in front of a text; return whether it was on.
 
-    "first" puts it in front of a whole string only, not after a special token inside it. "always" needs no second
-    model: it does so for every stretch of text alike.
+    "first" puts it only in front of a whole string, not after a special token inside it. "always" needs no second
+    model: it treats every stretch of text alike.
     """
     found = False
     for each in [pre_tokenizer, *(pre_tokenizer or {}).get("pretokenizers", [])]:

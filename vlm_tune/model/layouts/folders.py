@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vlm_tune.config.schema import ModelConfig, ProjectorConfig
+from vlm_tune.config.schema import ModelConfig
 from vlm_tune.errors import CheckpointError, ConfigError
-from vlm_tune.model.layouts.folder_files import read_config_file, read_object
+from vlm_tune.model.layouts.folder_files import read_config_file
 from vlm_tune.recipes.recipe import run_recipe
 
 LLAVA_ORIGINAL = "llava_original"  # haotian-liu/LLaVA's layout
@@ -47,18 +47,6 @@ def require_weights(model: ModelConfig) -> None:
 def read_json(folder: Path) -> dict[str, Any]:
     """Read a folder's config.json as it is: transformers' own classes of it are not asked."""
     return read_config_file(folder / "config.json")
-
-
-def read_parts(folder: Path, model: ModelConfig) -> bool:
-    """Set a model by what joins the parts of a folder; tell whether its encoder keeps the class token."""
-    settings = read_object(folder / PARTS_SETTINGS)
-    try:
-        model.projector = ProjectorConfig(**settings["projector"])
-        model.vision.select_layer = settings["select_layer"]
-        model.vision.normalize = settings["normalize"]
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / PARTS_SETTINGS}: not what `export` writes ({error}). Copy it anew") from error
-    return bool(settings.get("keeps_class", False))
 
 
 def model_kind(folder: Path) -> str:

@@ -15,12 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vlm_tune.config.schema import ModelConfig, Quantize
-from vlm_tune.model.layouts.folders import PARTS_SETTINGS, read_parts
-from vlm_tune.model.layouts.internvl.internlm2 import load_language_model
-from vlm_tune.model.layouts.internvl.internvit import load_encoder
-from vlm_tune.model.layouts.llava.facts import image_tokens
-from vlm_tune.model.layouts.loaded import Loaded
-from vlm_tune.model.layouts.weights import read_tensors
+from vlm_tune.model.layouts.folders import PARTS_SETTINGS
+from vlm_tune.model.layouts.found import Found, Loaded, read_found
+from vlm_tune.model.layouts.internvl.alone import load_encoder, load_language_model
+from vlm_tune.model.layouts.weights import notes, read_tensors
 from vlm_tune.model.parts.llm import add_tokens, load_tokenizer
 from vlm_tune.model.parts.projector import Projector
 from vlm_tune.model.parts.vision import VisionEncoder, resample_positions, whole_tower, whole_weights
@@ -30,27 +28,24 @@ PROJECTOR = "projector.safetensors"
 
 
 def join(
-    vision_folder: Path,
-    llm_folder: Path,
-    model: ModelConfig,
-    dtype: torch.dtype,
-    quantize: Quantize,
-    keeps_class: bool = False,
+    vision_folder: Path, llm_folder: Path, found: Found, tile_size: int, storage: tuple[torch.dtype, Quantize]
 ) -> Loaded:
-    """Join an encoder and a language model by a new projector, whose first weights are the same in every run."""
-    tower = load_encoder(vision_folder, dtype)
-    resample_positions(tower, model.tiles.size)
-    vision = VisionEncoder(tower, model.vision.select_layer, keeps_class)
-    tokenizer, llm = load_tokenizer(llm_folder), load_language_model(llm_folder, dtype, quantize)
-    tokens = image_tokens(model.projector)
-    add_tokens(tokenizer, llm, tokens.all)
+    """Join an encoder and a language model by a new projector, whose first weights are the same in every run.
+
+    `storage` is the dtype of the weights, and how those of the language model are packed.
+    """
+    tower = load_encoder(vision_folder, storage[0])
+    resample_positions(tower, tile_size)
+    vision = VisionEncoder(tower, found.select_layer, found.keeps_class)
+    tokenizer, llm = load_tokenizer(llm_folder), load_language_model(llm_folder, *storage)
+    add_tokens(tokenizer, llm, found.tokens.all)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the projector's first weights belong to the model, not to the run's seed
-        projector = Projector(model.projector, vision.width, llm.config.hidden_size)
+        projector = Projector(found.projector, vision.width, llm.config.hidden_size)
     projector.match_scale(spoken(llm))
-    context_id = tokenizer.convert_tokens_to_ids(tokens.context)
-    view = View(model.tiles.size, model.vision.normalize)
-    return Loaded(VisionLanguageModel(vision, projector, llm, context_id, view), tokenizer, tokens)
+    context_id = tokenizer.convert_tokens_to_ids(found.tokens.context)
+    vlm = VisionLanguageModel(vision, projector, llm, context_id, View(tile_size, found.normalize))
+    return Loaded(vlm, tokenizer, found, (*notes(vision_folder), *notes(llm_folder)))
 
 
 def spoken(llm: PreTrainedModel) -> Tensor:
@@ -62,8 +57,8 @@ def spoken(llm: PreTrainedModel) -> Tensor:
 
 def load(folder: Path, model: ModelConfig, dtype: torch.dtype, quantize: Quantize) -> Loaded:
     """Load a folder that `save` wrote."""
-    keeps_class = read_parts(folder, model)
-    loaded = join(folder / "vision", folder / "llm", model, dtype, quantize, keeps_class)
+    found = read_found(folder, model)
+    loaded = join(folder / "vision", folder / "llm", found, model.tiles.size, (dtype, quantize))
     loaded.vlm.projector.load_state_dict(read_tensors(folder / PROJECTOR))
     return loaded
 

@@ -11,26 +11,43 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from vlm_tune.errors import CheckpointError, VlmTuneError
+from vlm_tune.model.kernels import attention
 from vlm_tune.model.layouts.folders import model_kind, read_json
-from vlm_tune.model.layouts.weights import Shards
+from vlm_tune.model.layouts.weights import Shards, listed
 
 MACHINE = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
 FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk
 OURS = (VlmTuneError, AssertionError, ImportError, *MACHINE)  # not the folder's fault
 
 
-def load_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
+def load_pretrained(kind: Any, folder: Path, *, part: str | None = None, **options: Any) -> Any:
     """Load a model by a class of transformers, its weight files checked before: `kind.from_pretrained(folder)`.
 
-    Raises CheckpointError for a folder that would need code of its own, and for files that are not those of a model.
+    `part` names what is read of a folder that may hold more. Raises CheckpointError for a folder that would need code
+    of its own, for files that are not those of a model, for weights that are missing (transformers would draw them at
+    random) and, without `part`, for those that belong nowhere.
     """
     if "gguf_file" not in options:  # such a folder has no other file
         refuse_code(folder)
         Shards.find(folder)
     with reading(folder):
-        return kind.from_pretrained(folder, trust_remote_code=False, **options)
+        model, found = kind.from_pretrained(folder, trust_remote_code=False, output_loading_info=True, **options)
+    wrong = {how: sorted(found[f"{how}_keys"]) for how in ("missing", "unexpected")}
+    if part is not None:
+        refuse_missing(wrong["missing"], part, folder)
+    elif any(wrong.values()):
+        problems = "\n  ".join(f"{how}: {name}" for how, names in wrong.items() for name in names[:10])
+        raise CheckpointError(f"{folder}: its weights are not those of its config.json\n  {problems}\n  Copy it again")
+    return model
+
+
+def refuse_missing(names: list[str], part: str, folder: Path) -> None:
+    """Raise CheckpointError that lists the weights which a part lacks."""
+    if names:
+        raise CheckpointError(f"{folder}: weights of {part} are missing\n  {listed(names)}\n  Copy it again")
 
 
 def read_settings(kind: Any, folder: Path, **options: Any) -> Any:
@@ -45,13 +62,16 @@ def read_settings(kind: Any, folder: Path, **options: Any) -> Any:
 
 
 def make_empty(kind: Any, config: Any, **options: Any) -> Any:
-    """Make a model of a configuration, without weights of its own: `kind.from_config(config)`."""
-    return kind.from_config(config, trust_remote_code=False, **options)
+    """Make a model of a configuration on the meta device, with packed attention: `kind.from_config(config)`."""
+    with torch.device("meta"):
+        return kind.from_config(config, trust_remote_code=False, attn_implementation=attention.NAME, **options)
 
 
-def from_weights(kind: Any, weights: dict[str, torch.Tensor], **options: Any) -> Any:
-    """Make a model of weights that were read already: `kind.from_pretrained(None, state_dict=weights)`."""
-    return kind.from_pretrained(None, state_dict=weights, **options)
+def empty_llm(config: Any, **options: Any) -> Any:
+    """Make a causal LM as `make_empty` does; it keeps no cache while it trains."""
+    llm = make_empty(AutoModelForCausalLM, config, **options)
+    llm.config.use_cache = False
+    return llm
 
 
 def refuse_code(folder: Path) -> None:

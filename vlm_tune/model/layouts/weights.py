@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -41,10 +40,7 @@ class Shards:
         Raises CheckpointError for a folder without weights, a shard that is missing or cannot be read, and an index
         that does not name what its shards hold.
         """
-        index = next((folder / name for name in INDEXES if (folder / name).is_file()), None)
-        named = {} if index is None else _weight_map(index)
-        singles = [name for name in SINGLES if (folder / name).is_file()][:1]
-        names = sorted(set(named.values())) if index is not None else singles
+        index, named, names = _weight_files(folder)
         if not names:
             raise CheckpointError(f"{folder}: no weights. It should hold {SINGLES[0]} or {INDEXES[0]} and its shards")
         files: dict[str, str] = {}
@@ -59,8 +55,6 @@ class Shards:
         if index is not None and named != files:
             wrong = sorted(key for key in named.keys() | files.keys() if named.get(key) != files.get(key))
             raise CheckpointError(f"{index}: \n  {listed(wrong)}\n  not where the index says. Copy the folder anew")
-        if any(name.endswith(".bin") for name in names):
-            Console().print(f"{folder}: weights from .bin files, read as tensors only; no code in them is run")
         return cls(folder, files, shapes)
 
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -128,6 +122,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return _unpickled(path)
     with _opened(path) as file:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+def notes(folder: Path) -> list[str]:
+    """Say what a user should know about the weight files of a folder."""
+    if any(name.endswith(".bin") for name in _weight_files(folder)[2]):
+        return [f"{folder}: weights from .bin files, read as tensors only; no code in them is run"]
+    return []
+
+
+def _weight_files(folder: Path) -> tuple[Path | None, dict[str, str], list[str]]:
+    """Find the index of a folder, the file that it names for each key, and the names of all files of weights."""
+    index = next((folder / name for name in INDEXES if (folder / name).is_file()), None)
+    if index is None:
+        return None, {}, [name for name in SINGLES if (folder / name).is_file()][:1]
+    named = _weight_map(index)
+    return index, named, sorted(set(named.values()))
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -25,8 +25,8 @@ from vlm_tune.model.layouts.pretrained import load_pretrained, read_settings, re
 def load_llm(folder: Path, dtype: torch.dtype, quantize: Quantize = Quantize.none) -> PreTrainedModel:
     """Load a causal LM for training: packed attention, no cache, 4- or 8-bit weights when asked for."""
     check_part(folder, "model.llm")
-    options = {"quantization_config": quantization(quantize, dtype)} if quantize is not Quantize.none else {}
-    llm = load_pretrained(AutoModelForCausalLM, folder, dtype=dtype, attn_implementation=attention.NAME, **options)
+    options = {"dtype": dtype, "attn_implementation": attention.NAME, **packing(quantize, dtype)}
+    llm = load_pretrained(AutoModelForCausalLM, folder, part="the language model", **options)
     llm.config.use_cache = False
     guard_4bit(llm)
     check_language_model(llm)
@@ -44,6 +44,11 @@ def quantization(quantize: Quantize, dtype: torch.dtype, skip: list[str] | None 
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=skip,
     )
+
+
+def packing(quantize: Quantize, dtype: torch.dtype, skip: list[str] | None = None) -> dict[str, Any]:
+    """Name the option of `from_pretrained` that packs what it loads; none for a base that stays as it is."""
+    return {} if quantize is Quantize.none else {"quantization_config": quantization(quantize, dtype, skip)}
 
 
 def guard_4bit(llm: Any) -> None:

@@ -4,12 +4,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations import replace_with_bnb_linear
 
+from vlm_tune.config.schema import Quantize
+from vlm_tune.model.parts.llm import quantization
 
-def use_quantized_layers(llm: PreTrainedModel, config: BitsAndBytesConfig) -> None:
-    """Replace the linear layers of a model without weights by bitsandbytes'; the head stays as it is."""
+
+def use_quantized_layers(llm: PreTrainedModel, dtype: torch.dtype, quantize: Quantize) -> None:
+    """Replace the linear layers of a model without weights by bitsandbytes', if asked for; the head stays as it is."""
+    if quantize is Quantize.none:
+        return
+    config = quantization(quantize, dtype)
     replace_with_bnb_linear(llm, ["lm_head"], config)
     marked: Any = llm  # what from_pretrained leaves on a model, and peft and Lightning ask for
     marked.is_quantized = True

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from vlm_tune.errors import CheckpointError, ConfigError
+from vlm_tune.errors import ConfigError
 from vlm_tune.model.kernels import attention
 from vlm_tune.model.layouts.folders import check_part, read_json
-from vlm_tune.model.layouts.pretrained import load_pretrained, make_empty, read_settings, reading
-from vlm_tune.model.layouts.weights import listed, read_tensors
+from vlm_tune.model.layouts.pretrained import load_pretrained, make_empty, read_settings, reading, refuse_missing
+from vlm_tune.model.layouts.weights import read_tensors
 
 # Where a tower keeps its layers. Its final norm and pooling head, of these names, come after them.
 LAYER_LISTS = ("encoder.layer", "encoder.layers", "model.layer", "layers", "blocks")
+PART = "the vision encoder"
 NORMS = ("layernorm", "post_layernorm", "norm")
 
 
@@ -142,8 +143,7 @@ def whole_tower(vision: VisionEncoder) -> Any:
     from transformers import AutoModel
 
     config = vision.whole_config if vision.unused else vision.tower.config
-    with torch.device("meta"):
-        tower = make_empty(AutoModel, config, dtype=vision.dtype)
+    tower = make_empty(AutoModel, config, dtype=vision.dtype)
     tower.load_state_dict(whole_weights(vision), assign=True)
     return tower
 
@@ -206,7 +206,7 @@ def load_tower(folder: Path, dtype: torch.dtype) -> Any:
         weights = read_tensors(folder / "model.safetensors")
         with reading(folder):
             tower = timm.create_model(config["architecture"], pretrained=False, num_classes=0)
-            _refuse_missing(sorted(tower.state_dict().keys() - weights.keys()), folder)
+            refuse_missing(sorted(tower.state_dict().keys() - weights.keys()), PART, folder)
             tower.load_state_dict({name: weights[name] for name in tower.state_dict()})
         return tower.to(dtype)
     from transformers import AutoConfig, AutoModel
@@ -215,14 +215,4 @@ def load_tower(folder: Path, dtype: torch.dtype) -> Any:
     parsed = read_settings(AutoConfig, folder)
     if hasattr(parsed, "vision_config"):  # a CLIP or SigLIP folder holds a text tower too
         parsed = parsed.vision_config
-    options = {"dtype": dtype, "attn_implementation": attention.NAME, "output_loading_info": True}
-    tower, found = load_pretrained(AutoModel, folder, config=parsed, **options)
-    _refuse_missing(sorted(found["missing_keys"]), folder)
-    return tower
-
-
-def _refuse_missing(names: list[str], folder: Path) -> None:
-    if names:
-        raise CheckpointError(
-            f"{folder}: weights of the vision encoder are missing\n  {listed(names)}\n  Copy it again"
-        )
+    return load_pretrained(AutoModel, folder, part=PART, config=parsed, dtype=dtype, attn_implementation=attention.NAME)

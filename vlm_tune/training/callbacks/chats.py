@@ -19,13 +19,15 @@ from vlm_tune.training.run_folder import append, drop_lines_after
 class SampleAnswers(L.Callback):
     """Ask fixed questions every `chat_every` optimizer steps; keep all answers in sample_answers.jsonl."""
 
-    def __init__(self, model: Model, test: Conversations, questions: list[Question], every: int, run: Path) -> None:
+    def __init__(
+        self, model: Model, test: Conversations, questions: list[Question], every: int, run: Path, console: Console
+    ) -> None:
         self.model = model
         self.test = test
         self.questions = questions
         self.every = every
         self.path = run / "sample_answers.jsonl"
-        self.console = Console()
+        self.console = console
         self.before: list[str] = []
         self.now: list[str] = []
         self.last_step = -1  # whose answers are in the file

@@ -28,6 +28,7 @@ from vlm_tune.model.seal import find_damage, seal
 from vlm_tune.training.callbacks.metrics import read_metrics
 from vlm_tune.training.callbacks.watch import WatchSteps
 from vlm_tune.training.run_folder import link_latest
+from vlm_tune.words import counted
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -52,7 +53,8 @@ class AtomicCheckpoints(TorchCheckpointIO):
 class SaveCheckpoints(L.Callback):
     """Save `step_N.ckpt` every `save_every` optimizer steps and at the end; keep the newest ones, and `best.ckpt`."""
 
-    def __init__(self, run: Path, save_every: int, keep: int, watch: WatchSteps) -> None:
+    def __init__(self, run: Path, save_every: int, keep: int, watch: WatchSteps, console: Console) -> None:
+        self.console = console
         self.folder = run / CHECKPOINTS
         self.run = run
         self.save_every = save_every
@@ -71,7 +73,7 @@ class SaveCheckpoints(L.Callback):
         Lightning would leave it out. Checkpoints are written before the validation, so that such a kill costs no steps.
         """
         if trainer.is_global_zero:
-            put_newer_aside(self.run, trainer.global_step)
+            self._tell(put_newer_aside(self.run, trainer.global_step))
         num_batches = trainer.global_step * trainer.accumulate_grad_batches
         every = trainer.val_check_batch
         if num_batches and isinstance(every, int) and num_batches % every == 0:
@@ -115,7 +117,7 @@ class SaveCheckpoints(L.Callback):
         try:
             self._save_last_whole(trainer)
         except (VlmTuneError, OSError) as error:
-            say(f"the state after step {trainer.global_step} could not be saved: {error}")
+            self._tell(f"the state after step {trainer.global_step} could not be saved: {error}")
 
     def _save_last_whole(self, trainer: L.Trainer) -> None:
         """Write a checkpoint as it would have been at the end of the last whole step, by this process alone."""
@@ -128,7 +130,7 @@ class SaveCheckpoints(L.Callback):
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False) | {"loops": loops}
         trainer.strategy.save_checkpoint(checkpoint, self.folder / checkpoint_name(step))
         self._after_saving(trainer, step)
-        say(f"the state after step {step} is saved")
+        self._tell(f"the state after step {step} is saved")
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Keep the weights of the lowest validation loss as best.ckpt."""
@@ -150,9 +152,13 @@ class SaveCheckpoints(L.Callback):
         self.watch.saved_at = time.monotonic()
         if trainer.is_global_zero:
             if is_first:
-                link_latest(self.run)
+                self._tell(link_latest(self.run))
             for old in checkpoints(self.run)[: -self.keep]:
                 os.remove(old)
+
+    def _tell(self, note: str) -> None:
+        if note:
+            self.console.print(note, soft_wrap=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Remember the best loss so far."""
@@ -161,11 +167,6 @@ class SaveCheckpoints(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore it."""
         self.best, self.best_step = state_dict["best"], state_dict["best_step"]
-
-
-def say(text: str) -> None:
-    """Print a line."""
-    Console().print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def validate(trainer: L.Trainer) -> None:
@@ -184,12 +185,12 @@ def catch_up(trainer: L.Trainer, module: Any, data: DataModule, run: Path) -> No
         trainer.validate(module, datamodule=data, verbose=False)
 
 
-def put_newer_aside(run: Path, step: int) -> None:
-    """Rename the checkpoints after the step that a run goes back to: they would pass for its newest ones."""
+def put_newer_aside(run: Path, step: int) -> str:
+    """Rename the checkpoints after the step that a run goes back to: they would pass for its newest. Return a note."""
     kept = checkpoints(run)
     newer = [path for path in kept if path.name > checkpoint_name(step)]
     if not newer:
-        return
+        return ""
     best = run / CHECKPOINTS / BEST
     best_step = step_of(best)
     if best_step == step and newer == kept:
@@ -201,10 +202,7 @@ def put_newer_aside(run: Path, step: int) -> None:
         while aside.exists():
             aside = aside.with_name(f"{aside.name}.replaced")
         path.rename(aside)
-    Console().print(
-        f"back to step {step}: {len(newer)} newer checkpoints are put aside as {run / CHECKPOINTS}/*.replaced",
-        highlight=False,
-    )
+    return f"back to step {step}: {counted(len(newer), 'newer checkpoint')} put aside as {run / CHECKPOINTS}/*.replaced"
 
 
 def step_of(path: Path) -> float:

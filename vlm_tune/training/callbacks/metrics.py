@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
+from vlm_tune.console import make_console
 from vlm_tune.data.batch import Batch
 from vlm_tune.model.checkpoint import write_atomically
 from vlm_tune.training.run_folder import append
@@ -32,7 +33,8 @@ COLUMNS = (
 class MetricsFile(L.Callback):
     """Append the logged values to RUN/metrics.csv."""
 
-    def __init__(self, run: Path, log_every: int) -> None:
+    def __init__(self, run: Path, log_every: int, console: Console) -> None:
+        self.console = console
         self.path = run / "metrics.csv"
         self.log_every = log_every
         self.pending: list[dict[str, float]] = []  # rows that a full disk did not take yet
@@ -78,7 +80,7 @@ class MetricsFile(L.Callback):
                 reason = (
                     f"{error.filename}: {error.strerror}: its rows are kept until there is room, and in checkpoints"
                 )
-                Console().print(reason, highlight=False, soft_wrap=True)
+                self.console.print(reason, soft_wrap=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the rows that the file lacks."""
@@ -113,9 +115,8 @@ class Curves(TensorBoardLogger):
             write(*values)
         except OSError as error:
             self.has_failed = True
-            Console().print(
+            make_console().print(
                 f"{self.log_dir}: {error.strerror}: the run goes on without TensorBoard, metrics.csv has the numbers",
-                highlight=False,
                 soft_wrap=True,
             )
 

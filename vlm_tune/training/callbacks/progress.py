@@ -7,16 +7,16 @@ import lightning as L
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from vlm_tune.console import LINE_SECONDS, Estimate, is_quiet
 from vlm_tune.data.batch import Batch
-from vlm_tune.data.progress import LINE_SECONDS, Estimate
 from vlm_tune.training.module import VlmModule
 
 
 class ProgressLine(L.Callback):
     """Show the run's progress in a terminal, or as a line now and then where the output is a file."""
 
-    def __init__(self, log_every: int) -> None:
-        self.console = Console()
+    def __init__(self, log_every: int, console: Console) -> None:
+        self.console = console
         self.log_every = log_every
         self.bar: Progress | None = None
 
@@ -58,9 +58,13 @@ class ProgressLine(L.Callback):
         step = trainer.global_step
         if self.bar is not None:
             self.bar.update(self.task, completed=step, description=self.text or "training", left=self.left)
-        elif trainer.is_global_zero and (seconds - self.last_line >= LINE_SECONDS or step >= trainer.max_steps):
+        elif (
+            trainer.is_global_zero
+            and not is_quiet()
+            and (seconds - self.last_line >= LINE_SECONDS or step >= trainer.max_steps)
+        ):
             self.last_line = seconds
-            self.console.print(f"step {step}/{trainer.max_steps}  {self.text}  {self.left}".rstrip(), highlight=False)
+            self.console.print(f"step {step}/{trainer.max_steps}  {self.text}  {self.left}".rstrip())
 
     def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
         """Leave the last state on the screen."""

@@ -34,12 +34,14 @@ class WatchSteps(L.Callback):
     go on. After `max_bad_steps` of them in a row the run ends, its state saved.
     """
 
-    def __init__(self, run: Path, max_bad_steps: int, save_minutes: float | None, stop: StopWhenAsked) -> None:
+    def __init__(
+        self, run: Path, max_bad_steps: int, save_minutes: float | None, stop: StopWhenAsked, console: Console
+    ) -> None:
         self.path = run / "unusual_steps.jsonl"
         self.max_bad_steps = max_bad_steps
         self.save_seconds = math.inf if save_minutes is None else 60 * save_minutes
         self.stop = stop
-        self.console = Console()
+        self.console = console
         self.losses: list[float] = []  # of the last steps
         self.skipped = self.in_row = 0  # steps skipped so far, and since the last that was made
         self.saved_at = time.monotonic()
@@ -111,9 +113,7 @@ class WatchSteps(L.Callback):
             if kind == "skipped"
             else f"has a leap of the loss, {loss:.4g}"
         )
-        self.console.print(
-            f"step {step} {what}{where}. Rows: {', '.join(culprit.rows)}", highlight=False, markup=False, soft_wrap=True
-        )
+        self.console.print(f"step {step} {what}{where}. Rows: {', '.join(culprit.rows)}", soft_wrap=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Remember the last losses and the counts, so that a resumed run judges as the straight one."""

@@ -43,6 +43,7 @@ def load_back(folder: Path, vlm: VisionLanguageModel) -> VisionLanguageModel:
     llm = load_pretrained(
         AutoModelForCausalLM,
         folder,
+        part="the language model",
         gguf_file=TEXT,
         dtype=torch.float32,
         quantization_config=GgufConfig(dequantize=True),

@@ -1,4 +1,4 @@
-"""transformers' native InternVL folder <-> the model.
+"""The model -> transformers' native InternVL folder.
 
 Any vision transformer that `InternVLVisionModel` can hold, pixel shuffle v2, an MLP and any causal LM make such a
 folder; plain transformers loads it with no code of ours.
@@ -7,70 +7,10 @@ folder; plain transformers loads it with no code of ours.
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    InternVLConfig,
-    InternVLForConditionalGeneration,
-    PreTrainedModel,
-)
+from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-from vlm_tune.config.schema import ModelConfig, ProjectorConfig, Quantize
 from vlm_tune.errors import ConfigError
-from vlm_tune.model.kernels import attention
-from vlm_tune.model.kernels.isolation import check_language_model
-from vlm_tune.model.layouts.loaded import Loaded
-from vlm_tune.model.layouts.pretrained import load_pretrained, make_empty, read_settings
-from vlm_tune.model.parts.llm import guard_4bit, load_tokenizer, quantization
-from vlm_tune.model.parts.projector import Projector
-from vlm_tune.model.parts.vision import VisionEncoder, resample_positions
-from vlm_tune.model.vlm import ImageTokens, View, VisionLanguageModel
-
-OTHER_PARTS = [
-    "model.vision_tower",
-    "model.multi_modal_projector",
-    "lm_head",
-]  # of a packed model: these stay in 16 bit
-
-
-def load(folder: Path, model: ModelConfig, dtype: torch.dtype, quantize: Quantize) -> Loaded:
-    """Take a native folder apart into vision encoder, projector and language model."""
-    config = read_settings(AutoConfig, folder)
-    options = (
-        {"quantization_config": quantization(quantize, dtype, OTHER_PARTS)} if quantize is not Quantize.none else {}
-    )
-    native = load_pretrained(
-        InternVLForConditionalGeneration, folder, dtype=dtype, attn_implementation=attention.NAME, **options
-    )
-    tower = native.model.vision_tower
-    resample_positions(tower, model.tiles.size)
-    layer = config.vision_feature_layer
-    vision = VisionEncoder(tower, layer if isinstance(layer, int) else -1)
-    shuffle = round(1 / config.downsample_ratio)
-    model.projector = ProjectorConfig(kind="mlp", shuffle=shuffle, shuffle_version="v2")
-    projector = Projector(model.projector, vision.width, config.text_config.hidden_size)
-    projector.load_state_dict(native.model.multi_modal_projector.state_dict())
-    llm = as_causal_lm(native)
-    guard_4bit(llm)
-    tokenizer, tokens = load_tokenizer(folder), ImageTokens()
-    context_id = tokenizer.convert_tokens_to_ids(tokens.context)
-    view = View(model.tiles.size, model.vision.normalize)
-    return Loaded(VisionLanguageModel(vision, projector, llm, context_id, view), tokenizer, tokens)
-
-
-def as_causal_lm(native: PreTrainedModel) -> PreTrainedModel:
-    """Give the native model's text part the class of a language model of its own."""
-    config = native.config.text_config
-    config.tie_word_embeddings = native.config.tie_word_embeddings
-    with torch.device("meta"):
-        llm = make_empty(AutoModelForCausalLM, config, attn_implementation=attention.NAME)
-    llm.model = native.model.language_model
-    llm.lm_head = native.lm_head
-    llm.config.use_cache = False
-    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):  # peft puts another layer beside a packed one
-        setattr(llm, flag, getattr(native, flag, False))
-    check_language_model(llm)
-    return llm
+from vlm_tune.model.vlm import VisionLanguageModel
 
 
 def native_config(vlm: VisionLanguageModel) -> InternVLConfig:

@@ -9,33 +9,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel
 
 from vlm_tune.config.schema import ModelConfig, Quantize
 from vlm_tune.data.text.templates import Template
 from vlm_tune.data.tiles import find_normalization
 from vlm_tune.errors import CheckpointError, ConfigError
-from vlm_tune.model.kernels import attention
-from vlm_tune.model.layouts.fill import fill, restore_buffers, tie_head
 from vlm_tune.model.layouts.folders import find_folder, model_kind
+from vlm_tune.model.layouts.found import Loaded, read_found
 from vlm_tune.model.layouts.internvl.official_config import (
     KIND,
-    projector_config,
     read_config,
     text_config,
     vision_config,
     written_config,
 )
-from vlm_tune.model.layouts.internvl.official_keys import Entry, Heads, entries
-from vlm_tune.model.layouts.loaded import Loaded
-from vlm_tune.model.layouts.pretrained import make_empty
+from vlm_tune.model.layouts.internvl.official_names import official_names
+from vlm_tune.model.layouts.keys import HEAD, Entry, Names, entries, fill, stored_name
+from vlm_tune.model.layouts.pretrained import empty_llm, make_empty
 from vlm_tune.model.layouts.weights import Shards, write_shards
-from vlm_tune.model.parts.llm import guard_4bit, load_tokenizer, quantization
+from vlm_tune.model.parts.llm import load_tokenizer
 from vlm_tune.model.parts.projector import Projector
-from vlm_tune.model.parts.quantize import use_quantized_layers
-from vlm_tune.model.parts.vision import VisionEncoder, cut_layers, resample_positions
+from vlm_tune.model.parts.vision import VisionEncoder, resample_positions
 from vlm_tune.model.vlm import ImageTokens, View, VisionLanguageModel
 
 EMBEDDING = "llm.model.embed_tokens.weight"
@@ -46,53 +42,35 @@ def load(folder: Path, model: ModelConfig, dtype: torch.dtype, quantize: Quantiz
 
     Raises CheckpointError that lists every missing, unexpected and misshapen weight.
     """
-    config = read_config(folder)
-    model.vision.select_layer = config.get("select_layer", -1)
-    model.projector = projector_config(config)
+    config, found = read_config(folder), read_found(folder, model)
+    model = found.over(model)
     vlm = empty_model(config, model, folder)
-    table = original_entries(vlm, config)
-    shards = Shards.find(folder)
-    shards.compare({entry.original: entry.shape for entry in table}, optional=_optional(vlm, config))
-    cut_layers(vlm.vision.tower, model.vision.select_layer)
-    if quantize is not Quantize.none:
-        use_quantized_layers(vlm.llm, quantization(quantize, dtype))
-    fill(vlm, shards, table, dtype)
-    tie_head(vlm.llm, shards, _head_key(config))
-    restore_buffers(vlm.llm)
-    guard_4bit(vlm.llm)
+    fill(vlm, folder, _names(vlm, config), (dtype, quantize), found.select_layer)
     resample_positions(vlm.vision.tower, model.tiles.size)
-    tokenizer, tokens = load_tokenizer(folder), ImageTokens()
-    vlm.context_id = _image_token(tokenizer, tokens, vlm, folder)
-    if (trained := config.get("template")) and trained != model.template:
-        Console().print(f"model.template={model.template}; {folder} names {trained}", highlight=False)
-    return Loaded(vlm, tokenizer, tokens)
+    tokenizer = load_tokenizer(folder)
+    vlm.context_id = _image_token(tokenizer, found.tokens, vlm, folder)
+    is_other = found.template and found.template != model.template
+    notes = (f"model.template={model.template}; {folder} names {found.template}",) if is_other else ()
+    return Loaded(vlm, tokenizer, found, notes)
 
 
 def empty_model(config: dict[str, Any], model: ModelConfig, folder: Path) -> VisionLanguageModel:
     """Make the whole model without weights, no layer cut off, on the meta device."""
     text = text_config(config, folder)
+    vision = VisionEncoder(make_empty(AutoModel, vision_config(config)))
     with torch.device("meta"):
-        tower = make_empty(AutoModel, vision_config(config), attn_implementation=attention.NAME)
-        llm = make_empty(AutoModelForCausalLM, text, attn_implementation=attention.NAME)
-        vision = VisionEncoder(tower)
         projector = Projector(model.projector, vision.width, text.hidden_size)
-    llm.config.use_cache = False
-    return VisionLanguageModel(vision, projector, llm, -1, View(model.tiles.size, model.vision.normalize))
+    view = View(model.tiles.size, model.vision.normalize)
+    return VisionLanguageModel(vision, projector, empty_llm(text), -1, view)
 
 
 def original_entries(vlm: VisionLanguageModel, config: dict[str, Any]) -> list[Entry]:
     """List the original tensors that make up the model."""
-    heads = Heads.of(vlm.llm.config) if config["llm_config"]["model_type"] == "internlm2" else None
-    return entries({name: tuple(weight.shape) for name, weight in vlm.named_parameters()}, heads)
+    return entries(vlm, _names(vlm, config))
 
 
-def _head_key(config: dict[str, Any]) -> str:
-    leaf = "output" if config["llm_config"]["model_type"] == "internlm2" else "lm_head"
-    return f"language_model.{leaf}.weight"
-
-
-def _optional(vlm: VisionLanguageModel, config: dict[str, Any]) -> list[str]:
-    return [_head_key(config)] if vlm.llm.config.tie_word_embeddings else []
+def _names(vlm: VisionLanguageModel, config: dict[str, Any]) -> list[Names]:
+    return official_names(vlm.llm.config, config["llm_config"]["model_type"] == "internlm2")
 
 
 def _image_token(tokenizer: Any, tokens: ImageTokens, vlm: VisionLanguageModel, folder: Path) -> int:
@@ -119,8 +97,8 @@ def save(
     folder: Path,
     auto_map: bool = False,
     shard: str = "2GB",
-) -> None:
-    """Write a merged model as an original folder, config and weights, in the dtype that it has.
+) -> list[str]:
+    """Write a merged model as an original folder, config and weights, in the dtype that it has; return notes on it.
 
     The layers that select_layer leaves unused come from the folder that training started from (`model.path`), and so
     does the kind of language model: InternLM2 stays InternLM2. The repository's code is not ours to ship: whoever
@@ -149,11 +127,10 @@ def save(
     vlm.llm.generation_config.save_pretrained(folder)
     _write_pictures(model, folder)
     _write_weights(vlm, config, base, folder, shard)
-    Console().print(
+    return [
         "official: InternVL's code is not among the files. Where it must run, copy the *.py files of the original "
-        "folder beside them",
-        highlight=False,
-    )
+        "folder beside them"
+    ]
 
 
 def _base_folder(model: ModelConfig) -> Path | None:
@@ -168,15 +145,16 @@ def _write_weights(
     vlm: VisionLanguageModel, config: dict[str, Any], base: Path | None, folder: Path, shard: str
 ) -> None:
     weights: dict[str, Tensor] = {name: weight.detach() for name, weight in vlm.named_parameters()}
-    table = {entry.original: entry for entry in original_entries(vlm, config)}
+    table = {entry.stored: entry for entry in original_entries(vlm, config)}
     shapes = {key: entry.shape for key, entry in table.items()}
     unused: dict[str, Tensor] = {}
     if base is not None:
         shards = Shards.find(base)
         unused_keys = [key for key in shards.shapes if key.startswith("vision_model.") and key not in table]
         unused = {key: tensor.to(vlm.llm.dtype, copy=True) for key, tensor in shards.read(unused_keys)}
-        if vlm.llm.config.tie_word_embeddings and _head_key(config) in shards.shapes:
-            unused[_head_key(config)] = weights[EMBEDDING]
+        head = stored_name(HEAD, _names(vlm, config))
+        if vlm.llm.config.tie_word_embeddings and head in shards.shapes:
+            unused[head] = weights[EMBEDDING]
         shapes |= {key: tuple(tensor.shape) for key, tensor in unused.items()}
 
     def read(key: str) -> Tensor:

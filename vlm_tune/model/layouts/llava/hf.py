@@ -1,4 +1,4 @@
-"""transformers' LLaVA 1.5 and LLaVA-NeXT folders (llava-hf) <-> the model.
+"""The model -> transformers' LLaVA 1.5 and LLaVA-NeXT folders (llava-hf).
 
 A CLIP or SigLIP encoder, two linear layers and any causal LM make such a folder. The names of its weights are those of
 the hub's folders: transformers' own classes would write others, which other tools do not know.
@@ -7,75 +7,23 @@ the hub's folders: transformers' own classes would write others, which other too
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import save_torch_state_dict
-from torch import Tensor
-from transformers import (
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    PreTrainedModel,
-)
+from transformers import LlavaConfig, LlavaNextConfig
 
-from vlm_tune.config.schema import ModelConfig, Quantize, TilesConfig
+from vlm_tune.config.schema import TilesConfig
 from vlm_tune.data.tiles import anyres_grids
-from vlm_tune.errors import CheckpointError, ConfigError
-from vlm_tune.model.kernels import attention
-from vlm_tune.model.layouts.internvl.hf import OTHER_PARTS, as_causal_lm
-from vlm_tune.model.layouts.llava.facts import CLASS_TOKENS, TOKENS, read_hub
-from vlm_tune.model.layouts.loaded import Loaded
-from vlm_tune.model.layouts.pretrained import load_pretrained
-from vlm_tune.model.parts.llm import guard_4bit, load_tokenizer, quantization
-from vlm_tune.model.parts.projector import Projector
-from vlm_tune.model.parts.vision import VisionEncoder, resample_positions, whole_weights
-from vlm_tune.model.vlm import View, VisionLanguageModel
+from vlm_tune.errors import ConfigError
+from vlm_tune.model.layouts.found import CLASS_TOKENS
+from vlm_tune.model.layouts.keys import Names, all_weights
+from vlm_tune.model.parts.vision import VisionEncoder
+from vlm_tune.model.vlm import VisionLanguageModel
 
-
-def load(folder: Path, model: ModelConfig, dtype: torch.dtype, quantize: Quantize) -> Loaded:
-    """Take a llava-hf folder apart into vision encoder, projector and language model."""
-    facts = read_hub(folder, model)
-    native = _load_native(folder, model.projector.newline, dtype, quantize)
-    tower = native.model.vision_tower
-    resample_positions(tower, model.tiles.size)
-    vision = VisionEncoder(tower, facts.select_layer, facts.keeps_class)
-    projector = Projector(model.projector, vision.width, native.config.text_config.hidden_size)
-    weights = native.model.multi_modal_projector.state_dict()
-    if model.projector.newline:
-        weights["newline"] = native.model.image_newline
-    projector.load_state_dict(weights)
-    llm = as_causal_lm(native)
-    guard_4bit(llm)
-    tokenizer, context_id = load_tokenizer(folder), int(native.config.image_token_index)
-    context = tokenizer.convert_ids_to_tokens(context_id)
-    if context != TOKENS.context:
-        raise CheckpointError(
-            f"{folder}: config.json gives {context_id} as the image token, which is {context!r} in its tokenizer, not "
-            f"{TOKENS.context}: the folder's files belong to different models"
-        )
-    view = View(model.tiles.size, model.vision.normalize)
-    return Loaded(VisionLanguageModel(vision, projector, llm, context_id, view), tokenizer, TOKENS)
-
-
-def _load_native(folder: Path, is_next: bool, dtype: torch.dtype, quantize: Quantize) -> PreTrainedModel:
-    options: dict[str, Any] = {}
-    if quantize is not Quantize.none:
-        options["quantization_config"] = quantization(quantize, dtype, OTHER_PARTS)
-    kind: Any = LlavaNextForConditionalGeneration if is_next else LlavaForConditionalGeneration
-    native, found = load_pretrained(
-        kind,
-        folder,
-        dtype=dtype,
-        attn_implementation=attention.NAME,
-        output_loading_info=True,
-        **options,
-    )
-    wrong = {name: sorted(found[f"{name}_keys"]) for name in ("missing", "unexpected")}
-    if any(wrong.values()):
-        listed = "\n  ".join(f"{how}: {name}" for how, names in wrong.items() for name in names[:10])
-        raise CheckpointError(f"{folder}: its weights are not those of its config.json\n  {listed}\n  Copy it again")
-    assert isinstance(native, PreTrainedModel)
-    return native
+NAMES = (
+    Names("vision.tower.", "vision_tower.vision_model."),
+    Names("projector.newline", "image_newline"),
+    Names("projector.", "multi_modal_projector."),
+    Names("llm.", "language_model."),
+)
 
 
 def refuse_misfit(vlm: VisionLanguageModel) -> None:
@@ -133,16 +81,4 @@ def save(vlm: VisionLanguageModel, tiles: TilesConfig, folder: Path, shard: str 
     config = native_config(vlm, tiles)
     config.save_pretrained(folder)
     vlm.llm.generation_config.save_pretrained(folder)
-    save_torch_state_dict(hub_weights(vlm), folder, max_shard_size=shard)
-
-
-def hub_weights(vlm: VisionLanguageModel) -> dict[str, Tensor]:
-    """Name all weights as the hub's folders do."""
-    weights = {f"vision_tower.vision_model.{name}": weight for name, weight in whole_weights(vlm.vision).items()}
-    for name, weight in vlm.projector.state_dict().items():
-        weights["image_newline" if name == "newline" else f"multi_modal_projector.{name}"] = weight
-    is_tied = vlm.llm.config.tie_word_embeddings
-    for name, weight in vlm.llm.state_dict().items():
-        if not (is_tied and name == "lm_head.weight"):
-            weights[f"language_model.{name}"] = weight
-    return weights
+    save_torch_state_dict(all_weights(vlm, NAMES), folder, max_shard_size=shard)

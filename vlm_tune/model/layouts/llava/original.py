@@ -9,27 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
 
 from vlm_tune.config.schema import ModelConfig, Quantize
 from vlm_tune.data.tiles import anyres_grids
 from vlm_tune.errors import ConfigError
-from vlm_tune.model.kernels import attention
 from vlm_tune.model.kernels.isolation import check_language_model
 from vlm_tune.model.layouts.folders import LLAVA_ORIGINAL, find_folder, model_kind, read_json
-from vlm_tune.model.layouts.llava.facts import TOKENS, read_original, tower_config, vision_folder
-from vlm_tune.model.layouts.loaded import Loaded
-from vlm_tune.model.layouts.pretrained import from_weights, make_empty
-from vlm_tune.model.layouts.weights import Shards, write_shards
-from vlm_tune.model.parts.llm import add_tokens, guard_4bit, load_tokenizer, quantization
+from vlm_tune.model.layouts.found import Loaded, read_found, tower_config, vision_folder
+from vlm_tune.model.layouts.keys import Names, all_weights, fill
+from vlm_tune.model.layouts.pretrained import empty_llm, make_empty
+from vlm_tune.model.layouts.weights import Shards, notes, write_shards
+from vlm_tune.model.parts.llm import add_tokens, load_tokenizer
 from vlm_tune.model.parts.projector import Projector
-from vlm_tune.model.parts.vision import VisionEncoder, load_tower, resample_positions, whole_tower, whole_weights
+from vlm_tune.model.parts.vision import VisionEncoder, load_tower, resample_positions, whole_tower
 from vlm_tune.model.vlm import View, VisionLanguageModel
 
 TEXT_KINDS = {"llama": "LlavaLlama", "mistral": "LlavaMistral", "qwen2": "LlavaQwen"}  # model_type -> class of LLaVA
 VISION = "model.vision_tower.vision_tower.vision_model."
-NEWLINE = "model.image_newline"
+COMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")  # in older files
 PROJECTORS = {  # ours -> theirs
     "mlp2x_gelu": {"linear_1": "model.mm_projector.0", "linear_2": "model.mm_projector.2"},
     "linear": {"linear_1": "model.mm_projector"},
@@ -43,65 +41,33 @@ def load(folder: Path, model: ModelConfig, dtype: torch.dtype, quantize: Quantiz
 
     Raises CheckpointError that lists every missing, unexpected and misshapen weight.
     """
-    facts, config, shards = read_original(folder, model), read_json(folder), Shards.find(folder)
+    found, config, stored = read_found(folder, model), read_json(folder), Shards.find(folder).shapes
     tower_folder = vision_folder(folder, config, model)
-    has_vision = any(key.startswith(VISION) for key in shards.shapes)
-    with torch.device("meta"):
-        empty = make_empty(AutoModelForCausalLM, text_config(config, folder))
-        tower = make_empty(AutoModel, tower_config(tower_folder))
-    projector = Projector(model.projector, tower.config.hidden_size, empty.config.hidden_size)
-    names = {key: key for key, _ in empty.named_parameters()}
-    projector_names = their_projector(projector)
-    expected = {key: tuple(weight.shape) for key, weight in empty.named_parameters()}
-    expected |= {projector_names[key]: tuple(weight.shape) for key, weight in projector.named_parameters()}
-    if has_vision:
-        expected |= {VISION + key: tuple(weight.shape) for key, weight in tower.named_parameters()}
-    shards.compare(expected, optional=[key for key in shards.shapes if _is_buffer(key)])
-
-    def read(theirs: dict[str, str], kind: torch.dtype) -> dict[str, Tensor]:
-        ours = {there: here for here, there in theirs.items()}
-        return {ours[key]: tensor.to(kind, copy=True) for key, tensor in shards.read(ours)}
-
-    projector.load_state_dict(read(projector_names, torch.float32))
-    if has_vision:
-        tower.load_state_dict(read({key: VISION + key for key in tower.state_dict()}, dtype), assign=True)
-        tower = _with_buffers(tower)
-    else:
-        tower = load_tower(tower_folder, dtype)
-    resample_positions(tower, model.tiles.size)
-    vision = VisionEncoder(tower, facts.select_layer, facts.keeps_class)
-    llm = _text_model(empty, read(names, dtype), dtype, quantize)
-    tokenizer = load_tokenizer(folder)
-    add_tokens(tokenizer, llm, TOKENS.all)
-    context_id = tokenizer.convert_tokens_to_ids(TOKENS.context)
-    view = View(model.tiles.size, model.vision.normalize)
-    return Loaded(VisionLanguageModel(vision, projector, llm, context_id, view), tokenizer, TOKENS)
-
-
-def _text_model(
-    empty: PreTrainedModel, weights: dict[str, Tensor], dtype: torch.dtype, quantize: Quantize
-) -> PreTrainedModel:
-    options: dict[str, Any] = {}
-    if quantize is not Quantize.none:
-        options["quantization_config"] = quantization(quantize, dtype)
-    llm: PreTrainedModel = from_weights(
-        type(empty), weights, config=empty.config, dtype=dtype, attn_implementation=attention.NAME, **options
-    )
-    llm.config.use_cache = False
-    guard_4bit(llm)
+    has_vision = any(key.startswith(VISION) for key in stored)
+    tower = make_empty(AutoModel, tower_config(tower_folder)) if has_vision else load_tower(tower_folder, dtype)
+    llm = empty_llm(text_config(config, folder), dtype=dtype)
+    projector = Projector(found.projector, tower.config.hidden_size, llm.config.hidden_size)
+    view = View(model.tiles.size, found.normalize)
+    vlm = VisionLanguageModel(VisionEncoder(tower), projector, llm, -1, view)
+    computed = [key for key in stored if key.endswith(COMPUTED)]
+    fill(vlm, folder, names_of(projector, has_vision), (dtype, quantize), known=computed)
     check_language_model(llm)
-    return llm
+    if has_vision:
+        positions = tower.embeddings.position_embedding.num_embeddings
+        tower.embeddings.position_ids = torch.arange(positions).unsqueeze(0)  # no file holds them
+    resample_positions(tower, model.tiles.size)
+    vlm.vision = VisionEncoder(tower.eval(), found.select_layer, found.keeps_class)
+    tokenizer = load_tokenizer(folder)
+    add_tokens(tokenizer, llm, found.tokens.all)
+    vlm.context_id = tokenizer.convert_tokens_to_ids(found.tokens.context)
+    return Loaded(vlm, tokenizer, found, () if has_vision else tuple(notes(tower_folder)))
 
 
-def _with_buffers(tower: Any) -> Any:
-    """Give a tower that was made without memory its position numbers, which no file holds."""
-    embeddings = tower.embeddings
-    embeddings.position_ids = torch.arange(embeddings.position_embedding.num_embeddings).unsqueeze(0)
-    return tower.eval()
-
-
-def _is_buffer(key: str) -> bool:
-    return key.endswith(("rotary_emb.inv_freq", "embeddings.position_ids"))  # older files hold what is computed
+def names_of(projector: Projector, has_vision: bool = True) -> list[Names]:
+    """Name the weights as LLaVA does, where it has those of the encoder."""
+    layers = [Names(f"projector.{ours}.", f"{theirs}.") for ours, theirs in PROJECTORS[projector.config.kind].items()]
+    vision = [Names("vision.tower.", VISION)] if has_vision else []
+    return [*vision, Names("projector.newline", "model.image_newline"), *layers, Names("llm.", "")]
 
 
 def text_config(config: dict[str, Any], folder: Path) -> Any:
@@ -115,17 +81,6 @@ def text_config(config: dict[str, Any], folder: Path) -> Any:
     return AutoConfig.for_model(known[architecture], **own)
 
 
-def their_projector(projector: Projector) -> dict[str, str]:
-    """Name the projector's weights as LLaVA does: ours -> theirs."""
-    layers = PROJECTORS[projector.config.kind]
-    names = {"newline": NEWLINE} if projector.newline is not None else {}
-    for name, _ in projector.named_parameters():
-        layer, _, leaf = name.partition(".")
-        if name != "newline":
-            names[name] = f"{layers[layer]}.{leaf}"
-    return names
-
-
 # ---------------------------------------------------------------------------------------------------------------- out
 
 
@@ -136,10 +91,7 @@ def save(vlm: VisionLanguageModel, tokenizer: PreTrainedTokenizerBase, model: Mo
     layout cannot hold.
     """
     refuse_misfit(vlm)
-    weights = {VISION + name: weight for name, weight in whole_weights(vlm.vision).items()}
-    projector = their_projector(vlm.projector)
-    weights |= {projector[name]: weight.to(vlm.llm.dtype) for name, weight in vlm.projector.named_parameters()}
-    weights |= {name: weight.detach() for name, weight in vlm.llm.named_parameters()}
+    weights = {name: each.to(vlm.llm.dtype) for name, each in all_weights(vlm, names_of(vlm.projector)).items()}
     tables = ("model.embed_tokens.weight", "lm_head.weight")
     num_rows = len(weights[tables[0]])
     if num_rows == vlm.context_id + 1:

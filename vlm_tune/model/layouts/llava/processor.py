@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from transformers import (
     CLIPImageProcessorPil,
     LlavaImageProcessorPil,
@@ -23,11 +22,11 @@ from vlm_tune.model.layouts.internvl.processor import jinja_template, show_conte
 
 def save_llava_processor(
     tokenizer: PreTrainedTokenizerBase, encoder: Encoder, model: ModelConfig, folder: Path
-) -> None:
+) -> list[str]:
     """Write a processor that makes the tokens and tiles of training, beside the config.json that is there.
 
-    What it cannot do as training did is printed. Raises ConfigError for a tile rule that transformers' processors do
-    not know.
+    Returns notes on what it cannot do as training did. Raises ConfigError for a tile rule that transformers' processors
+    do not know.
     """
     pictures = picture_processor(model, encoder.settings.newline)
     config = read_json(folder)
@@ -45,8 +44,7 @@ def save_llava_processor(
         chat_template=template,
     )
     processor.save_pretrained(folder)
-    for note in notes(model, encoder.settings.newline):
-        Console().print(f"llava_hf: {note}", highlight=False, markup=False)
+    return [f"llava_hf: {note}" for note in notes(model, encoder.settings.newline)]
 
 
 def notes(model: ModelConfig, newline: bool) -> list[str]:

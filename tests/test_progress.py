@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from vlm_tune.data import progress
-from vlm_tune.data.progress import Estimate, duration, follow
+from vlm_tune import console
+from vlm_tune.console import Estimate, duration, follow
 
 
 @pytest.mark.parametrize(
@@ -42,15 +42,15 @@ def test_seconds_are_written_as_people_read_them(seconds, text):
 
 def test_a_log_file_gets_lines_with_rate_and_time_left(monkeypatch, capsys):
     clock = iter(range(0, 10**6, 20))
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(console.time, "perf_counter", lambda: next(clock))
     assert list(follow(range(4), "encoding pictures", "rows")) == [0, 1, 2, 3]
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "encoding pictures: 1 of 4, 0.1 rows/s"
     assert lines[1] == "encoding pictures: 2 of 4, 0.1 rows/s  40 s left"
 
 
 def test_a_terminal_gets_a_bar(monkeypatch):
     screen = io.StringIO()
-    monkeypatch.setattr(progress, "Console", lambda: Console(file=screen, force_terminal=True, width=100))
+    monkeypatch.setattr(console, "make_console", lambda stderr: Console(file=screen, force_terminal=True, width=100))
     assert list(follow([1, 2, 3], "encoding pictures", "rows")) == [1, 2, 3]
     assert "encoding pictures" in screen.getvalue()
