@@ -38,7 +38,8 @@ def use_feature_cache(vlm: VisionLanguageModel, data: DataModule, config: Config
             raise ConfigError(f"data.feature_cache=on, but {reason}: set data.feature_cache=off")
         return
     folder = cache_folder() / "features" / fingerprint(vlm.vision.state_dict(), _settings(vlm, config))
-    tile_bytes = vlm.vision.num_patches(config.model.tiles.size) * vlm.vision.width * vlm.vision.dtype.itemsize
+    num_patches = vlm.vision.num_patches(config.model.tiles.size)
+    tile_bytes = num_patches * vlm.vision.width * vlm.vision.dtype.itemsize
     need = num_tiles * tile_bytes / GIB  # an upper bound: a picture that stands in several rows is kept once
     folder.mkdir(parents=True, exist_ok=True)
     limit = min(config.data.feature_cache_gib, shutil.disk_usage(folder).free / GIB / 2)
@@ -57,11 +58,12 @@ def use_feature_cache(vlm: VisionLanguageModel, data: DataModule, config: Config
         return
     cache = FeatureCache(folder)
     with FileLock(folder / ".lock"):  # of several ranks one works, the others find everything done
-        vlm.to(device)
+        vlm.vision.to(device)
         for part in parts:
-            fill(vlm, part, cache)
+            fill(vlm, part, cache, device)
     for each in (each for part in parts for each in part.data.sets):
         each.cache = cache
+    vlm.kept_patches = num_patches
 
 
 def obstacle(config: Config) -> str | None:
@@ -73,7 +75,7 @@ def obstacle(config: Config) -> str | None:
     return None
 
 
-def fill(vlm: VisionLanguageModel, part: Part, cache: FeatureCache) -> None:
+def fill(vlm: VisionLanguageModel, part: Part, cache: FeatureCache, device: torch.device) -> None:
     """Encode the pictures whose features are not there yet."""
     rows = part.index.rows[part.index.tiles > 0].tolist()
     for row in follow(rows, "encoding pictures", "rows"):
@@ -83,7 +85,7 @@ def fill(vlm: VisionLanguageModel, part: Part, cache: FeatureCache) -> None:
         for picture, limit in data.limited_pictures(sample, example):
             key = cache.key(data.reader.read_content(picture, sample.where, sample.id), limit)
             if not cache.has(key):
-                tiles = torch.from_numpy(data.cut(picture, limit, sample)).to(vlm.device)
+                tiles = torch.from_numpy(data.cut(picture, limit, sample)).to(device)
                 with torch.no_grad():
                     cache.write(key, vlm.see(tiles))
 

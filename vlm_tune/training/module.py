@@ -11,6 +11,7 @@ from vlm_tune.config.schema import Config, Precision
 from vlm_tune.data.batch import Batch
 from vlm_tune.errors import TrainingError
 from vlm_tune.model.build import Model, resolve_precision
+from vlm_tune.model.parts.shards import fully_split, held
 from vlm_tune.model.parts.stage import set_modes, trained_parameters
 from vlm_tune.training.optim import make_optimizer, make_schedule
 
@@ -29,6 +30,11 @@ class VlmModule(L.LightningModule):
         self.step_loss = torch.zeros(())  # of the optimizer step so far
         self.step_ids: list[str] = []
         self.train_seconds = 0.0  # wall, of the run so far, interruptions left out
+
+    def configure_model(self) -> None:
+        """Split the weights where the strategy is FSDP2."""
+        if self.device_mesh is not None and not self.vlm.is_split:
+            fully_split(self.vlm, self.device_mesh["data_parallel"])
 
     def on_fit_start(self) -> None:
         """Start the clock."""
@@ -80,7 +86,7 @@ class VlmModule(L.LightningModule):
         )
 
     def _require_finite_weights(self) -> None:
-        broken = [name for name, weight in trained_parameters(self.vlm) if not torch.isfinite(weight).all()]
+        broken = [name for name, weight in trained_parameters(self.vlm) if not torch.isfinite(held(weight)).all()]
         if broken:
             raise TrainingError(
                 f"{len(broken)} trained weights are no numbers any more after step {self.global_step} ({broken[0]}). "

@@ -62,12 +62,10 @@ def train(config: Config) -> Path:
     trainer = make_trainer(config, module.max_steps, run, examiner.enter(run, max_steps))
     with only_here(run) if trainer.is_global_zero else nullcontext():
         use_feature_cache(model.vlm, data, config, trainer.strategy.root_device)
-        if trainer.is_global_zero:
-            examiner.before(trainer.strategy.root_device)
         fit(trainer, module, data, checkpoint)
         if trainer.is_global_zero:
             report = RunReport(config, run, parts, start)
-            examiner.after(trainer.strategy.root_device, report)
+            examiner.tell(report)
             console.print(f"report: {report.write(module, data)}", highlight=False, soft_wrap=True)
     return run
 

@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
-from vlm_tune.config.schema import Config, Precision, Strategy
+from vlm_tune.config.schema import Config, Precision
 from vlm_tune.errors import ConfigError
 from vlm_tune.model.build import resolve_precision
 from vlm_tune.model.ready import require_packages
@@ -16,6 +16,7 @@ from vlm_tune.training.callbacks.checkpoints import AtomicCheckpoints, SaveCheck
 from vlm_tune.training.callbacks.metrics import MetricsFile
 from vlm_tune.training.callbacks.progress import ProgressLine
 from vlm_tune.training.intervals import every
+from vlm_tune.training.strategies import make_strategy
 
 PRECISIONS = {Precision.fp32: "32-true", Precision.bf16: "bf16-mixed", Precision.fp16: "16-mixed"}
 LOGGERS: dict[str, Any] = {
@@ -34,7 +35,7 @@ def make_trainer(config: Config, max_steps: int, run: Path, callbacks: list[L.Ca
         accelerator=trainer.accelerator,
         devices=trainer.devices,
         num_nodes=trainer.nodes,
-        strategy=find_strategy(config),
+        strategy=make_strategy(config, has_gpu(config)),
         precision=PRECISIONS[resolve_precision(trainer.precision)],  # type: ignore[arg-type]
         max_steps=max_steps,
         max_epochs=-1,
@@ -56,13 +57,14 @@ def make_trainer(config: Config, max_steps: int, run: Path, callbacks: list[L.Ca
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        inference_mode=False,  # FSDP2 keeps what a validation gathered, and training goes on with it
         default_root_dir=run,
     )
 
 
 def check_trainer(config: Config) -> None:
     """Raise ConfigError for what is not on this machine, before a run folder is made."""
-    trainer, strategy = config.trainer, config.strategy.name
+    trainer = config.trainer
     if not has_gpu(config):
         if trainer.accelerator in ("gpu", "cuda"):
             raise ConfigError(
@@ -70,8 +72,6 @@ def check_trainer(config: Config) -> None:
             )
         if resolve_precision(trainer.precision) is Precision.fp16:
             raise ConfigError("trainer.precision=fp16 needs a GPU: set trainer.precision=bf16 or fp32 on a CPU")
-        if strategy not in (Strategy.auto, Strategy.ddp):
-            raise ConfigError(f"strategy={strategy.value} needs GPUs: set strategy=ddp on CPUs")
     require_packages(config)
 
 
@@ -94,25 +94,3 @@ def keep_freed_memory() -> None:
 def find_loggers(config: Config, run: Path) -> list[Logger] | bool:
     """Make the loggers by name; a visible dict, so that a configuration can call no other code."""
     return [LOGGERS[name](run) for name in config.logger.names] or False
-
-
-def find_strategy(config: Config) -> Any:
-    """Choose how devices share the work."""
-    name, many = config.strategy.name, config.trainer.devices * config.trainer.nodes > 1
-    if name is Strategy.auto:
-        name = Strategy.ddp if many else Strategy.auto
-    if name is Strategy.auto:
-        return "auto"
-    if name is Strategy.ddp:
-        from lightning.pytorch.strategies import DDPStrategy
-
-        return DDPStrategy(process_group_backend="nccl" if has_gpu(config) else "gloo", find_unused_parameters=False)
-    if name is Strategy.fsdp:
-        from lightning.pytorch.strategies import FSDPStrategy
-
-        return FSDPStrategy(use_orig_params=True, state_dict_type="full")
-    return {
-        Strategy.zero1: "deepspeed_stage_1",
-        Strategy.zero2: "deepspeed_stage_2",
-        Strategy.zero3: "deepspeed_stage_3",
-    }[name]

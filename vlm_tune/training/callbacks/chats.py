@@ -30,12 +30,10 @@ class SampleAnswers(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, module: Any) -> None:
         """Answer before the first step; a resumed run reads its answers back."""
-        if not trainer.is_global_zero:
-            return
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        answers = [json.loads(line)["answer"] for line in lines]
+        answers = trainer.strategy.broadcast([json.loads(line)["answer"] for line in lines])
         count = len(self.questions)
-        self.before = answers[:count] if answers else self._ask(0)
+        self.before = answers[:count] if answers else self._ask(trainer, 0)
         self.now = answers[-count:] if answers else self.before  # a finished run asks nothing more
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
@@ -52,26 +50,36 @@ class SampleAnswers(L.Callback):
         step = trainer.global_step
         is_whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         is_due = self.every and step % self.every == 0 and step < trainer.max_steps
-        if trainer.is_global_zero and is_whole_step and is_due:
-            self._print(f"step {step}", self._ask(step))
+        if is_whole_step and is_due:
+            self._print(trainer, f"step {step}", self._ask(trainer, step))
 
     def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
         """Answer after the last step, beside the answers before the first."""
-        if trainer.is_global_zero:
-            self._print("after training", self._ask(trainer.global_step))
+        self._print(trainer, "after training", self._ask(trainer, trainer.global_step))
 
-    def _ask(self, step: int) -> list[str]:
+    def _ask(self, trainer: L.Trainer, step: int) -> list[str]:
+        if not takes_part(trainer, self.model):
+            return []
         predictions = ask(self.model, self.test, self.questions, max_new_tokens=32)
+        self.now = [prediction.answer for prediction in predictions]
+        if not trainer.is_global_zero:
+            return self.now
         with self.path.open("a", encoding="utf-8") as file:
             for prediction in predictions:
                 entry = {"step": step, "id": prediction.id, "question": prediction.question}
                 entry |= {"expected": prediction.expected, "answer": prediction.answer}
                 file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-        self.now = [prediction.answer for prediction in predictions]
         return self.now
 
-    def _print(self, title: str, answers: list[str]) -> None:
+    def _print(self, trainer: L.Trainer, title: str, answers: list[str]) -> None:
+        if not trainer.is_global_zero:
+            return
         table = Table("question", "expected", "before", "now", title=f"sample answers, {title}", title_justify="left")
         for question, before, now in zip(self.questions, self.before, answers, strict=True):
             table.add_row(question.text, question.expected, before, now)
         self.console.print(table)
+
+
+def takes_part(trainer: L.Trainer, model: Model) -> bool:
+    """Tell whether this process answers questions: the first one does, and all that hold the weights together."""
+    return trainer.is_global_zero or model.vlm.is_split
