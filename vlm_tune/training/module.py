@@ -10,7 +10,7 @@ from torch import Tensor
 from vlm_tune.config.schema import Config, Precision
 from vlm_tune.data.batch import Batch
 from vlm_tune.errors import TrainingError
-from vlm_tune.model.build import Model, resolve_precision
+from vlm_tune.model.build import DTYPES, Model, resolve_precision
 from vlm_tune.model.parts.shards import fully_split, held
 from vlm_tune.model.parts.stage import set_modes, trained_parameters
 from vlm_tune.training.optim import make_optimizer, make_schedule
@@ -34,7 +34,8 @@ class VlmModule(L.LightningModule):
     def configure_model(self) -> None:
         """Split the weights where the strategy is FSDP2."""
         if self.device_mesh is not None and not self.vlm.is_split:
-            fully_split(self.vlm, self.device_mesh["data_parallel"])
+            dtype = DTYPES[resolve_precision(self.config.trainer.precision)]
+            fully_split(self.vlm, self.device_mesh["data_parallel"], dtype)
 
     def on_fit_start(self) -> None:
         """Start the clock."""

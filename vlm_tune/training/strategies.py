@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 import torch
+from lightning.pytorch.plugins import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, ParallelStrategy
 from lightning.pytorch.strategies import Strategy as LightningStrategy
 from torch import Tensor
@@ -216,6 +217,14 @@ class Zero(WholeCheckpoints, DeepSpeedStrategy):
 def settings_of(group: dict[str, Any]) -> dict[str, Any]:
     """Return what a group of parameters is trained with: rate, decay, name."""
     return {key: value for key, value in group.items() if key != "params"}
+
+
+class ZeroPrecision(DeepSpeedPrecision):
+    """Hand a batch over as it is: DeepSpeed's plugin would round the weights of the tokens to 16 bit."""
+
+    def convert_input(self, data: Any) -> Any:
+        """Return a batch."""
+        return data
 
 
 def zero_settings(config: Config, has_gpu: bool) -> dict[str, Any]:

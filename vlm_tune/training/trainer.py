@@ -16,7 +16,7 @@ from vlm_tune.training.callbacks.checkpoints import AtomicCheckpoints, SaveCheck
 from vlm_tune.training.callbacks.metrics import MetricsFile
 from vlm_tune.training.callbacks.progress import ProgressLine
 from vlm_tune.training.intervals import every
-from vlm_tune.training.strategies import make_strategy
+from vlm_tune.training.strategies import ZERO, ZeroPrecision, make_strategy
 
 PRECISIONS = {Precision.fp32: "32-true", Precision.bf16: "bf16-mixed", Precision.fp16: "16-mixed"}
 LOGGERS: dict[str, Any] = {
@@ -30,13 +30,14 @@ def make_trainer(config: Config, max_steps: int, run: Path, callbacks: list[L.Ca
     trainer = config.trainer
     if not has_gpu(config):
         keep_freed_memory()
+    is_zero, precision = config.strategy.name in ZERO, PRECISIONS[resolve_precision(trainer.precision)]
     slots = trainer.devices * trainer.nodes * trainer.micro_batch
     return L.Trainer(
         accelerator=trainer.accelerator,
         devices=trainer.devices,
         num_nodes=trainer.nodes,
         strategy=make_strategy(config, has_gpu(config)),
-        precision=PRECISIONS[resolve_precision(trainer.precision)],  # type: ignore[arg-type]
+        precision=None if is_zero else precision,  # type: ignore[arg-type]
         max_steps=max_steps,
         max_epochs=-1,
         accumulate_grad_batches=trainer.global_batch // slots,
@@ -53,7 +54,7 @@ def make_trainer(config: Config, max_steps: int, run: Path, callbacks: list[L.Ca
             SaveCheckpoints(run, every(trainer.save_every, max_steps), trainer.keep),
             *callbacks,
         ],
-        plugins=[AtomicCheckpoints()],
+        plugins=[AtomicCheckpoints(), *([ZeroPrecision(precision)] if is_zero else [])],  # type: ignore[arg-type]
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -19,16 +19,19 @@ from vlm_tune.model.parts.vision import layer_list
 from vlm_tune.model.vlm import VisionLanguageModel
 
 
-def fully_split(vlm: VisionLanguageModel, mesh: Any) -> None:
+def fully_split(vlm: VisionLanguageModel, mesh: Any, dtype: torch.dtype) -> None:
     """Split a model over the devices of a mesh by FSDP2: each layer is a unit, what is left another.
 
-    Weights are gathered in the type that they are kept in (trained ones in float32, frozen ones in that of the
-    precision) and gradients are summed in float32: every strategy then computes with the same numbers.
+    Weights are gathered in the type that they are kept in: trained ones in float32, frozen ones in that of the
+    precision, `dtype`. A layer that is trained as a whole is gathered in `dtype`: autocast would keep a 16-bit copy of
+    each of its weights until the backward pass. Gradients are summed in float32 and kept so.
     """
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    exact = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    cast = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in (*encoder_layers(vlm), *vlm.llm.get_decoder().layers):
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(vlm, mesh=mesh, mp_policy=policy)
+        is_trained = all(weight.requires_grad for weight in layer.parameters())
+        fully_shard(layer, mesh=mesh, mp_policy=cast if is_trained else exact)
+    fully_shard(vlm, mesh=mesh, mp_policy=exact)
     register_fsdp_forward_method(vlm, "gather")
     vlm.is_split = True
 
