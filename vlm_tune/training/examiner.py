@@ -71,6 +71,14 @@ class Examiner(L.Callback):
         with blind(self.model):
             self.unseeing = self._ask(trainer, "blind")
 
+    def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Ask a finished run now: it has no step left, after which it would be asked."""
+        if checkpoint["global_step"] < trainer.max_steps:
+            return
+        if not self.model.vlm.is_split:
+            self.model.vlm.to(trainer.strategy.root_device)
+        self.on_train_end(trainer, module)
+
     def tell(self, report: RunReport) -> None:
         """Write down and show what was answered."""
         if self.scored:

@@ -14,6 +14,7 @@ from vlm_tune.model.build import DTYPES, Model, resolve_precision
 from vlm_tune.model.parts.shards import fully_split, held
 from vlm_tune.model.parts.stage import set_modes, trained_parameters
 from vlm_tune.training.optim import make_optimizer, make_schedule
+from vlm_tune.training.resume import count_anew
 
 
 class VlmModule(L.LightningModule):
@@ -26,7 +27,8 @@ class VlmModule(L.LightningModule):
         self.vlm = model.vlm
         self.config = config
         self.max_steps = max_steps
-        self.num_samples = self.num_tokens = 0  # of the run so far, this rank
+        self.num_samples = self.num_tokens = 0  # of the run so far, this process
+        self.counts = {"samples": 0, "tokens": 0, "seconds": 0.0}  # of all processes, at the last checkpoint
         self.step_loss = torch.zeros(())  # of the optimizer step so far
         self.step_ids: list[str] = []
         self.train_seconds = 0.0  # wall, of the run so far, interruptions left out
@@ -46,8 +48,13 @@ class VlmModule(L.LightningModule):
         set_modes(self.vlm, self.config.stage)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Seed dropout by the position in the stream: a resumed run then needs no generator state."""
-        torch.manual_seed(hash((self.config.seed, self.global_step, batch_idx, self.global_rank)) % 2**63)
+        """Seed dropout by the position in the stream: a resumed run then needs no generator state.
+
+        The position in the step is counted over all devices, so that it does not depend on their number.
+        """
+        trainer = self.trainer
+        position = batch_idx % trainer.accumulate_grad_batches * trainer.world_size + self.global_rank
+        torch.manual_seed(hash((self.config.seed, self.global_step, position)) % 2**63)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return this micro-batch's share of the optimizer step's mean loss.
@@ -131,10 +138,15 @@ class VlmModule(L.LightningModule):
         self._require_finite_weights()
         now = time.perf_counter()
         self.train_seconds, self.clock = self.train_seconds + now - self.clock, now
-        checkpoint["counts"] = {"samples": self.num_samples, "tokens": self.num_tokens, "seconds": self.train_seconds}
+        counted = torch.tensor([self.num_samples, self.num_tokens], device=self.device)
+        samples, tokens = self.trainer.strategy.reduce(counted, reduce_op="sum").tolist()
+        checkpoint["counts"] = {"samples": samples, "tokens": tokens, "seconds": self.train_seconds}
+        self.counts = checkpoint["counts"]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the counts."""
-        self.num_samples = checkpoint["counts"]["samples"]
-        self.num_tokens = checkpoint["counts"]["tokens"]
-        self.train_seconds = checkpoint["counts"]["seconds"]
+        """Restore the counts; the first process goes on with what all had counted."""
+        self.counts = checkpoint["counts"]
+        self.train_seconds = self.counts["seconds"]
+        if self.trainer.is_global_zero:
+            self.num_samples, self.num_tokens = self.counts["samples"], self.counts["tokens"]
+        count_anew(checkpoint, self.trainer.accumulate_grad_batches)

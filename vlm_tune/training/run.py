@@ -19,7 +19,7 @@ from vlm_tune.training.examiner import Examiner
 from vlm_tune.training.intervals import describe
 from vlm_tune.training.module import VlmModule
 from vlm_tune.training.report import RunReport, show_data, show_parts
-from vlm_tune.training.resume import find_resume, go_on_from, initial_checkpoint, longer, start_from
+from vlm_tune.training.resume import find_resume, go_on_from, initial_checkpoint, longer, moved, start_from
 from vlm_tune.training.run_folder import make_run_folder, only_here
 from vlm_tune.training.trainer import check_trainer, make_trainer
 
@@ -53,8 +53,9 @@ def train(config: Config) -> Path:
     show_parts(console, parts)
 
     console.print(describe(config.trainer, max_steps), highlight=False, soft_wrap=True)
-    if checkpoint is not None and (change := longer(run_config(checkpoint), config)):
-        console.print(change, highlight=False, soft_wrap=True)
+    for change in (longer, moved) if checkpoint is not None else ():
+        if said := change(run_config(checkpoint), config):
+            console.print(said, highlight=False, soft_wrap=True)
 
     module = VlmModule(model, config, max_steps)
     if checkpoint is not None and checkpoint.name == checkpoint_name(module.max_steps):

@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
-from vlm_tune.config.schema import Config, Precision
+from vlm_tune.config.schema import Config, Precision, Strategy
 from vlm_tune.errors import ConfigError
 from vlm_tune.model.build import resolve_precision
 from vlm_tune.model.ready import require_packages
@@ -65,13 +65,18 @@ def make_trainer(config: Config, max_steps: int, run: Path, callbacks: list[L.Ca
 
 def check_trainer(config: Config) -> None:
     """Raise ConfigError for what is not on this machine, before a run folder is made."""
-    trainer = config.trainer
+    trainer, precision = config.trainer, resolve_precision(config.trainer.precision)
+    if precision is Precision.fp16 and config.strategy.name is Strategy.fsdp:
+        raise ConfigError(
+            "strategy=fsdp has no loss scaling, which trainer.precision=fp16 needs: set trainer.precision=bf16 or "
+            "fp32, or strategy=zero3"
+        )
     if not has_gpu(config):
         if trainer.accelerator in ("gpu", "cuda"):
             raise ConfigError(
                 f"trainer.accelerator={trainer.accelerator}, but there is no GPU here: set it to auto or cpu"
             )
-        if resolve_precision(trainer.precision) is Precision.fp16:
+        if precision is Precision.fp16:
             raise ConfigError("trainer.precision=fp16 needs a GPU: set trainer.precision=bf16 or fp32 on a CPU")
     require_packages(config)
 
