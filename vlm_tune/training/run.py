@@ -17,17 +17,19 @@ from vlm_tune.model.fill_cache import use_feature_cache
 from vlm_tune.model.parts.stage import apply_stage
 from vlm_tune.training.examiner import Examiner
 from vlm_tune.training.intervals import describe
+from vlm_tune.training.launch import from_the_first, meet
 from vlm_tune.training.module import VlmModule
 from vlm_tune.training.report import RunReport, show_data, show_parts
 from vlm_tune.training.resume import find_resume, go_on_from, initial_checkpoint, longer, moved, start_from
 from vlm_tune.training.run_folder import make_run_folder, only_here
-from vlm_tune.training.trainer import check_trainer, make_trainer
+from vlm_tune.training.trainer import check_trainer, has_gpu, make_trainer
 
 
 def train(config: Config) -> Path:
     """Run one stage from its configuration to its report; return the run's folder."""
     console = Console()
     check_trainer(config)
+    meet(config.trainer, has_gpu(config))
     checkpoint = find_resume(config)
     start = start_of(checkpoint) if checkpoint else initial_checkpoint(config)
     L.seed_everything(config.seed, workers=True, verbose=False)
@@ -43,7 +45,7 @@ def train(config: Config) -> Path:
     data.setup()
     max_steps = data.max_steps()
     examiner = Examiner(config, model, data)
-    run = run_of(checkpoint) if checkpoint else make_run_folder(config, start)
+    run = run_of(checkpoint) if checkpoint else Path(from_the_first(lambda: str(make_run_folder(config, start))))
     data.write_quarantine(run / "quarantine.jsonl")
 
     console.print(
