@@ -7,7 +7,8 @@ import os
 from collections.abc import Callable
 
 import torch.distributed
-from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
 from vlm_tune.config.schema import TrainerConfig
 from vlm_tune.errors import ConfigError

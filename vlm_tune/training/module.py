@@ -28,7 +28,11 @@ class VlmModule(L.LightningModule):
         self.config = config
         self.max_steps = max_steps
         self.num_samples = self.num_tokens = 0  # of the run so far, this process
-        self.counts = {"samples": 0, "tokens": 0, "seconds": 0.0}  # of all processes, at the last checkpoint
+        self.counts: dict[str, Any] = {
+            "samples": 0,
+            "tokens": 0,
+            "seconds": 0.0,
+        }  # of all processes, at the last checkpoint
         self.step_loss = torch.zeros(())  # of the optimizer step so far
         self.step_ids: list[str] = []
         self.train_seconds = 0.0  # wall, of the run so far, interruptions left out

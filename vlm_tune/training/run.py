@@ -55,8 +55,8 @@ def train(config: Config) -> Path:
     show_parts(console, parts)
 
     console.print(describe(config.trainer, max_steps), highlight=False, soft_wrap=True)
-    for change in (longer, moved) if checkpoint is not None else ():
-        if said := change(run_config(checkpoint), config):
+    for change in (longer, moved):
+        if checkpoint is not None and (said := change(run_config(checkpoint), config)):
             console.print(said, highlight=False, soft_wrap=True)
 
     module = VlmModule(model, config, max_steps)

@@ -220,11 +220,15 @@ def settings_of(group: dict[str, Any]) -> dict[str, Any]:
 
 
 class ZeroPrecision(DeepSpeedPrecision):
-    """Hand a batch over as it is: DeepSpeed's plugin would round the weights of the tokens to 16 bit."""
+    """Leave batches and gradients as they are."""
 
     def convert_input(self, data: Any) -> Any:
-        """Return a batch."""
+        """Return a batch: Lightning's own would round the weights of its tokens to 16 bit."""
         return data
+
+    def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Run a backward pass; the loss is divided by the accumulated batches once, which Lightning has done."""
+        super().backward(tensor, model, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
 
 def zero_settings(config: Config, has_gpu: bool) -> dict[str, Any]:
