@@ -190,7 +190,7 @@ class Zero(WholeCheckpoints, DeepSpeedStrategy):
         for number, parameter in enumerate(self.parameters):
             moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
             if self.is_global_zero:
-                gathered[number] = {"step": step} | {key: value.cpu() for key, value in moments.items()}
+                gathered[number] = {"step": step.clone()} | {key: value.cpu() for key, value in moments.items()}
         if not self.is_global_zero:
             return {}
         numbers = iter(range(len(self.parameters)))
