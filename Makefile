@@ -5,7 +5,7 @@ export DS_BUILD_OPS := 0            # deepspeed compiles what it needs when it n
 export GOMP_SPINCOUNT := 10000       # threads wait awake for the next product, but not for long: workers need the cores
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-cnn test test-slow test-kill test-engines check format docs bench bench-folders bench-demo clean
+.PHONY: help install demo demo-cnn test test-slow test-kill test-strategies test-engines check format docs bench bench-folders bench-demo clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -26,7 +26,7 @@ demo-cnn: .venv/installed ## the same with a convolutional vision encoder
 	$(BIN)/python -m vlm_tune stage=finetune model=demo_cnn
 
 test: .venv/installed ## run the tests
-	$(BIN)/python -m pytest -m "not slow and not network and not kill"
+	$(BIN)/python -m pytest -m "not slow and not network and not kill and not strategies"
 
 test-slow: .venv/installed ## run the tests that take minutes
 	$(BIN)/python -m pytest -m "slow or network"
@@ -34,6 +34,9 @@ test-slow: .venv/installed ## run the tests that take minutes
 test-kill: .venv/installed ## run the tests that kill runs and go on with them; KILLS=100 DDP_KILLS=20 SOAK=20000 measure too
 	$(BIN)/python -m pytest -m kill
 	$(if $(KILLS),$(BIN)/python benchmarks/trust.py --kills $(KILLS) --ddp-kills $(or $(DDP_KILLS),0) --soak $(or $(SOAK),0))
+
+test-strategies: .venv/installed ## train under every strategy with two processes, and keep the differences from one process
+	VLM_TUNE_TRUST=benchmarks/results/trust.json $(BIN)/python -m pytest -m strategies
 
 test-engines: .venv/installed ## run the tests that ask an independent engine; VLM_TUNE_DEMO_RUN=RUN asks the trained demo too
 	$(BIN)/python -m pip install --quiet 'xllamacpp==2026.10.11549'

@@ -2,7 +2,9 @@
 
 import multiprocessing
 import os
+import socket
 import sys
+import time
 import traceback
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -10,6 +12,10 @@ from pathlib import Path
 import torch
 
 from vlm_tune.cli import main
+from vlm_tune.model.checkpoint import CONFIG, find_runs
+from vlm_tune.training.run_folder import FOLDER_VARIABLE
+
+PATIENCE = 200  # seconds until two ranks are taken to wait for one another for ever
 
 
 def fork_cli(arguments: list[str], log: Path, **environment: str) -> BaseProcess:
@@ -30,3 +36,27 @@ def _run(arguments: list[str], log: Path, environment: dict[str, str]) -> None:
         traceback.print_exc()
     sys.stdout.flush()
     os._exit(code)  # no pytest here: it would report the tests a second time
+
+
+def run_two(arguments: list[str], runs: Path, is_new: bool = True) -> Path:
+    """Run two ranks. The second starts when the first has made the run's folder, which it is handed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    logs = [Path(f"{runs}.{rank}.log") for rank in range(2)]
+    ends = time.monotonic() + PATIENCE
+    ranks = [fork_cli(arguments, logs[0], **shared, LOCAL_RANK="0")]
+    try:
+        while is_new and not list(runs.glob(f"*/{CONFIG}")) and ranks[0].is_alive():
+            time.sleep(0.01)
+        handed = {FOLDER_VARIABLE: str(next(runs.glob(f"*/{CONFIG}")).parent.resolve())} if is_new else {}
+        ranks.append(fork_cli(arguments, logs[1], **shared, **handed, LOCAL_RANK="1"))
+        for rank in ranks:
+            rank.join(max(0, ends - time.monotonic()))
+        said = "\n".join(log.read_text(encoding="utf-8") for log in logs)
+        assert [rank.exitcode for rank in ranks] == [0, 0], f"a rank failed, or waits for the other:\n{said}"
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return find_runs(runs)[-1]

@@ -135,7 +135,7 @@ def test_weights_that_are_no_numbers_are_not_saved(toys, tmp_path, run_cli):
     [
         ("data.test=nope.jsonl", "Give an existing file: data.test=FILE"),
         ("data.val=nope.jsonl", "Give an existing file: data.val=FILE"),
-        ("strategy=fsdp", "strategy=fsdp needs GPUs"),
+        ("strategy=zero2", "strategy=zero2 needs the package deepspeed, which is not installed"),
         ("trainer.precision=fp16", "trainer.precision=fp16 needs a GPU"),
         ("logger.names=[wandb]", "logger.names=['wandb']: not installed. Run `pip install wandb`"),
     ],

@@ -2,21 +2,17 @@
 
 import json
 import shutil
-import socket
-import time
-from pathlib import Path
 
 import pytest
 import torch
-from processes import fork_cli
+from processes import run_two
 from toys import turns, write_jsonl
 
 from vlm_tune.cli import main
-from vlm_tune.model.checkpoint import CHECKPOINTS, CONFIG, checkpoints, find_runs
+from vlm_tune.model.checkpoint import CHECKPOINTS, checkpoints, find_runs
 from vlm_tune.training.callbacks.metrics import read_metrics
-from vlm_tune.training.run_folder import FOLDER_VARIABLE
 
-STEPS, PATIENCE = 6, 100  # seconds until two ranks are taken to wait for one another for ever
+STEPS = 6
 ALL = (
     "stage=finetune",
     "stage.init_from=none",
@@ -32,30 +28,6 @@ ALL = (
     "trainer.num_chats=0",
 )
 TWO = ("trainer.devices=2", "trainer.accelerator=cpu", "strategy=ddp")
-
-
-def run_two(arguments, runs, is_new=True):
-    """Run two ranks. The second starts when the first has made the run's folder, which it is handed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    logs = [Path(f"{runs}.{rank}.log") for rank in range(2)]
-    ends = time.monotonic() + PATIENCE
-    ranks = [fork_cli(arguments, logs[0], **shared, LOCAL_RANK="0")]
-    try:
-        while is_new and not list(runs.glob(f"*/{CONFIG}")) and ranks[0].is_alive():
-            time.sleep(0.01)
-        handed = {FOLDER_VARIABLE: str(next(runs.glob(f"*/{CONFIG}")).parent.resolve())} if is_new else {}
-        ranks.append(fork_cli(arguments, logs[1], **shared, **handed, LOCAL_RANK="1"))
-        for rank in ranks:
-            rank.join(max(0, ends - time.monotonic()))
-        said = "\n".join(log.read_text(encoding="utf-8") for log in logs)
-        assert [rank.exitcode for rank in ranks] == [0, 0], f"a rank failed, or waits for the other:\n{said}"
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return find_runs(runs)[-1]
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,10 @@ import re
 from dataclasses import asdict
 from math import isfinite
 
-from vlm_tune.config.schema import Config, Precision, Quantize, Strategy, TileRule, Train, flatten
+from vlm_tune.config.schema import Config, Optimizer, Precision, Quantize, Strategy, TileRule, Train, flatten
 
 PARTS = ("vision", "projector", "llm")
+SPLITS_WEIGHTS = (Strategy.fsdp, Strategy.zero3, Strategy.zero3_offload)
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
 
 
@@ -156,10 +157,16 @@ def _devices(config: Config) -> list[str]:
             f"trainer.global_batch={trainer.global_batch} does not divide by devices*nodes*micro_batch={slots}: "
             f"choose a multiple of {slots}"
         )
-    if config.stage.quantize is not Quantize.none and config.strategy.name in (Strategy.fsdp, Strategy.zero3):
+    name, optimizer = config.strategy.name, config.stage.optimizer
+    if config.stage.quantize is not Quantize.none and name in SPLITS_WEIGHTS:
         problems.append(
-            f"strategy={config.strategy.name.value} splits weights, stage.quantize={config.stage.quantize.value} "
+            f"strategy={name.value} splits weights, stage.quantize={config.stage.quantize.value} "
             "packs them: use strategy=ddp or strategy=zero2 with a quantized base"
+        )
+    if optimizer is not Optimizer.adamw and name not in (Strategy.auto, Strategy.ddp):
+        problems.append(
+            f"strategy={name.value} splits the optimizer's state, stage.optimizer={optimizer.value} packs it: "
+            "use stage.optimizer=adamw, or strategy=ddp"
         )
     if trainer.precision is Precision.fp16 and trainer.accelerator == "cpu":
         problems.append("trainer.precision=fp16 needs a GPU: set trainer.precision=bf16 or fp32 on a CPU")

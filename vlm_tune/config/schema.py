@@ -289,6 +289,7 @@ class Strategy(Enum):
     zero1 = "zero1"
     zero2 = "zero2"
     zero3 = "zero3"
+    zero3_offload = "zero3_offload"
 
 
 @dataclass

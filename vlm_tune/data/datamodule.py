@@ -3,8 +3,9 @@
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -255,7 +256,7 @@ class DataModule(L.LightningDataModule):
             return []
         settings = self.settings(1)
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        packs = validation_packs(self.val.index, settings)[rank::world]
+        packs = share(validation_packs(self.val.index, settings), rank, world)
         return [self._loader(MicroBatches(self.val.data, self.val.index, settings, False), packs)]
 
     def _loader(self, dataset: MicroBatches, sampler: Any) -> TimedLoader:
@@ -328,3 +329,9 @@ def validation_packs(index: Index, settings: StreamSettings) -> list[MicroBatch]
             tokens, tiles = int(index.tokens[row]), int(index.tiles[row])
         packs[-1].append(row)
     return [MicroBatch(tuple(pack), 0, 1.0, (0, 0, 0)) for pack in packs if pack]
+
+
+def share(packs: list[MicroBatch], rank: int, world: int) -> list[MicroBatch]:
+    """Take every n-th pack; at the end some devices run one again, without weight, so that all run equally many."""
+    missing = -len(packs) % world
+    return [*packs, *[replace(packs[0], step_weight=inf)] * missing][rank::world]

@@ -25,6 +25,7 @@ class CachePlan(NamedTuple):
     folder: Path
     fits: bool
     summary: str  # the arithmetic in one line
+    num_patches: int  # of a tile
 
 
 def plan_cache(vlm: VisionLanguageModel, data: DataModule, config: Config) -> CachePlan | None:
@@ -44,7 +45,8 @@ def plan_cache(vlm: VisionLanguageModel, data: DataModule, config: Config) -> Ca
             raise ConfigError(f"data.feature_cache=on, but {reason}: set data.feature_cache=off")
         return None
     folder = cache_folder() / "features" / fingerprint(vlm.vision.state_dict(), _settings(vlm, config))
-    tile_bytes = vlm.vision.num_patches(config.model.tiles.size) * vlm.vision.width * vlm.vision.dtype.itemsize
+    num_patches = vlm.vision.num_patches(config.model.tiles.size)
+    tile_bytes = num_patches * vlm.vision.width * vlm.vision.dtype.itemsize
     folder.mkdir(parents=True, exist_ok=True)
     allowed = min(config.data.feature_cache_gib, shutil.disk_usage(folder).free / GIB / 2)
     need = num_tiles * tile_bytes / GIB  # an upper bound: a picture that stands in several rows is kept once
@@ -55,7 +57,7 @@ def plan_cache(vlm: VisionLanguageModel, data: DataModule, config: Config) -> Ca
             "data.feature_cache_gib, or set data.feature_cache=auto"
         )
     told = f"{num_tiles:,} tiles x {tile_bytes / 1024:,.0f} KiB = {need:.2f} GiB at most, {allowed:.1f} GiB allowed"
-    return CachePlan(folder, fits, f"feature cache: {told}: {'on' if fits else 'off'}")
+    return CachePlan(folder, fits, f"feature cache: {told}: {'on' if fits else 'off'}", num_patches)
 
 
 def fill_cache(
@@ -68,13 +70,14 @@ def fill_cache(
     """
     cache = FeatureCache(plan.folder)
     with FileLock(plan.folder / ".lock"):  # of several ranks one works, the others find everything done
-        vlm.to(device)
+        vlm.vision.to(device)
         for part in data.parts:
             rows = part.index.rows[part.index.tiles > 0].tolist()
             for row in follow(rows, "encoding pictures", "rows"):
-                keep_row(vlm, part, row, cache)
+                keep_row(vlm, part, row, (cache, device))
     for each in (each for part in data.parts for each in part.data.sets):
         each.cache = cache
+    vlm.kept_patches = plan.num_patches
 
 
 def obstacle(config: Config) -> str | None:
@@ -86,15 +89,16 @@ def obstacle(config: Config) -> str | None:
     return None
 
 
-def keep_row(vlm: VisionLanguageModel, part: Part, row: int, cache: FeatureCache) -> None:
+def keep_row(vlm: VisionLanguageModel, part: Part, row: int, target: tuple[FeatureCache, torch.device]) -> None:
     """Encode the pictures of a row whose features are not there yet."""
+    cache, device = target
     data, number = part.data.locate(row)
     sample = data.sample(number)
     example = data.encoder.encode(sample, data.tiling(sample))
     for picture, limit in data.limited_pictures(sample, example):
         key = cache.key(data.reader.read_content(picture, sample.where, sample.id), limit)
         if not cache.has(key):
-            tiles = torch.from_numpy(data.cut(picture, limit, sample)).to(vlm.device)
+            tiles = torch.from_numpy(data.cut(picture, limit, sample)).to(device)
             with torch.no_grad():
                 cache.write(key, vlm.see(tiles))
 

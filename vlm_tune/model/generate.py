@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from vlm_tune.data.example import Example
 from vlm_tune.model.build import Model, answer_settings
+from vlm_tune.model.parts.shards import release
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -33,8 +34,10 @@ def answering(model: Model) -> Iterator[None]:
     dtype = vlm.llm.dtype
     try:
         with torch.no_grad(), torch.autocast(vlm.device.type, dtype, enabled=dtype in HALF):
+            vlm.gather()
             yield
     finally:
+        release(vlm)
         for module, mode in modes.items():
             module.training = mode
 
@@ -62,7 +65,10 @@ def answer_ids(model: Model, prompts: list[Prompt], max_new_tokens: int) -> Tens
     with answering(model):
         embeddings, mask = embed_prompts(model, prompts)
         ids: Tensor = model.vlm.llm.generate(
-            inputs_embeds=embeddings, attention_mask=mask, generation_config=greedy(model, prompts, max_new_tokens)
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            generation_config=greedy(model, prompts, max_new_tokens),
+            synced_gpus=model.vlm.is_split,  # devices that hold the weights together stop together
         )
     return ids
 

@@ -69,7 +69,7 @@ def require_packages(config: Config) -> None:
         },
         "deepspeed": {
             f"strategy={config.strategy.name.value}": config.strategy.name
-            in (Strategy.zero1, Strategy.zero2, Strategy.zero3)
+            not in (Strategy.auto, Strategy.ddp, Strategy.fsdp)
         },
     }
     for package, settings in needed.items():

@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlm_tune.data.batch import Batch
-from vlm_tune.data.pictures.anyres import NEWLINE, Spread, token_order
+from vlm_tune.data.pictures.anyres import Spread
 from vlm_tune.data.tiles import normalize
 from vlm_tune.model.kernels.attention import Segments
 from vlm_tune.model.kernels.loss import supervised_loss
@@ -67,11 +66,16 @@ class VisionLanguageModel(nn.Module):
         self.tile_size = view.tile_size
         self.neftune = 0.0  # alpha of the noise on text embeddings while training
         self.is_blind = False  # answer with image features set to zero, to measure what pictures contribute
+        self.is_split = False  # weights are gathered as they are used: all devices must use the same ones
+        self.kept_patches = 0  # of a tile, where pictures come as kept features: the encoder does not run
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.projector.parameters()).device
+
+    def gather(self) -> None:
+        """Do nothing by itself: FSDP2 takes this for a forward pass, and gathers the weights that are in no layer."""
 
     def see(self, tiles: Tensor) -> Tensor:
         """Run the vision encoder: tiles (T, H, W, 3) uint8 -> features (T, P, C)."""
@@ -85,9 +89,7 @@ class VisionLanguageModel(nn.Module):
         """Translate features (T, P, C) into tokens (T, S, D), or as many as any-resolution pictures have."""
         if not torch.is_autocast_enabled(features.device.type):
             features = features.to(next(self.projector.parameters()).dtype)
-        tokens = self.projector(features)  # (T, S, D)
-        if self.projector.newline is not None:
-            tokens = arrange(tokens, self.projector.newline, spreads)
+        tokens = self.projector(features, spreads)  # (T, S, D)
         return torch.zeros_like(tokens) if self.is_blind else tokens
 
     def embed(
@@ -110,7 +112,8 @@ class VisionLanguageModel(nn.Module):
         embeddings = self.embed(batch.input_ids, batch.tiles, batch.features, batch.spreads)  # (B, L, D)
         if self.training and self.neftune:
             embeddings = embeddings + self._noise(batch).to(embeddings)
-        if batch.tiles is None and batch.features is None and self.training and self._learns_to_see():
+        must_see = self.is_split or (self.training and self._learns_to_see())
+        if batch.tiles is None and batch.features is None and must_see:
             embeddings = embeddings + self._unused_features().to(embeddings.dtype)
         hidden = self.llm.get_decoder()(
             inputs_embeds=embeddings,
@@ -129,7 +132,7 @@ class VisionLanguageModel(nn.Module):
         rows, width = batch.input_ids.shape
         lengths = torch.tensor(batch.segments or (batch.position_ids.amax(1) + 1).tolist())
         repeats = torch.tensor(batch.segments or [width] * rows)
-        depth = self.llm.get_input_embeddings().weight.shape[-1]
+        depth = self.llm.get_input_embeddings().embedding_dim
         bounds = (self.neftune / (lengths * depth).sqrt()).repeat_interleave(repeats, output_size=rows * width)
         is_text = batch.input_ids != self.context_id
         bounds = bounds.view(rows, width, 1).to(self.device) * is_text.unsqueeze(-1)  # (B, L, 1)
@@ -141,23 +144,16 @@ class VisionLanguageModel(nn.Module):
     def _unused_features(self) -> Tensor:
         """Run one blank tile with no effect: a rank without pictures must still take part in the gradient exchange.
 
-        So does a run of one rank: the optimizer treats a gradient of zero and none at all differently.
+        So does a run of one rank: the optimizer treats a gradient of zero and none at all differently. Where weights
+        are split it runs exactly what the others run: their encoder rests when features are kept.
         """
-        tile = torch.zeros(1, self.tile_size, self.tile_size, 3, dtype=torch.uint8, device=self.device)
-        return self.project(self.see(tile), [Spread(1, 1, self.tile_size, self.tile_size)]).sum() * 0.0
-
-
-def arrange(tokens: Tensor, newline: Tensor, spreads: Sequence[Spread]) -> Tensor:
-    """Lay the tokens of any-resolution pictures out in rows: (T, S, D) and the newline (D,) -> (_, D)."""
-    num_tiles, per_tile, _ = tokens.shape
-    assert sum(spread.num_tiles for spread in spreads) == num_tiles, f"{num_tiles} tiles, but spreads for {spreads}"
-    orders, start, last = [], 0, num_tiles * per_tile
-    for spread in spreads:
-        order = token_order(spread, per_tile)
-        orders.append(np.where(order == NEWLINE, last, order + start))
-        start += spread.num_tiles * per_tile
-    known = torch.cat([tokens.flatten(0, 1), newline.to(tokens.dtype).unsqueeze(0)])
-    return known.index_select(0, torch.from_numpy(np.concatenate(orders)).to(tokens.device))
+        if self.is_split and self.kept_patches:
+            shape = (1, self.kept_patches, self.vision.width)
+            features = torch.zeros(shape, dtype=self.vision.dtype, device=self.device)  # (1, P, C)
+        else:
+            tile = torch.zeros(1, self.tile_size, self.tile_size, 3, dtype=torch.uint8, device=self.device)
+            features = self.see(tile)  # (1, P, C)
+        return self.project(features, [Spread(1, 1, self.tile_size, self.tile_size)]).sum() * 0.0
 
 
 def merge_features(embeddings: Tensor, is_context: Tensor, features: Tensor) -> Tensor:

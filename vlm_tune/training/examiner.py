@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from rich.console import Console
 
 from vlm_tune.config.schema import Config
@@ -25,15 +24,15 @@ from vlm_tune.evaluation.evaluate import (
     write_predictions,
 )
 from vlm_tune.model.build import Model
-from vlm_tune.training.callbacks.chats import SampleAnswers
+from vlm_tune.training.callbacks.chats import SampleAnswers, takes_part
 from vlm_tune.training.intervals import every
 from vlm_tune.training.report import RunReport, show_scores
 from vlm_tune.training.verdict import verdicts
 from vlm_tune.words import counted
 
 
-class Examiner:
-    """Hold the test questions of a run: of the test file, or of the validation rows where there is none."""
+class Examiner(L.Callback):
+    """Ask the questions of the test file, or of the validation rows where there is none, before and after training."""
 
     def __init__(self, config: Config, model: Model, data: DataModule, console: Console) -> None:
         self.model = model
@@ -52,46 +51,60 @@ class Examiner:
 
     def enter(self, run: Path, max_steps: int) -> list[L.Callback]:
         """Take up a run's folder; return what runs during training."""
-        self.run, self.max_steps = run, max_steps
+        self.run = run
         self.chats = None
         if self.test is not None and self.shown:
             chat_every = every(self.chat_every, max_steps)
             self.chats = SampleAnswers(self.model, self.test, self.shown, chat_every, run, self.console)
-        return [self.chats] if self.chats else []
+        return [self, self.chats] if self.chats else [self]
 
-    def before(self, device: torch.device) -> None:
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Score the model as the run finds it; a resumed run reads the scores back."""
         path = self.run / "scores_before.json"
-        if self.scored and not path.exists():
-            path.write_text(json.dumps(score(self._ask(device, "before training"))), encoding="utf-8")
+        if self.scored and not trainer.strategy.broadcast(path.exists()) and takes_part(trainer, self.model):
+            scores = score(self._ask(trainer, "before training"))
+            if trainer.is_global_zero:
+                path.write_text(json.dumps(scores), encoding="utf-8")
 
-    def after(self, device: torch.device, report: RunReport) -> None:
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Score the trained model, with and without sight; keep its predictions."""
+        if not self.scored or not takes_part(trainer, self.model):
+            return
+        self.predictions = self._ask(trainer, "after training")
+        with blind(self.model):
+            self.unseeing = self._ask(trainer, "blind")
+
+    def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Ask a finished run now: it has no step left, after which it would be asked."""
+        if checkpoint["global_step"] < trainer.max_steps:
+            return
+        if not self.model.vlm.is_split:
+            self.model.vlm.to(trainer.strategy.root_device)
+        self.on_train_end(trainer, module)
+
+    def tell(self, report: RunReport) -> None:
+        """Write down and show what was answered."""
         if self.scored:
-            predictions = self._ask(device, "after training")
-            write_predictions(predictions, self.run / "predictions.jsonl")
-            with blind(self.model):
-                unseeing = self._ask(device, "blind")
+            write_predictions(self.predictions, self.run / "predictions.jsonl")
             report.evaluation = {
                 "before": json.loads((self.run / "scores_before.json").read_text(encoding="utf-8")),
-                "after": score(predictions),
-                "blind": score(unseeing),
-                "majority": majority_scores(predictions),
-                "num_questions": count_tasks(predictions),
+                "after": score(self.predictions),
+                "blind": score(self.unseeing),
+                "majority": majority_scores(self.predictions),
+                "num_questions": count_tasks(self.predictions),
             }
             report.evaluation["verdicts"] = verdicts(report.evaluation)
             show_scores(self.console, report.evaluation)
         if self.chats is not None:
-            self.chats.finish(self.max_steps)
             report.answers = self._answers(self.chats)
 
-    def _ask(self, device: torch.device, title: str) -> list[Prediction]:
+    def _ask(self, trainer: L.Trainer, title: str) -> list[Prediction]:
         assert self.test is not None
-        self.model.vlm.to(device)
         start = time.perf_counter()
         predictions = ask(self.model, self.test, self.scored)
         seconds = time.perf_counter() - start
-        self.console.print(f"{title}: {counted(len(predictions), 'question')} answered in {seconds:.0f} s")
+        if trainer.is_global_zero:
+            self.console.print(f"{title}: {counted(len(predictions), 'question')} answered in {seconds:.0f} s")
         return predictions
 
     def _answers(self, chats: SampleAnswers) -> list[dict[str, Any]]:

@@ -11,9 +11,11 @@ from torch import Tensor
 from vlm_tune.config.schema import Config, Precision
 from vlm_tune.data.batch import Batch
 from vlm_tune.errors import TrainingError
-from vlm_tune.model.build import Model, resolve_precision
+from vlm_tune.model.build import DTYPES, Model, resolve_precision
+from vlm_tune.model.parts.shards import fully_split, held
 from vlm_tune.model.parts.stage import set_modes, trained_parameters
 from vlm_tune.training.optim import make_optimizer, make_schedule
+from vlm_tune.training.resume import count_anew
 
 
 class VlmModule(L.LightningModule):
@@ -26,11 +28,22 @@ class VlmModule(L.LightningModule):
         self.vlm = model.vlm
         self.config = config
         self.max_steps = max_steps
-        self.num_samples = self.num_tokens = 0  # of the run so far, this rank
+        self.num_samples = self.num_tokens = 0  # of the run so far, this process
+        self.counts: dict[str, Any] = {
+            "samples": 0,
+            "tokens": 0,
+            "seconds": 0.0,
+        }  # of all processes, at the last checkpoint
         self.step_loss = torch.zeros(())  # of the optimizer step so far
         self.step_ids: list[str] = []
         self.is_in_step = False  # between the micro-batches of one
         self.train_seconds = 0.0  # wall, of the run so far, interruptions left out
+
+    def configure_model(self) -> None:
+        """Split the weights where the strategy is FSDP2."""
+        if self.device_mesh is not None and not self.vlm.is_split:
+            dtype = DTYPES[resolve_precision(self.config.trainer.precision)]
+            fully_split(self.vlm, self.device_mesh["data_parallel"], dtype)
 
     def on_fit_start(self) -> None:
         """Start the clock."""
@@ -45,8 +58,13 @@ class VlmModule(L.LightningModule):
         self.seed_micro_batch(batch_idx)
 
     def seed_micro_batch(self, batch_idx: int) -> None:
-        """Seed what is random in a micro-batch."""
-        torch.manual_seed(dropout_seed(self.config.seed, self.global_step, batch_idx, self.global_rank))
+        """Seed what is random in a micro-batch by its position.
+
+        The position in the step is counted over all devices, so that it does not depend on their number.
+        """
+        trainer = self.trainer
+        position = batch_idx % trainer.accumulate_grad_batches * trainer.world_size + self.global_rank
+        torch.manual_seed(dropout_seed(self.config.seed, self.global_step, position))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return this micro-batch's share of the optimizer step's mean loss.
@@ -75,7 +93,7 @@ class VlmModule(L.LightningModule):
 
     def require_finite_weights(self) -> None:
         """Raise TrainingError where a trained weight is no number: no step can mend that."""
-        broken = [name for name, weight in trained_parameters(self.vlm) if not torch.isfinite(weight).all()]
+        broken = [name for name, weight in trained_parameters(self.vlm) if not torch.isfinite(held(weight)).all()]
         if broken:
             raise TrainingError(
                 f"{len(broken)} trained weights are no numbers any more after step {self.global_step} ({broken[0]}). "
@@ -119,15 +137,20 @@ class VlmModule(L.LightningModule):
         self.require_finite_weights()
         now = time.perf_counter()
         self.train_seconds, self.clock = self.train_seconds + now - self.clock, now
-        checkpoint["counts"] = {"samples": self.num_samples, "tokens": self.num_tokens, "seconds": self.train_seconds}
+        counted = torch.tensor([self.num_samples, self.num_tokens], device=self.device)
+        samples, tokens = self.trainer.strategy.reduce(counted, reduce_op="sum").tolist()
+        checkpoint["counts"] = {"samples": samples, "tokens": tokens, "seconds": self.train_seconds}
+        self.counts = checkpoint["counts"]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the counts."""
-        self.num_samples = checkpoint["counts"]["samples"]
-        self.num_tokens = checkpoint["counts"]["tokens"]
-        self.train_seconds = checkpoint["counts"]["seconds"]
+        """Restore the counts; the first process goes on with what all had counted."""
+        self.counts = checkpoint["counts"]
+        self.train_seconds = self.counts["seconds"]
+        if self.trainer.is_global_zero:
+            self.num_samples, self.num_tokens = self.counts["samples"], self.counts["tokens"]
+        count_anew(checkpoint, self.trainer.accumulate_grad_batches)
 
 
 def dropout_seed(*position: int) -> int:
-    """Mix the numbers of a position (seed, step, micro-batch, rank) to 64 bits: the same in every version of Python."""
+    """Mix the numbers of a position (seed, step, place in it) to 64 bits: the same in every version of Python."""
     return int(np.random.SeedSequence(position).generate_state(1, np.uint64)[0])

@@ -44,6 +44,10 @@ FREE = (
     "trainer.save_every",
     "trainer.save_minutes",
     "trainer.max_bad_steps",
+    "trainer.devices",
+    "trainer.nodes",
+    "trainer.accelerator",
+    "strategy.",
 )
 NEEDED = ("global_step", "loops", "optimizer_states", "lr_schedulers", "counts", "DataModule")
 RAISED = ("stage.max_steps", "stage.epochs")  # they may grow: the run then goes on beyond its old end
@@ -132,6 +136,26 @@ def longer(before: Config, now: Config) -> str | None:
                 "it may rise now; the steps so far followed the shorter one's"
             )
     return None
+
+
+def moved(before: Config, now: Config) -> str | None:
+    """Say what other devices or another strategy than the interrupted run's mean; None where both are the same."""
+    then, here = (f"{each.trainer.devices}x{each.trainer.nodes} {each.strategy.name.value}" for each in (before, now))
+    if then == here:
+        return None
+    return (
+        f"trainer.devices x trainer.nodes and strategy: {then} then, {here} now. The optimizer's state moves along and "
+        "the same samples come next; losses are equal up to the order of floating-point sums"
+    )
+
+
+def count_anew(checkpoint: dict[str, Any], batches_per_step: int) -> None:
+    """Let Lightning's count of micro-batches be that of this number of devices, up to the checkpoint's step."""
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    missing = checkpoint["global_step"] * batches_per_step - progress["current"]["ready"]
+    for counts in (progress["total"], progress["current"]):
+        for name in counts:
+            counts[name] += missing
 
 
 def plain(tree: dict[str, Any]) -> dict[str, Any]:

@@ -22,17 +22,27 @@ from vlm_tune.training.callbacks.checkpoints import catch_up
 from vlm_tune.training.callbacks.faults import explain
 from vlm_tune.training.examiner import Examiner
 from vlm_tune.training.intervals import describe
+from vlm_tune.training.launch import from_the_first, meet
 from vlm_tune.training.module import VlmModule
 from vlm_tune.training.report import RunReport, show_data, show_parts
-from vlm_tune.training.resume import find_resume, go_on_from, initial_checkpoint, longer, remarks_on, start_from
+from vlm_tune.training.resume import (
+    find_resume,
+    go_on_from,
+    initial_checkpoint,
+    longer,
+    moved,
+    remarks_on,
+    start_from,
+)
 from vlm_tune.training.run_folder import make_run_folder, only_here
-from vlm_tune.training.trainer import check_trainer, make_trainer
+from vlm_tune.training.trainer import check_trainer, has_gpu, make_trainer
 
 
 def train(config: Config, console: Console | None = None) -> Path:
     """Run one stage from its configuration to its report; return the run's folder."""
     console = console or make_console()
     check_trainer(config)
+    meet(config.trainer, has_gpu(config))
     checkpoint = find_resume(config)
     start = start_of(checkpoint) if checkpoint else initial_checkpoint(config)
     L.seed_everything(config.seed, workers=True, verbose=False)
@@ -50,7 +60,7 @@ def train(config: Config, console: Console | None = None) -> Path:
     data.setup()
     max_steps = data.max_steps()
     examiner = Examiner(config, model, data, console)
-    run = run_of(checkpoint) if checkpoint else make_run_folder(config, start)
+    run = run_of(checkpoint) if checkpoint else Path(from_the_first(lambda: str(make_run_folder(config, start))))
     data.write_quarantine(run / "quarantine.jsonl")
 
     console.print(f"run folder: {run}\nstarts from: {checkpoint or start or 'the base weights'}", soft_wrap=True)
@@ -59,8 +69,9 @@ def train(config: Config, console: Console | None = None) -> Path:
     show_parts(console, parts)
 
     console.print(describe(config.trainer, max_steps), soft_wrap=True)
-    if checkpoint is not None and (change := longer(run_config(checkpoint), config)):
-        console.print(change, soft_wrap=True)
+    for change in (longer, moved):
+        if checkpoint is not None and (said := change(run_config(checkpoint), config)):
+            console.print(said, soft_wrap=True)
 
     module = VlmModule(model, config, max_steps)
     is_finished = checkpoint is not None and checkpoint.name == checkpoint_name(module.max_steps)
@@ -69,14 +80,12 @@ def train(config: Config, console: Console | None = None) -> Path:
     trainer = make_trainer(config, module.max_steps, run, examiner.enter(run, max_steps), console)
     with only_here(run) if trainer.is_global_zero else nullcontext():
         keep_features(model.vlm, data, config, trainer.strategy.root_device, console)
-        if trainer.is_global_zero:
-            examiner.before(trainer.strategy.root_device)
         fit(trainer, module, data, checkpoint)
         if is_finished:
             catch_up(trainer, module, data, run)
         if trainer.is_global_zero:
             report = RunReport(config, run, parts, start)
-            examiner.after(trainer.strategy.root_device, report)
+            examiner.tell(report)
             console.print(f"report: {report.write(module, data)}", soft_wrap=True)
     return run
 

@@ -21,6 +21,7 @@ from vlm_tune.training.callbacks.ranks import WatchRanks
 from vlm_tune.training.callbacks.stop import StopWhenAsked
 from vlm_tune.training.callbacks.watch import WatchSteps
 from vlm_tune.training.intervals import every
+from vlm_tune.training.strategies import ZERO, ZeroPrecision, make_strategy
 
 PRECISIONS = {Precision.fp32: "32-true", Precision.bf16: "bf16-mixed", Precision.fp16: "16-mixed"}
 LOGGERS: dict[str, Any] = {
@@ -36,13 +37,14 @@ def make_trainer(config: Config, max_steps: int, run: Path, callbacks: list[L.Ca
         keep_freed_memory()
     stop = StopWhenAsked()
     watch = WatchSteps(run, trainer.max_bad_steps, trainer.save_minutes, stop, console)
+    is_zero, precision = config.strategy.name in ZERO, PRECISIONS[resolve_precision(trainer.precision)]
     slots = trainer.devices * trainer.nodes * trainer.micro_batch
     return L.Trainer(
         accelerator=trainer.accelerator,
         devices=trainer.devices,
         num_nodes=trainer.nodes,
-        strategy=find_strategy(config),
-        precision=PRECISIONS[resolve_precision(trainer.precision)],  # type: ignore[arg-type]
+        strategy=make_strategy(config, has_gpu(config)),
+        precision=None if is_zero else precision,  # type: ignore[arg-type]
         max_steps=max_steps,
         max_epochs=-1,
         accumulate_grad_batches=trainer.global_batch // slots,
@@ -63,26 +65,30 @@ def make_trainer(config: Config, max_steps: int, run: Path, callbacks: list[L.Ca
             LastBatch(),
             WatchRanks(),  # the last, so that it knows when the others have done what a step asks of them
         ],
-        plugins=[AtomicCheckpoints()],
+        plugins=[AtomicCheckpoints(), *([ZeroPrecision(precision)] if is_zero else [])],  # type: ignore[arg-type]
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        inference_mode=False,  # FSDP2 keeps what a validation gathered, and training goes on with it
         default_root_dir=run,
     )
 
 
 def check_trainer(config: Config) -> None:
     """Raise ConfigError for what is not on this machine, before a run folder is made."""
-    trainer, strategy = config.trainer, config.strategy.name
+    trainer, precision = config.trainer, resolve_precision(config.trainer.precision)
+    if precision is Precision.fp16 and config.strategy.name is Strategy.fsdp:
+        raise ConfigError(
+            "strategy=fsdp has no loss scaling, which trainer.precision=fp16 needs: set trainer.precision=bf16 or "
+            "fp32, or strategy=zero3"
+        )
     if not has_gpu(config):
         if trainer.accelerator in ("gpu", "cuda"):
             raise ConfigError(
                 f"trainer.accelerator={trainer.accelerator}, but there is no GPU here: set it to auto or cpu"
             )
-        if resolve_precision(trainer.precision) is Precision.fp16:
+        if precision is Precision.fp16:
             raise ConfigError("trainer.precision=fp16 needs a GPU: set trainer.precision=bf16 or fp32 on a CPU")
-        if strategy not in (Strategy.auto, Strategy.ddp):
-            raise ConfigError(f"strategy={strategy.value} needs GPUs: set strategy=ddp on CPUs")
     require_packages(config)
 
 
@@ -105,25 +111,3 @@ def keep_freed_memory() -> None:
 def find_loggers(config: Config, run: Path) -> list[Logger] | bool:
     """Make the loggers by name; a visible dict, so that a configuration can call no other code."""
     return [LOGGERS[name](run) for name in config.logger.names] or False
-
-
-def find_strategy(config: Config) -> Any:
-    """Choose how devices share the work."""
-    name, many = config.strategy.name, config.trainer.devices * config.trainer.nodes > 1
-    if name is Strategy.auto:
-        name = Strategy.ddp if many else Strategy.auto
-    if name is Strategy.auto:
-        return "auto"
-    if name is Strategy.ddp:
-        from lightning.pytorch.strategies import DDPStrategy
-
-        return DDPStrategy(process_group_backend="nccl" if has_gpu(config) else "gloo", find_unused_parameters=False)
-    if name is Strategy.fsdp:
-        from lightning.pytorch.strategies import FSDPStrategy
-
-        return FSDPStrategy(use_orig_params=True, state_dict_type="full")
-    return {
-        Strategy.zero1: "deepspeed_stage_1",
-        Strategy.zero2: "deepspeed_stage_2",
-        Strategy.zero3: "deepspeed_stage_3",
-    }[name]

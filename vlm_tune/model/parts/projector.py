@@ -1,10 +1,14 @@
 """From vision features to tokens of the language model: pixel shuffle, or a Q-Former, then a small network."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
 from vlm_tune.config.schema import ProjectorConfig
+from vlm_tune.data.pictures.anyres import NEWLINE, Spread, token_order
 from vlm_tune.errors import ConfigError
 
 HEAD_WIDTH = 64  # of a Q-Former
@@ -90,14 +94,14 @@ class Projector(nn.Module):
                 f"model.projector.kind={config.kind}: no such projector. There are: mlp, mlp2x_gelu, linear, qformer"
             )
 
-    def forward(self, features: Tensor) -> Tensor:
-        """(T, P, C) -> (T, S, D)."""
+    def forward(self, features: Tensor, spreads: Sequence[Spread] = ()) -> Tensor:
+        """(T, P, C) -> (T, S, D), or the tokens of any-resolution pictures with their newlines: (_, D)."""
         if self.reader is not None:
             tokens = self.reader(features)  # (T, S, _)
         else:
             tokens = pixel_shuffle(features, self.config.shuffle, self.config.shuffle_version)  # (T, S, r*r*C)
         tokens = self.linear_2(self.act(self.linear_1(self.layer_norm(tokens))))  # (T, S, D)
-        return tokens
+        return tokens if self.newline is None else arrange(tokens, self.newline, spreads)
 
     @torch.no_grad()
     def match_scale(self, embeddings: Tensor) -> None:
@@ -116,3 +120,16 @@ class Projector(nn.Module):
             last.bias.zero_()
         if self.newline is not None:
             self.newline.mul_(embeddings.float().std() / self.newline.std())
+
+
+def arrange(tokens: Tensor, newline: Tensor, spreads: Sequence[Spread]) -> Tensor:
+    """Lay the tokens of any-resolution pictures out in rows: (T, S, D) and the newline (D,) -> (_, D)."""
+    num_tiles, per_tile, _ = tokens.shape
+    assert sum(spread.num_tiles for spread in spreads) == num_tiles, f"{num_tiles} tiles, but spreads for {spreads}"
+    orders, start, last = [], 0, num_tiles * per_tile
+    for spread in spreads:
+        order = token_order(spread, per_tile)
+        orders.append(np.where(order == NEWLINE, last, order + start))
+        start += spread.num_tiles * per_tile
+    known = torch.cat([tokens.flatten(0, 1), newline.to(tokens.dtype).unsqueeze(0)])
+    return known.index_select(0, torch.from_numpy(np.concatenate(orders)).to(tokens.device))

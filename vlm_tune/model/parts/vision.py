@@ -33,6 +33,8 @@ class VisionEncoder(nn.Module):
         self.select_layer = select_layer
         self.keeps_class = keeps_class
         self.is_timm = not hasattr(tower, "config")
+        if self.is_timm:  # called as a module, or ZeRO-3 would not gather the position table
+            tower.forward = tower.forward_features
         self.width = int(tower.num_features if self.is_timm else tower.config.hidden_size)
         self.whole_config = None if self.is_timm else deepcopy(tower.config)
         self.unused: dict[str, Tensor] = drop_head(tower) | cut_layers(tower, select_layer)
@@ -45,7 +47,7 @@ class VisionEncoder(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """(T, 3, H, W) -> (T, P, C)."""
         if self.is_timm:
-            features = self.tower.forward_features(pixels)
+            features = self.tower(pixels)
             if features.ndim == 4:  # a convolutional network
                 features = features.flatten(2).transpose(1, 2)  # (T, P, C)
             return features[:, getattr(self.tower, "num_prefix_tokens", 0) :]

@@ -31,18 +31,20 @@ class SampleAnswers(L.Callback):
         self.before: list[str] = []
         self.now: list[str] = []
         self.last_step = -1  # whose answers are in the file
+        self.is_finished = False
 
     def on_fit_start(self, trainer: L.Trainer, module: Any) -> None:
         """Answer before the first step; a resumed run reads its answers back."""
-        if not trainer.is_global_zero:
-            return
-        drop_lines_after(self.path, math.inf)  # a line that a crash left without its end
+        if trainer.is_global_zero:
+            drop_lines_after(self.path, math.inf)  # a line that a crash left without its end
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        answers = [json.loads(line)["answer"] for line in lines]
-        self.last_step = json.loads(lines[-1])["step"] if lines else -1
+        answers = trainer.strategy.broadcast([json.loads(line)["answer"] for line in lines])
+        self.last_step = trainer.strategy.broadcast(json.loads(lines[-1])["step"] if lines else -1)
         count = len(self.questions)
-        self.before = answers[:count] if answers else self._ask(0)
-        self.now = answers[-count:] if answers else self.before  # a finished run asks nothing more
+        self.before = answers[:count] if answers else self._ask(trainer, 0)
+        self.now = answers[-count:] if answers else self.before
+        if self.is_finished and self.last_step < trainer.max_steps:  # killed between checkpoint and answers
+            self._ask(trainer, trainer.max_steps)
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         """Drop the answers after the step that the run goes on from: they are asked for again."""
@@ -54,33 +56,41 @@ class SampleAnswers(L.Callback):
         step = trainer.global_step
         is_whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         is_due = self.every and step % self.every == 0 and step < trainer.max_steps
-        if trainer.is_global_zero and is_whole_step and is_due:
-            self._print(f"step {step}", self._ask(step))
+        if is_whole_step and is_due:
+            self._print(trainer, f"step {step}", self._ask(trainer, step))
 
     def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
         """Answer after the last step, beside the answers before the first."""
-        if trainer.is_global_zero:
-            self._print("after training", self._ask(trainer.global_step))
+        self._print(trainer, "after training", self._ask(trainer, trainer.global_step))
 
-    def finish(self, step: int) -> None:
-        """Answer after the last step where a kill came between its checkpoint and its answers."""
-        if self.last_step < step:
-            self._ask(step)
+    def on_load_checkpoint(self, trainer: L.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
+        """Notice a finished run: it has no step left, after which it would answer."""
+        self.is_finished = checkpoint["global_step"] >= trainer.max_steps
 
-    def _ask(self, step: int) -> list[str]:
+    def _ask(self, trainer: L.Trainer, step: int) -> list[str]:
+        if not takes_part(trainer, self.model):
+            return []
         predictions = ask(self.model, self.test, self.questions, max_new_tokens=32)
+        self.now, self.last_step = [prediction.answer for prediction in predictions], step
+        if not trainer.is_global_zero:
+            return self.now
         lines = ""
         for prediction in predictions:
             entry = {"step": step, "id": prediction.id, "question": prediction.question}
             entry |= {"expected": prediction.expected, "answer": prediction.answer}
             lines += json.dumps(entry, ensure_ascii=False) + "\n"
         append(self.path, lines)
-        self.last_step = step
-        self.now = [prediction.answer for prediction in predictions]
         return self.now
 
-    def _print(self, title: str, answers: list[str]) -> None:
+    def _print(self, trainer: L.Trainer, title: str, answers: list[str]) -> None:
+        if not trainer.is_global_zero:
+            return
         table = Table("question", "expected", "before", "now", title=f"sample answers, {title}", title_justify="left")
         for question, before, now in zip(self.questions, self.before, answers, strict=True):
             table.add_row(question.text, question.expected, before, now)
         self.console.print(table)
+
+
+def takes_part(trainer: L.Trainer, model: Model) -> bool:
+    """Tell whether this process answers questions: the first one does, and all that hold the weights together."""
+    return trainer.is_global_zero or model.vlm.is_split

@@ -1,0 +1,62 @@
+"""Weights that are split over the devices: FSDP2's units, and what a device holds of a parameter.
+
+Where a split weight is used it is whole. FSDP2 gathers the weights of a unit before the unit's forward pass and before
+its backward pass, and those that belong to no layer (embeddings, head, projector) for the model's whole step, so that
+functions that read several layers' weights at once (`kernels/lora.py`, `kernels/loss.py`) find plain tensors. ZeRO-3
+gathers a layer's weights while that layer is called, and then alone: there such functions leave the work to
+the layers.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from vlm_tune.errors import ConfigError
+from vlm_tune.model.parts.vision import layer_list
+from vlm_tune.model.vlm import VisionLanguageModel
+
+
+def fully_split(vlm: VisionLanguageModel, mesh: Any, dtype: torch.dtype) -> None:
+    """Split a model over the devices of a mesh by FSDP2: each layer is a unit, what is left another.
+
+    Weights are gathered in the type that they are kept in: trained ones in float32, frozen ones in that of the
+    precision, `dtype`. A layer that is trained as a whole is gathered in `dtype`: autocast would keep a 16-bit copy of
+    each of its weights until the backward pass. Gradients are summed in float32 and kept so.
+    """
+    exact = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    cast = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in (*encoder_layers(vlm), *vlm.llm.get_decoder().layers):
+        is_trained = all(weight.requires_grad for weight in layer.parameters())
+        fully_shard(layer, mesh=mesh, mp_policy=cast if is_trained else exact)
+    fully_shard(vlm, mesh=mesh, mp_policy=exact)
+    register_fsdp_forward_method(vlm, "gather")
+    vlm.is_split = True
+
+
+def encoder_layers(vlm: VisionLanguageModel) -> list[nn.Module]:
+    """List the layers of the vision encoder; a convolutional one has none, and is split as one unit."""
+    try:
+        return list(layer_list(vlm.vision.tower, "strategy"))
+    except ConfigError:
+        return []
+
+
+def release(vlm: VisionLanguageModel) -> None:
+    """Give up the weights that `VisionLanguageModel.gather` gathered."""
+    if isinstance(vlm, FSDPModule):
+        vlm.reshard()
+
+
+def held(parameter: Tensor) -> Tensor:
+    """Return what this device holds of a parameter when nothing is gathered."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local()
+    return getattr(parameter, "ds_tensor", parameter)  # ZeRO-3's shard
+
+
+def whole(value: Tensor) -> Tensor:
+    """Gather a tensor that FSDP2 split; all devices call it together."""
+    return value.full_tensor() if isinstance(value, DTensor) else value

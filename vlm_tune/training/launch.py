@@ -1,0 +1,45 @@
+"""Processes that torchrun or SLURM started: they meet before the run has a folder, and share the first one's.
+
+Where Lightning starts the processes itself, the first has made the folder by then, and hands its name on.
+"""
+
+import os
+from collections.abc import Callable
+
+import torch.distributed
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
+from vlm_tune.config.schema import TrainerConfig
+from vlm_tune.errors import ConfigError
+
+
+def meet(trainer: TrainerConfig, has_gpu: bool) -> None:
+    """Join the processes of a run that was started from outside; Lightning's strategies find them joined.
+
+    Raise ConfigError where their number is not the configuration's.
+    """
+    found = next((kind() for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()), None)
+    if found is None or torch.distributed.is_initialized():
+        return
+    wanted, started = trainer.devices * trainer.nodes, found.world_size()
+    if wanted != started:
+        raise ConfigError(
+            f"trainer.devices*trainer.nodes={wanted}, but {started} processes were started (torchrun --nnodes and "
+            "--nproc-per-node, or srun --nodes and --ntasks-per-node): set both to the same numbers"
+        )
+    if has_gpu:
+        torch.cuda.set_device(found.local_rank())
+    os.environ |= {"MASTER_ADDR": found.main_address, "MASTER_PORT": str(found.main_port)}
+    torch.distributed.init_process_group(
+        "nccl" if has_gpu else "gloo", rank=found.global_rank(), world_size=found.world_size()
+    )
+
+
+def from_the_first(make: Callable[[], str]) -> str:
+    """Return what the first of the processes that have met makes; alone, make it."""
+    if not torch.distributed.is_initialized():
+        return make()
+    made = [make() if torch.distributed.get_rank() == 0 else ""]
+    torch.distributed.broadcast_object_list(made)
+    return made[0]
