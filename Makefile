@@ -33,7 +33,7 @@ test-slow: .venv/installed ## run the tests that take minutes
 
 test-kill: .venv/installed ## run the tests that kill runs and go on with them; KILLS=100 DDP_KILLS=20 SOAK=20000 measure too
 	$(BIN)/python -m pytest -m kill
-	$(if $(KILLS),$(BIN)/python benchmarks/trust.py --kills $(KILLS) --ddp-kills $(or $(DDP_KILLS),0) --soak $(or $(SOAK),0))
+	$(if $(KILLS)$(SOAK),$(BIN)/python benchmarks/trust.py --kills $(or $(KILLS),0) --ddp-kills $(or $(DDP_KILLS),0) --soak $(or $(SOAK),0))
 
 test-engines: .venv/installed ## run the tests that ask an independent engine; VLM_TUNE_DEMO_RUN=RUN asks the trained demo too
 	$(BIN)/python -m pip install --quiet 'xllamacpp==2026.10.11549'
