@@ -57,9 +57,9 @@ def soak(toys: Toys, folder: Path, steps: int) -> dict[str, Any]:
     while process.is_alive():
         metrics = next((own / "runs").glob("*/metrics.csv"), None)
         step = last_step(metrics) if metrics else 0
-        if step:
+        if 0 < step < steps:  # at the last one the workers end
             seen.append((step, *usage(process.pid)))
-        time.sleep(2)
+        time.sleep(0.5)
     process.join()
     assert process.exitcode == 0, (own / "0.log").read_text(encoding="utf-8")
 
