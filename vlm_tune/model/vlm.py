@@ -149,10 +149,10 @@ class VisionLanguageModel(nn.Module):
         """
         if self.is_split and self.kept_patches:
             shape = (1, self.kept_patches, self.vision.width)
-            features = torch.zeros(shape, dtype=self.vision.dtype, device=self.device)  # (1, P, C)
+            features = torch.zeros(shape, dtype=self.vision.dtype, device=self.device)
         else:
             tile = torch.zeros(1, self.tile_size, self.tile_size, 3, dtype=torch.uint8, device=self.device)
-            features = self.see(tile)  # (1, P, C)
+            features = self.see(tile)
         return self.project(features, [Spread(1, 1, self.tile_size, self.tile_size)]).sum() * 0.0
 
 
