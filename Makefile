@@ -31,9 +31,9 @@ test: .venv/installed ## run the tests
 test-slow: .venv/installed ## run the tests that take minutes
 	$(BIN)/python -m pytest -m "slow or network"
 
-test-kill: .venv/installed ## run the tests that kill runs and go on with them; KILLS=100 DDP_KILLS=20 SOAK=20000 measure too
+test-kill: .venv/installed ## run the tests that kill runs and go on with them; KILLS=100 DDP_KILLS=20 FSDP_KILLS=10 ZERO2_KILLS=10 SOAK=20000 measure too
 	$(BIN)/python -m pytest -m kill
-	$(if $(KILLS)$(SOAK),$(BIN)/python benchmarks/trust.py --kills $(or $(KILLS),0) --ddp-kills $(or $(DDP_KILLS),0) --soak $(or $(SOAK),0))
+	$(if $(KILLS)$(SOAK),$(BIN)/python benchmarks/trust.py --kills $(or $(KILLS),0) --ddp-kills $(or $(DDP_KILLS),0) --fsdp-kills $(or $(FSDP_KILLS),0) --zero2-kills $(or $(ZERO2_KILLS),0) --soak $(or $(SOAK),0))
 
 test-strategies: .venv/installed ## train under every strategy with two processes, and keep the differences from one process
 	VLM_TUNE_TRUST=benchmarks/results/trust.json $(BIN)/python -m pytest -m strategies

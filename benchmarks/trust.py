@@ -1,7 +1,8 @@
 """How a run takes being killed: SIGKILLs at random moments, of one process and of two, and a long run's memory.
 
-COMMAND: python benchmarks/trust.py --kills 100 --ddp-kills 20 --soak 20000        (about an hour on two CPU cores)
-Writes its figures into results/trust.json, beside those of others. The model is the tests' toy model.
+COMMAND: python benchmarks/trust.py --kills 100 --ddp-kills 20 --fsdp-kills 10 --zero2-kills 10 --soak 20000
+It takes about two hours on two CPU cores. Writes its figures into results/trust.json, beside those of others. The
+model is the tests' toy model.
 """
 
 import argparse
@@ -22,13 +23,16 @@ from kills import ONE, TWO, arguments, compare, kill_and_go_on, note_order, run_
 from toys import Toys, build_toys  # noqa: E402
 
 STEPS, KILLS_A_RUN = 45, 12
-DDP_STEPS, DDP_KILLS_A_RUN = 24, 5
+RANK_STEPS, RANK_KILLS_A_RUN = 24, 5
+RANKED = ("ddp", "fsdp", "zero2")  # strategies of two processes
 
 
-def kills(toys: Toys, folder: Path, wanted: int, is_ddp: bool, seed: int) -> None:
+def kills(toys: Toys, folder: Path, wanted: int, strategy: str, seed: int) -> None:
     """Kill runs until there are enough kills; count those of runs that end bit by bit as the one never killed."""
-    ranks, more, steps, each = (2, TWO, DDP_STEPS, DDP_KILLS_A_RUN) if is_ddp else (1, ONE, STEPS, KILLS_A_RUN)
-    base = folder / ("ddp" if is_ddp else "one")
+    ranks, more, steps, each = 1, ONE, STEPS, KILLS_A_RUN
+    if strategy:
+        ranks, more, steps, each = 2, (*TWO, f"strategy={strategy}"), RANK_STEPS, RANK_KILLS_A_RUN
+    base = folder / (strategy or "one")
     straight_folder = base / "straight"
     straight_folder.mkdir(parents=True)
     straight = run_to_its_end(arguments(toys, straight_folder, steps, *more), straight_folder, ranks)
@@ -42,7 +46,7 @@ def kills(toys: Toys, folder: Path, wanted: int, is_ddp: bool, seed: int) -> Non
         differs = compare(run, straight, (own, straight_folder))
         done, in_writes = done + outcome.kills, in_writes + outcome.in_writes
         equal += 0 if differs else outcome.kills
-        name = "ddp_kills" if is_ddp else "kills"
+        name = f"{strategy}_kills" if strategy else "kills"
         record({name: done, f"{name}_bit_equal": equal, f"{name}_inside_writes": in_writes})
         print(differs, flush=True)
 
@@ -107,7 +111,8 @@ def main() -> None:
     """Measure what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=0)
-    parser.add_argument("--ddp-kills", type=int, default=0)
+    for strategy in RANKED:
+        parser.add_argument(f"--{strategy}-kills", type=int, default=0)
     parser.add_argument("--soak", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
@@ -116,10 +121,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         toys = build_toys(folder / "toys")
-        if asked.kills:
-            kills(toys, folder, asked.kills, False, asked.seed)
-        if asked.ddp_kills:
-            kills(toys, folder, asked.ddp_kills, True, asked.seed)
+        for strategy in ("", *RANKED):
+            if wanted := getattr(asked, f"{strategy}_kills" if strategy else "kills"):
+                kills(toys, folder, wanted, strategy, asked.seed)
         if asked.soak:
             record(soak(toys, folder, asked.soak))
 

@@ -38,7 +38,7 @@ ALL = (
     "data.workers=2",
 )
 ONE = ("trainer.global_batch=3",)  # gradients of three micro-batches
-TWO = ("trainer.global_batch=6", "trainer.devices=2", "trainer.accelerator=cpu", "strategy=ddp")
+TWO = ("trainer.global_batch=6", "trainer.devices=2", "trainer.accelerator=cpu")  # and a strategy
 
 
 @dataclass

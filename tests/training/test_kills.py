@@ -27,7 +27,7 @@ def test_weights_optimizer_metrics_and_the_order_of_rows_are_the_same(toys, tmp_
     folders = tmp_path / "killed", tmp_path / "straight"
     for folder in folders:
         folder.mkdir()
-    more = ONE if ranks == 1 else TWO
+    more = ONE if ranks == 1 else (*TWO, "strategy=ddp")
     straight = run_to_its_end(arguments(toys, folders[1], steps, *more), folders[1], ranks)
     given = arguments(toys, folders[0], steps, *more)
     run, outcome = kill_and_go_on(given, folders[0], random.Random(), kills, ranks)
