@@ -4,7 +4,18 @@ import re
 from dataclasses import asdict
 from math import isfinite
 
-from vlm_tune.config.schema import Config, Optimizer, Precision, Quantize, Strategy, TileRule, Train, flatten
+from vlm_tune.config.schema import (
+    AugmentConfig,
+    Config,
+    Optimizer,
+    Precision,
+    Quantize,
+    SharePrefix,
+    Strategy,
+    TileRule,
+    Train,
+    flatten,
+)
 
 PARTS = ("vision", "projector", "llm")
 SPLITS_WEIGHTS = (Strategy.fsdp, Strategy.zero3, Strategy.zero3_offload)
@@ -16,6 +27,7 @@ def find_problems(config: Config) -> list[str]:
     return [
         *_finite(config),
         *_stage(config),
+        *_prefixes(config),
         *_numbers(config),
         *_colour(config),
         *_lengths(config),
@@ -60,6 +72,18 @@ def _stage(config: Config) -> list[str]:
             "set stage.train.llm=lora or stage.quantize=none"
         )
     return problems
+
+
+def _prefixes(config: Config) -> list[str]:
+    stage = config.stage
+    alone = {
+        "stage.packing=false pads each row by itself": not stage.packing,
+        f"stage.neftune={stage.neftune} draws noise for each row": stage.neftune > 0,
+        "data.augment changes the picture of each row": config.data.augment != AugmentConfig(),
+    }
+    if stage.share_prefix is not SharePrefix.on:
+        return []
+    return [f"stage.share_prefix=on, but {reason}: set it to auto" for reason, holds in alone.items() if holds]
 
 
 def _numbers(config: Config) -> list[str]:

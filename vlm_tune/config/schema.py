@@ -55,6 +55,14 @@ class LossWeight(Enum):
     square = "square"
 
 
+class SharePrefix(Enum):
+    """Whether rows of one picture share the tokens with which they begin; `auto` does so where nothing is random."""
+
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
 class Quantize(Enum):
     """Storage of the frozen base of the language model."""
 
@@ -256,6 +264,7 @@ class StageConfig:
     packing: bool = True  # concatenate samples without padding; false = pad to the longest
     pack_length: int = 4096  # tokens of one pack
     pack_tiles: int = 48  # tiles of one pack
+    share_prefix: SharePrefix = SharePrefix.auto  # rows of one picture in one pack: their common tokens come once
 
 
 @dataclass

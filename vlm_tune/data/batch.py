@@ -1,7 +1,8 @@
 """(4) Examples -> Batch: packed without padding, or padded to the longest; counts are checked for each sample."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ class Batch:
     """What one forward pass needs. N is the number of supervised tokens, T that of the tiles of all samples."""
 
     input_ids: Tensor  # (B, L)
-    position_ids: Tensor  # (B, L), restarting at 0 with each sample
-    segments: list[int] | None  # lengths of the samples in a pack (B = 1); None: each row is one sample, padded right
+    position_ids: Tensor  # (B, L), restarting at 0 with each sample, or at its prefix's length behind a shared one
+    segments: list[int] | None  # lengths of the stretches of a pack (B = 1); None: each row is one sample, padded right
+    parents: list[int] | None  # of each stretch the one that holds its prefix, or -1; None: each is a whole sample
     predicting: Tensor  # (N,) flat positions whose next token is supervised
     targets: Tensor  # (N,) that next token
     weights: Tensor  # (N,) its share of the loss of the optimizer step
@@ -70,29 +72,76 @@ def add_pictures(
         batch.tiles = torch.from_numpy(np.concatenate(tiles))
 
 
-def collate(examples: list[Example], weights: list[float], packing: bool) -> Batch:
-    """Join the texts of examples; `weights` are the weights of each one's supervised tokens."""
-    lengths = [len(example.input_ids) for example in examples]
-    width = sum(lengths) if packing else max(lengths)
-    starts = np.cumsum([0, *lengths[:-1]]) if packing else np.arange(len(lengths)) * width
-    ids = np.zeros(width if packing else width * len(lengths), dtype=np.int64)  # any pad id: no loss, no attention
+def collate(examples: list[Example], weights: list[float], packing: bool, trees: Sequence[int] | None = None) -> Batch:
+    """Join the texts of examples; `weights` are the weights of each one's supervised tokens.
+
+    `trees` (of a pack): how many examples in a row begin alike, for each tree. The tokens that they share come once.
+    A token that is supervised there has the weights of all that supervise it.
+    """
+    layout = lay_out(examples, packing, trees)
+    ids = np.zeros(layout.size, dtype=np.int64)  # any pad id: no loss, no attention
     positions = np.zeros_like(ids)
     predicting, targets, token_weights = [], [], []
-    for example, start, length, weight in zip(examples, starts, lengths, weights, strict=True):
-        ids[start : start + length] = example.input_ids
-        positions[start : start + length] = np.arange(length)
+    for example, places, weight in zip(examples, layout.places, weights, strict=True):
+        ids[places] = example.input_ids
+        positions[places] = np.arange(len(places))
         supervised = np.flatnonzero(example.labels[1:] != NO_LOSS)
-        predicting.append(start + supervised)
+        predicting.append(places[supervised])
         targets.append(example.labels[1:][supervised])
         token_weights.append(np.full(len(supervised), weight, dtype=np.float32))
     shape = (1, -1) if packing else (len(examples), -1)
     return Batch(
         input_ids=torch.from_numpy(ids).view(shape),
         position_ids=torch.from_numpy(positions).view(shape),
-        segments=lengths if packing else None,
+        segments=layout.segments,
+        parents=layout.parents,
         predicting=torch.from_numpy(np.concatenate(predicting)),
         targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
         weights=torch.from_numpy(np.concatenate(token_weights)),
         sample_ids=[example.id for example in examples],
-        num_tokens=sum(lengths),
+        num_tokens=sum(layout.segments) if layout.segments else sum(len(example.input_ids) for example in examples),
     )
+
+
+@dataclass
+class Layout:
+    """Where the tokens of each example stand in a batch."""
+
+    size: int
+    places: list[npt.NDArray[np.int64]]  # (L,) of each example, flat
+    segments: list[int] | None = None  # as in Batch
+    parents: list[int] | None = None
+
+
+def lay_out(examples: list[Example], packing: bool, trees: Sequence[int] | None) -> Layout:
+    """Place examples in padded rows, or in one packed row, where those of a tree stand behind their common tokens."""
+    if not packing:
+        width = max(len(example.input_ids) for example in examples)
+        starts = range(0, width * len(examples), width)
+        padded = [start + np.arange(len(each.input_ids)) for start, each in zip(starts, examples, strict=True)]
+        return Layout(width * len(examples), padded)
+    places: list[npt.NDArray[np.int64]] = []
+    segments: list[int] = []
+    parents: list[int] = []
+    remaining = iter(examples)
+    for count in trees or [1] * len(examples):
+        tree = [example.input_ids for example in islice(remaining, count)]
+        num_shared = common_prefix(tree) if count > 1 else 0
+        start, parent = sum(segments), len(segments) if num_shared else -1
+        segments += [num_shared] if num_shared else []
+        parents += [-1] if num_shared else []
+        for ids in tree:
+            own = np.arange(len(ids) - num_shared) + sum(segments)
+            places.append(np.concatenate([np.arange(num_shared) + start, own]))
+            segments.append(len(own))
+            parents.append(parent)
+    return Layout(sum(segments), places, segments, parents if max(parents) >= 0 else None)
+
+
+def common_prefix(tokens: list[npt.NDArray[np.int32]]) -> int:
+    """Count the tokens with which all begin, leaving at least one to each."""
+    length = min(map(len, tokens)) - 1
+    for other in tokens[1:]:
+        differs = np.flatnonzero(tokens[0][:length] != other[:length])
+        length = int(differs[0]) if len(differs) else length
+    return length

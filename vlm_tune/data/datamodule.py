@@ -14,16 +14,17 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from vlm_tune.config.schema import AugmentConfig, BadSample, Config
+from vlm_tune.config.schema import AugmentConfig, BadSample, Config, SharePrefix
 from vlm_tune.data.batch import Batch, add_pictures, collate, token_weight
 from vlm_tune.data.encode import Encoder
 from vlm_tune.data.example import Example
+from vlm_tune.data.packing import side_by_side, trees_of
 from vlm_tune.data.progress import Follow, unseen
 from vlm_tune.data.rows.cache import hashed
 from vlm_tune.data.sample import Sample
 from vlm_tune.data.sets.dataset import Conversations
 from vlm_tune.data.sets.index import Findings, refuse_faults, trained_content, write_faults
-from vlm_tune.data.sets.mixture import Mixture, open_data, open_sizes
+from vlm_tune.data.sets.mixture import Mixture, is_augmented, open_data, open_sizes
 from vlm_tune.data.sets.paths import find_file, sibling
 from vlm_tune.data.sizes import Index
 from vlm_tune.data.stream import BatchStream, Cursor, MicroBatch, StreamSettings
@@ -49,25 +50,30 @@ class MicroBatches(Dataset[Batch]):
         self.is_training = is_training
 
     def __getitem__(self, item: MicroBatch) -> Batch:
-        examples, tiles, features = [], [], []
-        for entry in item.rows:
-            row = int(self.index.rows[entry])
-            data, number = self.data.locate(row)
-            sample = data.sample(number)
-            self._check_content(entry, sample)
-            example = data.encoder.encode(sample, data.tiling(sample))
-            self._check_sizes(entry, example)
-            is_random = self.is_training and data.pictures.augment != AugmentConfig()
-            generator = np.random.default_rng((self.settings.seed, item.epoch, row)) if is_random else None
-            examples.append(example)
-            if data.cache is None:
-                tiles.append(data.make_tiles(sample, example, generator))
-            elif example.num_tiles:
-                features.append(data.read_features(sample, example))
+        examples, shown, tiles, features = [], [], [], []
+        trees = trees_of(item.rows, self.index, self.settings.share_prefix)
+        for tree in trees:
+            for place, entry in enumerate(tree):
+                row = int(self.index.rows[entry])
+                data, number = self.data.locate(row)
+                sample = data.sample(number)
+                self._check_content(entry, sample)
+                example = data.encoder.encode(sample, data.tiling(sample))
+                self._check_sizes(entry, example)
+                examples.append(example)
+                if place:
+                    continue  # its pictures are those of the first row
+                shown.append(example)
+                is_random = self.is_training and data.pictures.augment != AugmentConfig()
+                generator = np.random.default_rng((self.settings.seed, item.epoch, row)) if is_random else None
+                if data.cache is None:
+                    tiles.append(data.make_tiles(sample, example, generator))
+                elif example.num_tiles:
+                    features.append(data.read_features(sample, example))
         counts = np.array([example.num_supervised for example in examples], dtype=np.int32)
         weights = token_weight(counts, self.settings.loss) / item.step_weight
-        batch = collate(examples, weights.tolist(), self.settings.packing)
-        add_pictures(batch, examples, tiles, features)
+        batch = collate(examples, weights.tolist(), self.settings.packing, [len(tree) for tree in trees])
+        add_pictures(batch, shown, tiles, features)
         batch.cursor = item.after
         return batch
 
@@ -219,6 +225,7 @@ class DataModule(L.LightningDataModule):
     def settings(self, groups_per_step: int) -> StreamSettings:
         """Return what decides the order of training."""
         stage, trainer, train = self.config.stage, self.config.trainer, self.train
+        share_prefix = stage.share_prefix is not SharePrefix.off and self._may_share()
         return StreamSettings(
             packing=stage.packing,
             budget=(stage.pack_length, stage.pack_tiles),
@@ -227,7 +234,14 @@ class DataModule(L.LightningDataModule):
             loss=stage.loss,
             seed=self.config.seed,
             draw=train.data.draw(train.index) if train is not None and isinstance(train.data, Mixture) else None,
+            share_prefix=share_prefix,
         )
+
+    def _may_share(self) -> bool:
+        """Whether rows that begin alike may share their tokens: nothing random makes those of each row its own."""
+        stage = self.config.stage
+        data = self.train.data if self.train is not None else None
+        return stage.packing and not stage.neftune and not (data is not None and is_augmented(data))
 
     def stream(self, rank: int = 0, world: int = 1) -> BatchStream:
         """Return the training stream of one rank, starting at the cursor."""
@@ -320,14 +334,22 @@ class DataModule(L.LightningDataModule):
 
 def validation_packs(index: Index, settings: StreamSettings) -> list[MicroBatch]:
     """Cut the rows, in their order, into batches within the budget; weights stay unnormalised (step_weight = 1)."""
+    order = np.arange(len(index))
+    if settings.share_prefix:
+        order = side_by_side(order, index.head)
     packs: list[list[int]] = [[]]
     tokens = tiles = 0
-    for row in range(len(index)):
-        tokens, tiles = tokens + int(index.tokens[row]), tiles + int(index.tiles[row])
-        if packs[-1] and (tokens > settings.budget[0] or tiles > settings.budget[1]):
+    for row in order.tolist():
+        head = index.head[row]
+        is_shared = settings.share_prefix and packs[-1] and head and head == index.head[packs[-1][-1]]
+        more_tokens = int(index.tokens[row]) - (int(index.head_tokens[row]) if is_shared else 0)
+        more_tiles = 0 if is_shared else int(index.tiles[row])
+        if packs[-1] and (tokens + more_tokens > settings.budget[0] or tiles + more_tiles > settings.budget[1]):
             packs.append([])
-            tokens, tiles = int(index.tokens[row]), int(index.tiles[row])
+            tokens, tiles = 0, 0
+            more_tokens, more_tiles = int(index.tokens[row]), int(index.tiles[row])
         packs[-1].append(row)
+        tokens, tiles = tokens + more_tokens, tiles + more_tiles
     return [MicroBatch(tuple(pack), 0, 1.0, (0, 0, 0)) for pack in packs if pack]
 
 

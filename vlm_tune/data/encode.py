@@ -14,7 +14,16 @@ from vlm_tune.data.sample import Sample
 from vlm_tune.data.text.control import find_image_ids, find_stop_ids, refuse_control
 from vlm_tune.data.text.long_rows import shortened
 from vlm_tune.data.text.markup import find_markup
-from vlm_tune.data.text.pieces import ImageSlot, Item, count, drop_last_space, lay_out, place_features, tokenize
+from vlm_tune.data.text.pieces import (
+    ImageSlot,
+    Item,
+    count,
+    drop_last_space,
+    head_of,
+    lay_out,
+    place_features,
+    tokenize,
+)
 from vlm_tune.data.text.templates import PLAIN_TEXT, Template, render
 from vlm_tune.data.text.tokens import TextTokenizer
 from vlm_tune.errors import ConfigError, DataError
@@ -117,7 +126,8 @@ class Encoder:
             fit = self._fit(sample, num_fixed, num_supervised, tiling)
             if not fit.is_long:
                 num_tokens = num_fixed + sum(fit.num_tokens)
-                return Lengths(num_tokens, num_supervised, fit.num_tiles, fit.max_tiles, fit.note)
+                place_features(items, fit.num_tokens)
+                return Lengths(num_tokens, num_supervised, fit.num_tiles, fit.max_tiles, fit.note, *head_of(items))
             trimmed = self._trim(sample, fit)
         except DataError as error:
             return error

@@ -37,3 +37,5 @@ class Lengths:
     num_tiles: tuple[int, ...] = ()
     max_tiles: int = 0
     note: str = ""
+    head: str = ""  # what the tokens up to the last picture's end are made of; "" = no pictures
+    num_head: int = 0  # those tokens

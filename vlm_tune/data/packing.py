@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from vlm_tune.data.sizes import Index
+
 MIXING_COST = 0.02  # share of additional packs that an even mixture of lengths may cost
 WINDOW = 2048  # samples packed together: bounds memory, and keeps the order random
 
@@ -33,6 +35,53 @@ def plan_packs(
         packs = _pack(by_size, need_tokens.tolist(), need_tiles.tolist(), budget)
         packs = sorted(map(sorted, packs))  # no place is in two packs, so the first one decides
         yield from (window[pack].tolist() for pack in packs)
+
+
+def plan_trees(order: npt.NDArray[np.int64], index: Index, budget: tuple[int, int]) -> list[list[int]]:
+    """Plan packs as `plan_packs` does, with rows of one head side by side: it costs its tokens and tiles once.
+
+    A tree that is larger than a budget is cut into several.
+    """
+    trees: list[list[int]] = []
+    sizes: list[tuple[int, int]] = []
+    places: dict[int, int] = {}  # head -> its tree that still has room
+    for row in order.tolist():
+        head, own = int(index.head[row]), int(index.tokens[row])
+        number = places.get(head) if head else None
+        if number is not None:
+            tokens, tiles = sizes[number]
+            own -= int(index.head_tokens[row])
+            if tokens + own <= budget[0]:
+                trees[number].append(row)
+                sizes[number] = tokens + own, tiles
+                continue
+            own += int(index.head_tokens[row])
+        places[head] = len(trees)
+        trees.append([row])
+        sizes.append((own, int(index.tiles[row])))
+    columns = np.array(sizes, np.int32)  # (trees, 2)
+    packs = plan_packs(np.arange(len(trees)), columns[:, 0], columns[:, 1], budget)
+    return [[row for tree in pack for row in trees[tree]] for pack in packs]
+
+
+def side_by_side(order: npt.NDArray[np.int64], heads: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    """Move the rows of one head next to the first of them: (R,) -> (R,), a random order of heads then."""
+    heads = heads[order]
+    _, first, inverse = np.unique(heads, return_index=True, return_inverse=True)
+    places = np.where(heads == 0, np.arange(len(order)), first[inverse])
+    return order[np.argsort(places, kind="stable")]
+
+
+def trees_of(rows: Sequence[int], index: Index, share_prefix: bool) -> list[list[int]]:
+    """Part the rows of a pack into runs that share a head; each row is its own where nothing is shared."""
+    trees: list[list[int]] = []
+    for row in rows:
+        head = index.head[row]
+        if share_prefix and trees and head and head == index.head[trees[-1][0]]:
+            trees[-1].append(row)
+        else:
+            trees.append([row])
+    return trees
 
 
 def _pack(places: list[int], tokens: Sequence[int], tiles: Sequence[int], budget: tuple[int, int]) -> list[list[int]]:

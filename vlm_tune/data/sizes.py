@@ -1,13 +1,23 @@
 """The sizes of all good rows of a run, as columns, from which packs, batches and epochs are planned."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-ROW = np.dtype([("row", "<i8"), ("tokens", "<i4"), ("supervised", "<i4"), ("tiles", "<i4"), ("content", "<u8")])
+ROW = np.dtype(
+    [
+        ("row", "<i8"),
+        ("tokens", "<i4"),
+        ("supervised", "<i4"),
+        ("tiles", "<i4"),
+        ("content", "<u8"),
+        ("head", "<u8"),
+        ("head_tokens", "<i4"),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -19,12 +29,14 @@ class Index:
     supervised: npt.NDArray[np.int32]
     tiles: npt.NDArray[np.int32]
     content: npt.NDArray[np.uint64]  # a hash of the content of the row: see `trained_content`
+    head: npt.NDArray[np.uint64]  # a hash of its pictures and all tokens up to the last one's end; 0 = no pictures
+    head_tokens: npt.NDArray[np.int32]  # those tokens; rows of equal heads begin with them
 
     @classmethod
     def of(cls, table: npt.NDArray[np.void], first_row: int = 0) -> "Index":
         """Return an index of a table of ROWs, with rows numbered from `first_row` (for a set of a mixture)."""
         rows = table["row"] + first_row if first_row else table["row"]
-        return cls(rows, table["tokens"], table["supervised"], table["tiles"], table["content"])
+        return cls(rows, *(table[each.name] for each in fields(cls)[1:]))
 
     @classmethod
     def join(cls, parts: list["Index"]) -> "Index":

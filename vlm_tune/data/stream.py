@@ -14,7 +14,7 @@ from torch.utils.data import Sampler
 
 from vlm_tune.config.schema import LossWeight
 from vlm_tune.data.batch import token_weight
-from vlm_tune.data.packing import WINDOW, plan_batches, plan_packs
+from vlm_tune.data.packing import WINDOW, plan_batches, plan_packs, plan_trees, side_by_side, trees_of
 from vlm_tune.data.sizes import Index
 
 COUNTED_WINDOWS = 50  # in an epoch of more windows, the number of groups is not counted
@@ -73,6 +73,7 @@ class StreamSettings:
     loss: LossWeight
     seed: int
     draw: Draw | None = None  # of a mixture; None = every entry once an epoch
+    share_prefix: bool = False  # rows of one head stand side by side, and share its tokens
 
 
 class BatchStream(Sampler[MicroBatch]):
@@ -111,8 +112,15 @@ class BatchStream(Sampler[MicroBatch]):
     def fill(self) -> float:
         """Return the share of the token budget that the packs of the first windows fill."""
         groups = [group for window in range(min(3, self._num_windows())) for group in self._plan(0, window)]
-        tokens = sum(int(self.index.tokens[group].sum()) for group in groups)
+        tokens = sum(self._num_tokens(group) for group in groups)
         return tokens / (len(groups) * self.settings.budget[0] * self.settings.micro_batch)
+
+    def _num_tokens(self, group: list[int]) -> int:
+        tokens, heads = self.index.tokens, self.index.head_tokens
+        shared = sum(
+            int(heads[row]) for tree in trees_of(group, self.index, self.settings.share_prefix) for row in tree[1:]
+        )
+        return int(tokens[group].sum()) - shared
 
     def _groups(self, start: Cursor) -> Iterator[tuple[list[int], int, Cursor]]:
         epoch, window, group = start
@@ -134,7 +142,10 @@ class BatchStream(Sampler[MicroBatch]):
         order = self._order(epoch)[window * WINDOW : (window + 1) * WINDOW]
         index, settings = self.index, self.settings
         if settings.packing:
-            packs = list(plan_packs(order, index.tokens, index.tiles, settings.budget))
+            if settings.share_prefix:
+                packs = plan_trees(order, index, settings.budget)
+            else:
+                packs = list(plan_packs(order, index.tokens, index.tiles, settings.budget))
             merged = range(0, len(packs), settings.micro_batch)
             return [[row for pack in packs[i : i + settings.micro_batch] for row in pack] for i in merged]
         seed = int(np.random.SeedSequence((settings.seed, epoch, window)).generate_state(1)[0])
@@ -145,5 +156,7 @@ class BatchStream(Sampler[MicroBatch]):
             seed, draw = self.settings.seed, self.settings.draw
             order = np.random.default_rng((seed, epoch)).permutation(self._epoch_length())
             order = order if draw is None else draw.entries(seed, epoch)[order]
+            if self.settings.share_prefix:
+                order = side_by_side(order, self.index.head)
             self._shuffled = (epoch, order)
         return self._shuffled[1]

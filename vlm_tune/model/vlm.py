@@ -118,7 +118,7 @@ class VisionLanguageModel(nn.Module):
         hidden = self.llm.get_decoder()(
             inputs_embeds=embeddings,
             position_ids=batch.position_ids,
-            segments=Segments(batch.segments) if batch.segments else None,
+            segments=Segments(batch.segments, batch.parents) if batch.segments else None,
             use_cache=False,
         ).last_hidden_state  # (B, L, D)
         rows = hidden.flatten(0, 1)[batch.predicting]  # (N, D)

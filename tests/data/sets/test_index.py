@@ -92,7 +92,7 @@ def test_sizes_from_headers_are_those_of_what_is_made(tmp_path, open_rows, recor
     table, findings = measure_all(data, np.arange(len(data)), 0)
     left_out = {fault.where for fault in (*findings.faults, *findings.skipped)}
     assert len(table) + len(left_out) == len(records)
-    for number, tokens, supervised, tiles, _ in table.tolist():
+    for number, tokens, supervised, tiles, *_ in table.tolist():
         example = data.encode(number)
         made = data.make_tiles(data.sample(number), example)
         assert (len(example.input_ids), example.num_supervised, len(made)) == (tokens, supervised, tiles)

@@ -197,3 +197,55 @@ def test_the_gpu_kernel_for_packs_equals_each_sample_alone(toys, lengths):
         torch.testing.assert_close(
             run_packed(llm, embeddings, lengths), run_alone(plain, embeddings, lengths), atol=0.05, rtol=0.05
         )
+
+
+# --------------------------------------------------------------------------------------------------------- prefixes
+
+TREES = {  # lengths, parents
+    "one branch": ([20, 5], [-1, 0]),
+    "branches of many lengths": ([12, 1, 7, 9, 30, 2], [-1, 0, 0, 0, 0, 0]),
+    "two trees and a sample": ([8, 4, 5, 6, 15, 3, 3, 8], [-1, 0, 0, -1, -1, 4, 4, -1]),
+    "long branches": ([40, SHORT + 60, SHORT + 61, 10], [-1, 0, 0, 0]),
+    "a long prefix": ([SHORT + 90, 3, 200, 5], [-1, 0, 0, 0]),
+}
+
+
+def unfolded(tree, lengths, parents):
+    """Write each leaf of a tree as a sample of its own: its prefix, then its own part."""
+    parts = tree.split(lengths, dim=1)
+    leaves = [number for number in range(len(parts)) if number not in parents]
+    return [torch.cat([*([parts[parents[n]]] if parents[n] >= 0 else []), parts[n]], dim=1) for n in leaves]
+
+
+def run_tree(llm, embeddings, lengths, parents):
+    before = [0 if parent < 0 else lengths[parent] for parent in parents]
+    positions = torch.cat([torch.arange(start, start + length) for start, length in zip(before, lengths, strict=True)])
+    return run(llm, embeddings, position_ids=positions.unsqueeze(0), segments=Segments(lengths, parents))
+
+
+@pytest.mark.parametrize(("lengths", "parents"), TREES.values(), ids=TREES)
+def test_samples_that_share_their_prefix_equal_samples_alone(packed, reference, lengths, parents):
+    embeddings, direction = draw(lengths)
+    tree, apart = embeddings.clone().requires_grad_(), embeddings.clone().requires_grad_()
+    found = unfolded(run_tree(packed, tree, lengths, parents), lengths, parents)
+    right = [run(reference, sample) for sample in unfolded(apart, lengths, parents)]
+    for ours, theirs in zip(found, right, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    weights = unfolded(direction, lengths, parents)
+    ours, theirs = (
+        torch.autograd.grad(sum((each * weight).sum() for each, weight in zip(made, weights, strict=True)), start)[0]
+        for made, start in ((found, tree), (right, apart))
+    )
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_branches_do_not_see_one_another(packed):
+    lengths, parents = TREES["branches of many lengths"]
+    embeddings, _ = draw(lengths)
+    changed = embeddings.clone()
+    changed[:, 12:13] += 10.0  # the first branch
+    with torch.no_grad():
+        before, after = (run_tree(packed, each, lengths, parents) for each in (embeddings, changed))
+    assert torch.equal(before[:, :12], after[:, :12])
+    assert torch.equal(before[:, 13:], after[:, 13:])
+    assert not torch.allclose(before[:, 12], after[:, 12])

@@ -1,6 +1,6 @@
 """Sizes of all rows, found before the first step: tokens, supervised tokens, tiles; and every faulty row.
 
-They are found once, by several processes, and cached as a memory-mapped array of 28 bytes a row. With them goes a hash
+They are found once, by several processes, and cached as a memory-mapped array of 40 bytes a row. With them goes a hash
 of the content of each row, by which an interrupted run recognises its rows.
 """
 
@@ -26,7 +26,7 @@ from vlm_tune.data.pictures.images import CheckedPictures
 from vlm_tune.data.progress import Follow, unseen
 from vlm_tune.data.rows.cache import content_key, hashed, sampled
 from vlm_tune.data.rows.rows import find_files
-from vlm_tune.data.sample import Sample
+from vlm_tune.data.sample import Picture, Sample
 from vlm_tune.data.sets.dataset import Conversations, Tiling
 from vlm_tune.data.sizes import ROW
 from vlm_tune.errors import DataError
@@ -191,9 +191,19 @@ class Chunks(Dataset[Measured]):
                 findings.fault_rows.append(row)
             else:
                 counts = outcome.num_tokens, outcome.num_supervised, sum(outcome.num_tiles)
-                sizes.append((row, *counts, hashed(trained_content(read[row][0]))))
+                sample = read[row][0]
+                head = self._head(sample, outcome), outcome.num_head
+                sizes.append((row, *counts, hashed(trained_content(sample)), *head))
                 findings.notes += [f"{self.data.rows.where(row)}: {outcome.note}"] if outcome.note else []
         return np.array(sizes, ROW), findings
+
+    def _head(self, sample: Sample, lengths: Lengths) -> int:
+        """Hash a sample's pictures and what stands before the last one's end; 0 where there is none."""
+        if not lengths.head:
+            return 0
+        pictures = [each for picture in sample.pictures for each in named_picture(picture)]
+        facts = f"{self.data.root} {lengths.num_tiles} {lengths.max_tiles} {lengths.head}"
+        return hashed([facts.encode("utf-8", "surrogatepass"), *pictures])
 
 
 def trained_content(sample: Sample) -> Iterator[bytes]:
@@ -208,10 +218,15 @@ def trained_content(sample: Sample) -> Iterator[bytes]:
         for part in message.parts:
             if isinstance(part, str):
                 yield part.encode("utf-8", "surrogatepass")
-                continue
-            yield f"picture {part.is_frame} {part.frame}".encode()
-            yield part.path.encode("utf-8", "surrogatepass")
-            yield from sampled(part.content) if part.content is not None else ()
+            else:
+                yield from named_picture(part)
+
+
+def named_picture(picture: Picture) -> Iterator[bytes]:
+    """Yield what names a picture: its path, or samples of its bytes."""
+    yield f"picture {picture.is_frame} {picture.frame}".encode()
+    yield picture.path.encode("utf-8", "surrogatepass")
+    yield from sampled(picture.content) if picture.content is not None else ()
 
 
 def start_worker(number: int) -> None:

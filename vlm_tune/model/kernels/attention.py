@@ -1,4 +1,4 @@
-"""Causal attention over packed samples: each token sees the earlier tokens of its own sample, and no mask is built.
+"""Causal attention over packed samples: each token sees the earlier tokens of its own sample alone.
 
 Registered with transformers under the name `packed`. A `Segments` travels as the keyword `segments` through the
 language model's forward pass. Without it (generation, padded batches) plain SDPA runs. A layer with a sliding window
@@ -17,16 +17,23 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vlm_tune.model.kernels.attention_cpu import PackedProducts, attend_all, lay_out
+from vlm_tune.model.kernels.attention_cpu import PackedProducts, attend_all, lay_out, seen_lengths
 
 NAME = "packed"
+
+Stretches = tuple[tuple[int, ...], tuple[int, ...]]  # lengths and parents, as in Segments
 
 
 @dataclass(frozen=True)
 class Segments:
-    """The lengths of the samples of a packed row."""
+    """The stretches of a packed row: whole samples, or the prefix that some samples share, then the rest of each.
+
+    lengths  tokens of each stretch, in the order of the row
+    parents  the stretch before each that holds its prefix, whose keys its tokens see first; -1 = it has none
+    """
 
     lengths: list[int]
+    parents: list[int] | None = None  # None = no stretch has one
 
 
 def uses_products(tensor: Tensor) -> bool:
@@ -55,16 +62,22 @@ def packed_attention(
     assert options.get("softcap") is None, "a language model with capped scores is refused when it is loaded"
     assert sum(segments.lengths) == query.shape[2], "segments must fill the packed row"
     query, key, value = as_autocast(query, key, value)
+    lengths = tuple(segments.lengths)
+    parents = tuple(segments.parents or [-1] * len(lengths))
     if has_kernel(query):
-        return _varlen(query, key, value, segments.lengths, scale, window), None
-    if uses_products(query) and (window is None or max(segments.lengths) <= window):
+        return _varlen(query, key, value, (lengths, parents), scale, window), None
+    if uses_products(query) and (window is None or max(seen_lengths(lengths, parents)) <= window):
         # q has all heads, k and v have kv_heads
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (L, _, d)
-        layout = lay_out(tuple(segments.lengths), q.shape[1], k.shape[1])
+        layout = lay_out(lengths, q.shape[1], k.shape[1], parents)
         made: Tensor = PackedProducts.apply(q, k, v, layout, scale)
         return made.unsqueeze(0), None
-    parts = [tensor.split(segments.lengths, dim=2) for tensor in (query, key, value)]
-    outputs = [_attend(q, k, v, scale, window) for q, k, v in zip(*parts, strict=True)]
+    queries, keys, values = (tensor.split(segments.lengths, dim=2) for tensor in (query, key, value))
+    outputs = []
+    for q, k, v, parent in zip(queries, keys, values, parents, strict=True):
+        if parent >= 0:
+            k, v = torch.cat([keys[parent], k], dim=2), torch.cat([values[parent], v], dim=2)
+        outputs.append(_attend(q, k, v, scale, window))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
@@ -76,36 +89,62 @@ def as_autocast(*tensors: Tensor) -> list[Tensor]:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-    """Run SDPA on one sample; a mask is built only where its window is shorter than the sample."""
-    length = query.shape[2]
+    """Run SDPA on one stretch; a mask is built only where it has a prefix or its window is shorter."""
+    num_queries, num_keys = query.shape[2], key.shape[2]
     mask = None
-    if window is not None and length > window:
-        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)
+    if num_queries < num_keys or (window is not None and num_keys > window):
+        mask = _seen(num_queries, num_keys, window, query.device)
     return scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
     )
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float, window: int | None) -> Tensor:
-    """Run torch's variable-length flash attention: one kernel for all segments (CUDA, 16 bit)."""
+@lru_cache(maxsize=64)
+def _seen(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Whether the last `num_queries` of `num_keys` tokens see each of them: (num_queries, num_keys)."""
+    before = num_keys - num_queries
+    mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(before)
+    return mask if window is None else mask.triu(before + 1 - window)
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, stretches: Stretches, scale: float, window: int | None
+) -> Tensor:
+    """Run torch's variable-length flash attention: one kernel for all stretches (CUDA, 16 bit).
+
+    Keys and values of a prefix are copied in front of each stretch that sees them. The kernel is causal from the lower
+    right: the last query of a stretch sees all of its keys.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
-    offsets = segment_offsets(tuple(lengths), query.device)
+    lengths, parents = stretches
+    seen = tuple(seen_lengths(lengths, parents))
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    longest = max(lengths)
+    if seen != lengths:
+        rows = key_rows(lengths, parents, query.device)
+        k, v = k.index_select(0, rows), v.index_select(0, rows)
     back = -1 if window is None else window - 1
     options: dict[str, Any] = {"scale": scale, "window_size": (back, 0), "enable_gqa": q.shape[1] != k.shape[1]}
-    out = varlen_attn(q, k, v, offsets, offsets, longest, longest, **options)
+    offsets = segment_offsets(lengths, query.device), segment_offsets(seen, query.device)
+    out = varlen_attn(q, k, v, *offsets, max(lengths), max(seen), **options)
     return out.unsqueeze(0)  # type: ignore[union-attr]
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def segment_offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Count the tokens before each segment, and all, for n segments: (n+1,) int32.
+    """Count the tokens before each stretch, and all, for n stretches: (n+1,) int32.
 
     Made once for all layers of a pack: each copy to a GPU would make it wait for the CPU.
     """
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+@lru_cache(maxsize=4)
+def key_rows(lengths: tuple[int, ...], parents: tuple[int, ...], device: torch.device) -> Tensor:
+    """Find the token of each key, where the keys of a prefix are copied in front of each stretch that sees them."""
+    starts = list(accumulate(lengths, initial=0))
+    seen = [each for number, parent in enumerate(parents) for each in (parent, number) if each >= 0]
+    return torch.cat([torch.arange(starts[each], starts[each + 1]) for each in seen]).to(device)
 
 
 def packed_mask(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,43 +39,73 @@ class Block:
 
 
 class Layout:
-    """Where the tokens of a pack stand when samples of like length are side by side, head by head.
+    """Where the tokens of a pack stand when stretches of like length are side by side, head by head.
+
+    The keys of a prefix stand in front of those of each stretch that shares it.
 
     queries     the row of (L*heads) at each place of the gathered queries; any row at a padded place
     keys        the row of (L*kv_heads) at each place of the gathered keys
-    to_queries  (L*heads,) the place of each row; to_keys (L*kv_heads,)
+    to_queries  (L*heads,) the place of each row; to_keys (L*kv_heads,), None where keys stand at several places
     padding     the padded places of the gathered queries
+    key_places  the places of the gathered keys that are not padded
     """
 
-    def __init__(self, lengths: Sequence[int], heads: int, kv_heads: int) -> None:
-        starts = list(accumulate(lengths, initial=0))[:-1]
+    def __init__(self, lengths: Sequence[int], heads: int, kv_heads: int, parents: Sequence[int] | None = None) -> None:
+        parents = parents or [-1] * len(lengths)
+        starts = list(accumulate(lengths, initial=0))
+        seen = seen_lengths(lengths, parents)
+        samples = [
+            Stretch(keys - length, keys, start, starts[parent])
+            for length, keys, start, parent in zip(lengths, seen, starts, parents, strict=False)
+        ]
         self.blocks: list[Block] = []
         queries, keys = [], []  # rows, below 0 at padded places
         num_queries = num_keys = 0
         by_group = torch.arange(heads).view(kv_heads, -1, 1)
         by_head = torch.arange(kv_heads).view(-1, 1)
-        for group in _alike(sorted(zip(lengths, starts, strict=True))):
-            width = group[-1][0]
-            places = torch.arange(width)
-            tokens = torch.stack([torch.where(places < length, start + places, -1) for length, start in group])
+        for group in _alike(sorted(samples)):
+            prefix, width = group[0].prefix, group[-1].length
+            tokens = torch.stack([stretch.tokens(width) for stretch in group])
             keys.append((tokens[:, None] * kv_heads + by_head).flatten())
-            seen = slice(num_keys, num_keys + len(keys[-1]))
-            num_keys = seen.stop
-            for block in _blocks(width):
+            seen_by = slice(num_keys, num_keys + len(keys[-1]))
+            num_keys = seen_by.stop
+            for block in _blocks(prefix, width):
                 rows = tokens[:, None, None, block] * heads + by_group  # (n, kv_heads, heads/kv_heads, b)
                 queries.append(rows.flatten())
                 asked = slice(num_queries, num_queries + rows.numel())
                 num_queries = asked.stop
                 size = (len(group) * kv_heads, rows.shape[-1], block.stop)
-                self.blocks.append(Block(asked, seen, *size, is_kept=width <= KEPT))
+                self.blocks.append(Block(asked, seen_by, *size, is_kept=width <= KEPT))
         self.queries, self.to_queries, self.padding = _both_ways(torch.cat(queries))
-        self.keys, self.to_keys, _ = _both_ways(torch.cat(keys))
+        rows = torch.cat(keys)
+        self.key_places = (rows >= 0).nonzero().flatten()
+        self.keys, self.to_keys = rows.clamp(min=0), None if max(parents) >= 0 else _both_ways(rows)[1]
+
+
+class Stretch(NamedTuple):
+    """A stretch of a pack: how many keys its prefix has, how many it sees in all, and where both begin."""
+
+    prefix: int
+    length: int
+    start: int
+    prefix_start: int
+
+    def tokens(self, width: int) -> Tensor:
+        """The token at each of `width` places, below 0 at padded ones."""
+        places = torch.arange(width)
+        own = torch.where(places < self.length, places + (self.start - self.prefix), -1)
+        return torch.where(places < self.prefix, places + self.prefix_start, own)
+
+
+def seen_lengths(lengths: Sequence[int], parents: Sequence[int]) -> list[int]:
+    """Count the keys of each stretch: its own, and those of its prefix."""
+    return [length + (lengths[parent] if parent >= 0 else 0) for length, parent in zip(lengths, parents, strict=True)]
 
 
 @lru_cache(maxsize=4)
-def lay_out(lengths: tuple[int, ...], heads: int, kv_heads: int) -> Layout:
+def lay_out(lengths: tuple[int, ...], heads: int, kv_heads: int, parents: tuple[int, ...] | None = None) -> Layout:
     """Make the layout of a pack once for all layers."""
-    return Layout(lengths, heads, kv_heads)
+    return Layout(lengths, heads, kv_heads, parents)
 
 
 def _both_ways(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,27 +116,32 @@ def _both_ways(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return rows.clamp(min=0), inverse, (rows < 0).nonzero().flatten()
 
 
-def _alike(samples: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-    """Part (length, start) of samples, short ones first, into groups of like length."""
-    groups: list[list[tuple[int, int]]] = []
+def _alike(samples: list[Stretch]) -> list[list[Stretch]]:
+    """Part stretches, sorted by prefix and length, into groups of one length of prefix and like length."""
+    groups: list[list[Stretch]] = []
     for sample in samples:
-        length = sample[0]
-        if not groups or length > WASTE * groups[-1][0][0] or length * (len(groups[-1]) + 1) > TOGETHER:
+        first = groups[-1][0] if groups else None
+        if (
+            first is None
+            or sample.prefix != first.prefix
+            or sample.length > WASTE * first.length
+            or sample.length * (len(groups[-1]) + 1) > TOGETHER
+        ):
             groups.append([])
         groups[-1].append(sample)
     return groups
 
 
-def _blocks(width: int) -> list[slice]:
-    if width <= SHORT:
-        return [slice(0, width)]
-    return [slice(start, min(start + BLOCK, width)) for start in range(0, width, BLOCK)]
+def _blocks(prefix: int, width: int) -> list[slice]:
+    if width - prefix <= SHORT:
+        return [slice(prefix, width)]
+    return [slice(start, min(start + BLOCK, width)) for start in range(prefix, width, BLOCK)]
 
 
 class PackedProducts(torch.autograd.Function):
-    """Attend causally within each sample of a pack: query (L, heads, d), key and value (L, kv_heads, d) -> as query.
+    """Attend causally within each stretch of a pack: query (L, heads, d), key and value (L, kv_heads, d) -> as query.
 
-    Padding comes last in a sample, so causality hides it; its own gradient is zero.
+    A stretch with a prefix sees that first. Padding comes last, so causality hides it; its own gradient is zero.
     """
 
     @staticmethod
@@ -151,9 +186,18 @@ class PackedProducts(torch.autograd.Function):
             torch.bmm(d_scores, k, out=d_queries[block.queries].view_as(q))
             d_k += d_scores.transpose(1, 2) @ q
         d_query = d_queries.index_select(0, layout.to_queries).mul_(ctx.scale).view_as(gradients[0])
-        d_key, d_value = (tensor.to(keys.dtype).index_select(0, layout.to_keys) for tensor in (d_keys, d_values))
+        d_key, d_value = (_back(tensor, layout, keys.dtype) for tensor in (d_keys, d_values))
         shape = (len(d_query), -1, size)
         return d_query, d_key.view(shape), d_value.view(shape), None, None
+
+
+def _back(d_gathered: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """Bring the gradient of gathered keys back to their rows; one that several stretches see is the sum."""
+    if layout.to_keys is not None:
+        return d_gathered.to(dtype).index_select(0, layout.to_keys)
+    rows = layout.keys[layout.key_places]
+    summed = d_gathered.new_zeros(int(rows.max()) + 1, d_gathered.shape[1])
+    return summed.index_add_(0, rows, d_gathered[layout.key_places]).to(dtype)
 
 
 def _of(block: Block, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
