@@ -10,10 +10,12 @@ import numpy.typing as npt
 from PIL import Image
 
 from vlm_tune.config.schema import BadSample, Config, TileRule, TilesConfig
+from vlm_tune.data.batch import common_prefix
 from vlm_tune.data.datamodule import DataModule, Part, validation_packs
 from vlm_tune.data.encode import Encoder
 from vlm_tune.data.example import NO_LOSS, Example
 from vlm_tune.data.fit import EncoderSettings
+from vlm_tune.data.packing import trees_of
 from vlm_tune.data.pictures.anyres import NEWLINE, token_order
 from vlm_tune.data.sample import Sample
 from vlm_tune.data.sets.dataset import Conversations
@@ -60,10 +62,11 @@ class PackedRow:
     """Hold the sizes of one row of a pack."""
 
     where: str
-    tokens: int
+    tokens: int  # of its own: without those that it shares
     supervised: int
     tiles: int
     is_this: bool  # the row that is looked at
+    shared: int = 0  # tokens with which the rows above it begin too; they stand in the pack once
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,11 @@ class Pack:
     budget: tuple[int, int]  # tokens and tiles
     is_packed: bool  # else padded to the longest
     step: int  # optimizer step of the first epoch, from 1; 0 = validation
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether rows share tokens."""
+        return any(row.shared for row in self.rows)
 
 
 @dataclass(frozen=True)
@@ -240,12 +248,14 @@ def find_pack(config: Config, encoder: Encoder, row: int) -> Pack | None:
             return None
         for number, batch in enumerate(stream):
             if entry in batch.rows:
-                return pack_of(config, module.train, batch.rows, (row, number // stream.settings.groups_per_step + 1))
+                trees = trees_of(batch.rows, module.train.index, stream.settings.share_prefix)
+                return pack_of(config, module.train, trees, (row, number // stream.settings.groups_per_step + 1))
     entry = entry_of(module.val, row) if module.val is not None else None
     if entry is None or module.val is None:
         return None
-    batch = next(batch for batch in validation_packs(module.val.index, module.settings(1)) if entry in batch.rows)
-    return pack_of(config, module.val, batch.rows, (row, 0))
+    settings = module.settings(1)
+    batch = next(batch for batch in validation_packs(module.val.index, settings) if entry in batch.rows)
+    return pack_of(config, module.val, trees_of(batch.rows, module.val.index, settings.share_prefix), (row, 0))
 
 
 def entry_of(part: Part, row: int) -> int | None:
@@ -254,16 +264,22 @@ def entry_of(part: Part, row: int) -> int | None:
     return int(places[0]) if len(places) else None
 
 
-def pack_of(config: Config, part: Part, entries: tuple[int, ...], this: tuple[int, int]) -> Pack:
-    """Describe a pack; `this` is the row that is looked at, and its optimizer step."""
+def pack_of(config: Config, part: Part, trees: list[list[int]], this: tuple[int, int]) -> Pack:
+    """Describe a pack of rows, by the trees that share what they begin with.
+
+    `this` is the row that is looked at, and its optimizer step.
+    """
     rows = []
-    for entry in entries:
-        row = int(part.index.rows[entry])
-        data, number = part.data.locate(row)
-        tokens, supervised, tiles = (
-            int(column[entry]) for column in (part.index.tokens, part.index.supervised, part.index.tiles)
-        )
-        rows.append(PackedRow(data.rows.where(number), tokens, supervised, tiles, row == this[0]))
+    for tree in trees:
+        found = [part.data.locate(int(part.index.rows[entry])) for entry in tree]
+        ids = [data.encode(number).input_ids for data, number in found] if len(tree) > 1 else []
+        shared = common_prefix(ids) if ids else 0
+        for place, (entry, (data, number)) in enumerate(zip(tree, found, strict=True)):
+            before = shared if place else 0
+            tokens, tiles = int(part.index.tokens[entry]) - before, int(part.index.tiles[entry])
+            supervised, is_this = int(part.index.supervised[entry]), int(part.index.rows[entry]) == this[0]
+            where = data.rows.where(number)
+            rows.append(PackedRow(where, tokens, supervised, 0 if before else tiles, is_this, before))
     stage = config.stage
     budget = (stage.pack_length * config.trainer.micro_batch, stage.pack_tiles * config.trainer.micro_batch)
     return Pack(rows, budget, stage.packing, this[1])

@@ -89,18 +89,21 @@ def pack_title(pack: Pack) -> str:
         longest = max(row.tokens for row in pack.rows)
         return f"batch in {part}: {num}, {tokens:,} tokens, each padded to {longest:,}"
     fill = f"{tokens:,} of {pack.budget[0]:,} tokens ({tokens / pack.budget[0]:.0%})"
-    return f"pack in {part}: {num}, {fill}, {tiles:,} of {pack.budget[1]:,} tiles"
+    title = f"pack in {part}: {num}, {fill}, {tiles:,} of {pack.budget[1]:,} tiles"
+    return f"{title}; rows of one picture share the tokens that they begin with" if pack.is_shared else title
 
 
 def pack_table(pack: Pack) -> Table:
     """List the rows of a pack in their order, with their shares of it."""
-    table = Table("", "row", "tokens", "supervised", "tiles", "", box=None)
-    for column in table.columns[2:5]:
+    table = Table("", "row", "tokens", "supervised", "tiles", *(["shared"] if pack.is_shared else []), "", box=None)
+    for column in table.columns[2:-1]:
         column.justify = "right"
     whole = pack.budget[0] if pack.is_packed else max(row.tokens for row in pack.rows)
     for row in pack.rows:
         bar = "█" * max(1, round(BAR * row.tokens / whole))
         style = "bold" if row.is_this else ""
-        cells = (Text(row.where), f"{row.tokens:,}", f"{row.supervised:,}", f"{row.tiles:,}", bar)
-        table.add_row("->" if row.is_this else "", *cells, style=style)
+        cells = [f"{row.tokens:,}", f"{row.supervised:,}", f"{row.tiles:,}"]
+        if pack.is_shared:
+            cells.append(f"{row.shared:,}" if row.shared else "")
+        table.add_row("->" if row.is_this else "", Text(row.where), *cells, bar, style=style)
     return table
