@@ -264,7 +264,7 @@ class StageConfig:
     packing: bool = True  # concatenate samples without padding; false = pad to the longest
     pack_length: int = 4096  # tokens of one pack
     pack_tiles: int = 48  # tiles of one pack
-    share_prefix: SharePrefix = SharePrefix.auto  # rows of one picture in one pack: their common tokens come once
+    share_prefix: SharePrefix = SharePrefix.off  # rows of one picture in one pack: their common tokens come once
 
 
 @dataclass
