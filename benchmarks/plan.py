@@ -3,13 +3,14 @@
 COMMAND: python benchmarks/plan.py [--only NAME,NAME] [--reps 3]
 measured_mb   the highest resident memory of a run of a few steps (Linux, VmHWM, its counter set back when the libraries
               are imported and have computed once), less the resident memory before the model is loaded
-measured_s    the median time of an optimizer step, without the reading of rows, the first two steps left out: processor
-              seconds, divided by the threads, since other programs may run beside; wall_s is the clock's
+measured_s    the median processor seconds of an optimizer step by one thread, which others on the machine do not change;
+              reading of rows and the first two steps left out
 Prediction and run are processes of their own, one after the other, `reps` times in turns; the file holds medians.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -20,35 +21,28 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "plan.json"
-STEPS = 5
-KEYS = ("mb", "s", "wall_s")
+STEPS, WARM = 4, 2
 COMMON = ["data.feature_cache=off", "data.workers=0", "data.val=none", "data.test=none", "stage.evaluate=false"]
-COMMON += ["stage.init_from=none", "logger=csv", "trainer.chat_every=0", "trainer.num_chats=0"]
+COMMON += ["stage.init_from=none", "logger=csv", "trainer.chat_every=0", "trainer.num_chats=0", "stage.pack_length=512"]
+COMMON += ["trainer.global_batch=1"]
+BF16, FP32 = "trainer.precision=bf16", "trainer.precision=fp32"
 CONFIGS = {
-    "LoRA, bf16": ["stage=finetune", "trainer.precision=bf16"],
-    "LoRA, float32": ["stage=finetune", "trainer.precision=fp32"],
-    "QLoRA, bf16": ["stage=qlora", "stage.pack_length=1024", "trainer.global_batch=1", "trainer.precision=bf16"],
-    "full, float32": ["stage=finetune_full", "stage.pack_length=1024", "trainer.global_batch=2", "trainer.precision=fp32"],
-    "tiling, bf16": ["stage=finetune", "model.tiles.max=6", "stage.pack_length=2048", "trainer.precision=bf16"],
-    "long packs, bf16": ["stage=finetune", "stage.pack_length=4096", "stage.pack_tiles=100", "trainer.precision=bf16"],
+    "LoRA, bf16": ["stage=finetune", BF16],
+    "QLoRA, bf16": ["stage=qlora", BF16],
+    "full, float32, two passes a step": ["stage=finetune_full", "trainer.global_batch=2", FP32],
+    "tiling, float32": ["stage=finetune", "model.tiles.max=6", "stage.pack_length=768", FP32],
+    "long packs, bf16": ["stage=finetune", "stage.pack_length=2048", "stage.pack_tiles=100", BF16],
     "recomputation, float32": [
-        *("stage=finetune_full", "stage.pack_length=2048", "trainer.global_batch=1", "trainer.precision=fp32"),
-        "stage.gradient_checkpointing.llm=true",
+        *("stage=finetune_full", "stage.pack_length=1024", "stage.gradient_checkpointing.llm=true", FP32),
     ],
 }
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "10000"}  # one thread: its seconds are its own beside others
 
 
 def resident(key: str) -> float:
     """Read VmRSS or VmHWM of this process in MB."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:"))
-
-
-def processor_seconds() -> float:
-    """Read the seconds that the cores spent on this process, as seconds of all of its threads at once."""
-    import torch
-
-    return time.process_time() / torch.get_num_threads()
 
 
 def measure(arguments: list[str]) -> dict[str, float]:
@@ -77,10 +71,10 @@ def measure(arguments: list[str]) -> dict[str, float]:
             self.peak = 0.0
 
         def on_train_batch_start(self, *_: Any) -> None:
-            self.start = time.perf_counter(), processor_seconds()
+            self.start = time.perf_counter(), time.process_time()
 
         def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-            self.micro.append((time.perf_counter() - self.start[0], processor_seconds() - self.start[1]))
+            self.micro.append((time.perf_counter() - self.start[0], time.process_time() - self.start[1]))
             if len(self.micro) == trainer.accumulate_grad_batches:
                 self.steps.append((sum(each[0] for each in self.micro), sum(each[1] for each in self.micro)))
                 self.micro = []
@@ -102,7 +96,7 @@ def measure(arguments: list[str]) -> dict[str, float]:
         (run / "checkpoints").mkdir()
         trainer = make_trainer(config, STEPS, run, [clock])
         trainer.fit(VlmModule(model, config, STEPS), datamodule=data)
-    wall, processor = ([step[place] for step in clock.steps[2:]] for place in (0, 1))
+    wall, processor = ([step[place] for step in clock.steps[WARM:]] for place in (0, 1))
     return {"mb": clock.peak - before, "s": statistics.median(processor), "wall_s": statistics.median(wall)}
 
 
@@ -114,11 +108,7 @@ def predict(arguments: list[str]) -> dict[str, float]:
 
     with open_run(load_config(arguments), on_gpu=False) as run:
         needs = run.needs()
-        seconds = {f"{kind}s": step_seconds(needs, Cpu(clock=clock)) for kind, clock in CLOCKS.items()}
-        return {"mb": needs.total / 2**20, **seconds}
-
-
-CLOCKS = {"": processor_seconds, "wall_": time.perf_counter}
+        return {"mb": needs.total / 2**20, "s": step_seconds(needs, Cpu(clock=time.process_time))}
 
 
 def main() -> None:
@@ -140,18 +130,22 @@ def main() -> None:
         for _ in range(options.reps):
             for kind, made in found.items():
                 command = [sys.executable, __file__, "--do", kind, "--", *COMMON, *given]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                done = subprocess.run(
+                    command, capture_output=True, text=True, check=False, env=os.environ | ENVIRONMENT
+                )
                 if done.returncode:
                     raise SystemExit(f"{name}, {kind}:\n{done.stderr[-3000:]}")
                 made.append(json.loads(done.stdout.rpartition("RESULT")[2]))
         row: dict[str, Any] = {"config": name}
         for kind, label in (("predict", "predicted"), ("measure", "measured")):
-            row |= {f"{label}_{key}": round(statistics.median(each[key] for each in found[kind]), 3) for key in KEYS}
+            row |= {
+                f"{label}_{key}": round(statistics.median(each[key] for each in found[kind]), 3) for key in ("mb", "s")
+            }
         rows.append(row)
-        print(
-            f"{name:24} {row['predicted_mb']:8.0f} of {row['measured_mb']:8.0f} MB ({row['predicted_mb'] / row['measured_mb'] - 1:+.1%})"
-            f"   {row['predicted_s']:7.2f} of {row['measured_s']:7.2f} s ({row['predicted_s'] / row['measured_s'] - 1:+.1%})", flush=True
-        )
+        off = {key: row[f"predicted_{key}"] / row[f"measured_{key}"] - 1 for key in ("mb", "s")}
+        memory = f"{row['predicted_mb']:7.0f} of {row['measured_mb']:7.0f} MB ({off['mb']:+.1%})"
+        seconds = f"{row['predicted_s']:6.2f} of {row['measured_s']:6.2f} s ({off['s']:+.1%})"
+        print(f"{name:34} {memory}   {seconds}", flush=True)
     if chosen == CONFIGS:
         RESULTS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""Which settings make a run fit a device, cheapest first: those that leave the result alone before those that do not."""
+"""Which settings make a run fit a device, cheapest first: those that leave its result alone come before others."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -61,14 +61,16 @@ class Ledger(TorchDispatchMode):
         self.counted = 0
         self.results: dict[Any, Any] = {}  # what operations made, by the shapes that they were given
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D102
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         packet = func._overloadpacket
         if packet.__name__ in INDEXED:
             args = (args[0], _places(args[1]), *args[2:])
         given = [each for each in tree_iter((args, kwargs)) if isinstance(each, Tensor)]
         is_view = _is_view(func)
-        shapes = () if is_view else (_shapes(args), tuple((key, _shapes(value)) for key, value in kwargs.items()))
+        shapes: tuple[Any, ...] = ()
+        if not is_view:
+            shapes = (_shapes(args), tuple((key, _shapes(value)) for key, value in kwargs.items()))
         made = self._run(func, args, kwargs, given, shapes)
         if is_view:
             return made
@@ -78,7 +80,8 @@ class Ledger(TorchDispatchMode):
         if given or found:
             flops = int(flop_registry[packet](*args, **kwargs, out_val=made)) if packet in flop_registry else 0
             moved = sum(tensor.numel() * tensor.element_size() for tensor in (*given, *found))
-            self.operations[Operation(func, *shapes, flops, moved, bool(found) and found[0].dtype.itemsize == 2)] += 1
+            is_half = bool(found) and found[0].dtype.itemsize == 2
+            self.operations[Operation(func, shapes[0], shapes[1], flops, moved, is_half)] += 1
         return made
 
     def _run(self, func: Any, args: Any, kwargs: Any, given: list[Tensor], shapes: Any) -> Any:
@@ -103,7 +106,9 @@ class Ledger(TorchDispatchMode):
         return tree_map_only(Shape, self._like, self.results[key], is_leaf=lambda each: isinstance(each, Shape))
 
     def _like(self, shape: Shape) -> Tensor:
-        return FakeTensor(self.fakes, torch.empty_strided(shape.size, shape.stride, dtype=shape.dtype, device="meta"), CPU)
+        return FakeTensor(
+            self.fakes, torch.empty_strided(shape.size, shape.stride, dtype=shape.dtype, device="meta"), CPU
+        )
 
     def hold(self, tensor: Tensor, kind: str = "") -> None:
         """Note a tensor's storage, unless it is noted already, and what it holds."""

@@ -1,4 +1,4 @@
-"""The verb `plan`: what a run will need of a device, before any weight is there."""
+"""A run to be planned: where its sizes come from on this machine, without a download and without weights."""
 
 import json
 import re
@@ -10,7 +10,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 import yaml
 
 from vlm_tune.config.schema import Config, ModelConfig, Quantize
@@ -65,13 +64,13 @@ def prepare(config: Config, on_gpu: bool, notes: list[str]) -> Run:
     if not has_tokenizer or missing:
         notes.append(missing or "the tokenizer is not on this machine: rows are not measured")
         vocabulary = Vocabulary(vocabulary_size + NEW_TOKENS * (config.model.path is None), CONTEXT_ID)
-        return Run(config, supposed_work(config, Picture(picture.size, picture.tokens), CONTEXT_ID), vocabulary, on_gpu, notes)
+        return Run(
+            config, supposed_work(config, Picture(picture.size, picture.tokens), CONTEXT_ID), vocabulary, on_gpu, notes
+        )
     encoder, tokenizer = build_encoder(deepcopy(config))
     data = DataModule(config, encoder)
     data.setup()
-    if keeps_features(config, data, tile_bytes):
-        picture = Picture(picture.size, picture.tokens, look_at(config, on_gpu)[0].features)
-    else:
+    if not keeps_features(config, data, tile_bytes):
         picture = Picture(picture.size, picture.tokens)
     context_id = int(tokenizer.convert_tokens_to_ids(encoder.settings.image_context))
     vocabulary = Vocabulary(max(vocabulary_size, len(tokenizer)), context_id)

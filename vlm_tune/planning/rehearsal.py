@@ -18,12 +18,12 @@ from vlm_tune.config.schema import Config, Optimizer, Precision, Strategy
 from vlm_tune.data.batch import Batch
 from vlm_tune.model.build import DTYPES, resolve_precision
 from vlm_tune.model.kernels import attention, loss
+from vlm_tune.model.optim import make_optimizer
 from vlm_tune.model.parts.stage import PartSummary, apply_stage, trained_parameters
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.planning.batches import fake_pictures
 from vlm_tune.planning.ledger import Ledger, Operation
 from vlm_tune.planning.skeleton import fake_like, give_fakes, make_skeleton
-from vlm_tune.training.optim import make_optimizer
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "workspace")
 UNPAGED = {
@@ -202,7 +202,7 @@ def as_on_gpu() -> Iterator[None]:
 class WideNorms(TorchFunctionMode):
     """Compute norms and softmaxes in float32 under autocast, as CUDA's does and the CPU's does not."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D102
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (layer_norm, softmax) and torch.is_autocast_enabled("cpu"):
             args = [each.float() if isinstance(each, Tensor) else each for each in args]
         return func(*args, **(kwargs or {}))

@@ -12,9 +12,9 @@ import torch
 import yaml
 
 from vlm_tune.errors import ConfigError
+from vlm_tune.model.kernels.freed import keep_freed_memory
 from vlm_tune.planning.ledger import Operation, Shape
 from vlm_tune.planning.rehearsal import Needs
-from vlm_tune.training.trainer import keep_freed_memory
 
 GIB = 2**30
 GPUS = Path(__file__).with_name("gpus.yaml")

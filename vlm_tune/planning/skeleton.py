@@ -25,10 +25,8 @@ from vlm_tune.model.vlm import View, VisionLanguageModel
 CONTEXT_ID = 1  # of the image token, in a model that reads no text
 
 
-def make_skeleton(
-    model: ModelConfig, num_tokens: int, dtype: torch.dtype, quantize: Quantize
-) -> VisionLanguageModel:
-    """Make the model that `load_weights` would load, with `num_tokens` rows in its table at least, on the meta device."""
+def make_skeleton(model: ModelConfig, num_tokens: int, dtype: torch.dtype, quantize: Quantize) -> VisionLanguageModel:
+    """Make the model that `load_weights` would load, on the meta device; its table has `num_tokens` rows at least."""
     tower, text, keeps_class = read_shapes(model)
     text.vocab_size = max(text.vocab_size, num_tokens)
     with torch.device("meta"):
@@ -36,20 +34,27 @@ def make_skeleton(
             tower = make_empty(AutoModel, tower, attn_implementation=attention.NAME)
         llm = make_empty(AutoModelForCausalLM, text, attn_implementation=attention.NAME)
     llm.config.use_cache = False
-    resample_positions(tower.to(dtype), model.tiles.size)
+    cast(tower, dtype)
+    resample_positions(tower, model.tiles.size)
     vision = VisionEncoder(tower, model.vision.select_layer, keeps_class)
     with torch.device("meta"):
         projector = Projector(model.projector, vision.width, text.hidden_size)
-    llm.to(dtype)
+    cast(llm, dtype)
     if quantize is not Quantize.none:
         with torch.device("meta"):
             use_quantized_layers(llm, quantization(quantize, dtype))
     if is_official(model):
         vision.unused = {}  # this layout does not read them
-        projector.to(dtype)
+        cast(projector, dtype)
     vlm = VisionLanguageModel(vision, projector, llm, CONTEXT_ID, View(model.tiles.size, model.vision.normalize))
     guard_4bit(llm)
     return vlm
+
+
+def cast(part: nn.Module, dtype: torch.dtype) -> None:
+    """Give weights the type that they are loaded in; buffers, rotary frequencies above all, keep theirs."""
+    for weight in part.parameters():
+        weight.data = weight.data.to(dtype)
 
 
 def is_official(model: ModelConfig) -> bool:
@@ -112,7 +117,7 @@ def read_text(folder: Path) -> Any:
 
 
 def give_fakes(model: nn.Module, fakes: FakeTensorMode) -> None:
-    """Put fake tensors on the CPU in the places of weights and buffers; packed weights are packed, shared ones shared."""
+    """Put fake tensors in the places of weights and buffers; what is packed is packed, what is shared stays shared."""
     made: dict[int, tuple[Any, nn.Parameter]] = {}
     for module in model.modules():
         for name, weight in module._parameters.items():
