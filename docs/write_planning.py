@@ -3,6 +3,7 @@
 COMMAND: python docs/write_planning.py
 """
 
+import sys
 from pathlib import Path
 
 from vlm_tune.config.parse import load_config
@@ -37,7 +38,7 @@ def table() -> str:
             plain, small = (predicted([f"model={name}", *arguments, *more]) for more in ([], RECOMPUTED))
             marks = ["yes" if plain <= size else "recomputed" if small <= size else "-" for size in CARDS]
             lines.append(f"| {' | '.join([model, how, f'{plain:.1f}', f'{small:.1f}', *marks])} |")
-            print(lines[-1], flush=True)
+            sys.stdout.write(f"{lines[-1]}\n")
     return "\n".join(lines)
 
 

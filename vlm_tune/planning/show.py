@@ -14,6 +14,7 @@ MEANING = {
     "activations": "kept for the backward pass",
     "logits": "a chunk of supervised tokens",
     "workspace": "used in between",
+    "gaps": "between blocks of the heap",
     "device": "its library, its allocator",
 }
 
@@ -27,6 +28,7 @@ def show_memory(console: Console, needs: Needs, device: Gpu | Cpu) -> None:
     """Print each share of the peak as a bar, and whether the sum fits."""
     sizes = {kind: needs.sizes[kind] / GIB for kind in KINDS}
     if isinstance(device, Gpu):
+        del sizes["gaps"]  # which are part of what the allocator keeps
         sizes["device"] = CONTEXT
     total = total_gib(needs, device)
     console.print("\n[bold]memory[/] at the peak of a step, GiB on one device")
