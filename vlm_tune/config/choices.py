@@ -6,6 +6,8 @@ from pathlib import Path
 from vlm_tune.config.parse import GROUPS, find_choice, nearest_of, options, own_folder
 from vlm_tune.errors import ConfigError
 
+NAMED = ("model", "stage")  # whose name is the user's to choose; that of a strategy or of data says what it is
+
 
 def list_choices() -> str:
     """Name what each group offers, the user's own among them."""
@@ -32,9 +34,11 @@ def copy(name: str, new: str) -> str:
     path = own_folder() / group / f"{new}.yaml"
     text = find_choice(group, old).read_text(encoding="utf-8")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        re.sub(rf"^(\s*name: ){re.escape(old)}$", rf"\g<1>{new}", text, flags=re.MULTILINE), encoding="utf-8"
-    )
+    if group in NAMED:
+        named = re.sub(rf"^(\s*name: ){re.escape(old)}$", rf"\g<1>{new}", text, flags=re.MULTILINE)
+    else:
+        named = text
+    path.write_text(named, encoding="utf-8")
     missing = "".join(f" {group}.{key}=FILE" for key in re.findall(r"^(\w+): \?\?\?", text, re.MULTILINE))
     said = f"written: {path}\nuse it:  python -m vlm_tune {group}={new}{missing}\n"
     tuned = [path.stem for path in sorted(find_choice("tuned", "").parent.glob("*.yaml")) if belongs(path, group, old)]
@@ -44,7 +48,7 @@ def copy(name: str, new: str) -> str:
 def belongs(tuned: Path, group: str, name: str) -> bool:
     """Tell whether a file of tuned settings, MODEL_STAGE.yaml, is for this model or stage."""
     parts = [f"{model}_{stage}" for model in options("model") for stage in options("stage") if name in (model, stage)]
-    return group in ("model", "stage") and tuned.stem in parts
+    return group in NAMED and tuned.stem in parts
 
 
 def which(name: str) -> tuple[str, str]:
