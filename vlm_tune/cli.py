@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if verb not in VERBS:
             raise no_verb(verb)
-        return VERBS[verb](keys_only(verb, rest))
+        return VERBS[verb](rest if verb == "configs" else keys_only(verb, rest))
     except VlmTuneError as error:
         if os.environ.get("VLM_TUNE_DEBUG"):
             raise
@@ -235,14 +235,34 @@ def inspect_verb(arguments: list[str]) -> int:
     return 0
 
 
+def plan_verb(arguments: list[str]) -> int:
+    """Say what a run needs of a device; 1 where it does not fit."""
+    own, overrides = take_own("plan", arguments)
+    if own["fit"] not in ("true", "false"):
+        raise ConfigError(f"fit={own['fit']}: give true or false")
+    if own["gpus"]:
+        overrides.append(f"trainer.devices={own['gpus']}")
+    require_all(load_config(overrides))
+    from vlm_tune.planning.verb import plan
+
+    return plan(own, overrides, make_console())
+
+
 def configs_verb(arguments: list[str]) -> int:
-    """List what each configuration group offers."""
-    if arguments:
-        raise ConfigError(
-            f"{arguments[0]}: configs has no keys: it lists what stage=, model= and the other groups offer"
-        )
-    for group, choices in choices_of_groups().items():
-        sys.stdout.write(f"{group:11} {', '.join(choices)}\n")
+    """List what each configuration group offers, show a choice, or copy it."""
+    action, *names = arguments or ["list"]
+    if "=" in action and not names:
+        raise ConfigError(f"{action}: configs has no keys. Its forms: configs list, show NAME, copy NAME [NEW]")
+    if (action, len(names)) not in (("list", 0), ("show", 1), ("copy", 1), ("copy", 2)):
+        raise ConfigError(f"{' '.join(arguments)}: no such form. There are: configs list, show NAME, copy NAME [NEW]")
+    from vlm_tune.config import choices
+
+    if action == "list":
+        sys.stdout.write(choices.list_choices())
+    elif action == "show":
+        sys.stdout.write(choices.show(*names))
+    else:
+        sys.stdout.write(choices.copy(names[0], names[1] if names[1:] else ""))
     return 0
 
 
@@ -255,6 +275,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "check": check_verb,
     "cache": cache_verb,
     "inspect": inspect_verb,
+    "plan": plan_verb,
     "configs": configs_verb,
 }
 

@@ -26,9 +26,20 @@ ConfigStore.instance().store("schema", Config)  # the base of conf/config.yaml: 
 GROUPS = ("stage", "model", "data", "trainer", "strategy", "logger", "experiment")
 
 
+def own_folder() -> Path:
+    """Return the folder of the user's own choices: conf/ of the current folder, in a checkout the project's."""
+    return Path("conf").absolute()
+
+
 def options(group: str) -> list[str]:
-    """List the choices of one configuration group."""
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    """List the choices of one configuration group, the user's own among them."""
+    return sorted({path.stem for folder in (CONF, own_folder()) for path in (folder / group).glob("*.yaml")})
+
+
+def find_choice(group: str, name: str) -> Path:
+    """Return the file of a choice; the project's own come first, so that no file elsewhere takes the place of one."""
+    path = CONF / group / f"{name}.yaml"
+    return path if path.is_file() or not (own := own_folder() / group / path.name).is_file() else own
 
 
 def load_config(overrides: list[str]) -> Config:
@@ -39,10 +50,16 @@ def load_config(overrides: list[str]) -> Config:
     try:
         refuse_values_for_groups(overrides)
         with initialize_config_dir(str(CONF), version_base="1.3", job_name="vlm_tune"):
-            raw = compose("config", with_own_test(overrides))
+            raw = compose("config", [*own_search_path(), *with_own_test(overrides)])
         return to_config(raw)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(explain(error, overrides)) from error
+
+
+def own_search_path() -> list[str]:
+    """Let Hydra look into the user's own folder too, behind the project's."""
+    own = own_folder()
+    return [f"hydra.searchpath=['file://{own}']"] if own.is_dir() and own.resolve() != CONF.resolve() else []
 
 
 def refuse_values_for_groups(overrides: list[str]) -> None:

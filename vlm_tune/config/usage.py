@@ -74,7 +74,22 @@ USAGE = {
         "data.path",
         {"row": ("0", "number of a row, from 0"), "out": ("", "new .html file")},
     ),
-    "configs": Verb("list stages, models, data", "", "", more="it has no keys"),
+    "plan": Verb(
+        "memory and time of a run",
+        "stage=finetune model=internvl2_8b gpu=24GB",
+        "data.path",
+        {
+            "gpu": ("", "memory of the card (24GB), or its name (a100); left out: this machine"),
+            "gpus": ("", "number of devices: the same as trainer.devices"),
+            "fit": ("false", "true prints only the settings that make the run fit"),
+        },
+    ),
+    "configs": Verb(
+        "list, show, copy settings",
+        "show model/internvl2_2b",
+        "",
+        more="list: the choices of each group; show NAME: one, as written; copy NAME [NEW]: one of your own in conf/",
+    ),
 }
 
 

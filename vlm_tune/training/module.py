@@ -12,9 +12,9 @@ from vlm_tune.config.schema import Config, Precision
 from vlm_tune.data.batch import Batch
 from vlm_tune.errors import TrainingError
 from vlm_tune.model.build import DTYPES, Model, resolve_precision
+from vlm_tune.model.optim import make_optimizer, make_schedule
 from vlm_tune.model.parts.shards import fully_split, held
 from vlm_tune.model.parts.stage import set_modes, trained_parameters
-from vlm_tune.training.optim import make_optimizer, make_schedule
 from vlm_tune.training.resume import count_anew
 
 

@@ -1,6 +1,5 @@
 """Lightning's Trainer for a configuration: devices, precision, accumulation, callbacks, loggers."""
 
-import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from rich.console import Console
 from vlm_tune.config.schema import Config, Precision, Strategy
 from vlm_tune.errors import ConfigError
 from vlm_tune.model.build import resolve_precision
+from vlm_tune.model.kernels.freed import keep_freed_memory
 from vlm_tune.model.ready import require_packages
 from vlm_tune.training.callbacks.checkpoints import AtomicCheckpoints, SaveCheckpoints
 from vlm_tune.training.callbacks.faults import LastBatch
@@ -95,17 +95,6 @@ def check_trainer(config: Config) -> None:
 def has_gpu(config: Config) -> bool:
     """Tell whether a run has a GPU."""
     return torch.cuda.is_available() and config.trainer.accelerator != "cpu"
-
-
-def keep_freed_memory() -> None:
-    """Keep freed memory for the next step: glibc would hand it back, and each page be cleared anew when it is used.
-
-    Beside products on a CPU that is a tenth of a step. Other C libraries have no such switch.
-    """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-    if set_option is not None:
-        set_option(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, its largest value: smaller blocks are never returned alone
-        set_option(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def find_loggers(config: Config, run: Path) -> list[Logger] | bool:

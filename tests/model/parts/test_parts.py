@@ -6,8 +6,8 @@ import torch
 from vlm_tune.config.parse import load_config
 from vlm_tune.config.schema import Train
 from vlm_tune.errors import ConfigError
+from vlm_tune.model.optim import make_optimizer
 from vlm_tune.model.parts.stage import PARTS, add_lora, apply_stage, trained_parameters
-from vlm_tune.training.optim import make_optimizer
 
 STAGES = {  # what each shipped stage trains; qlora's base is quantised and has a test of its own
     "pretrain": ("frozen", "full", "frozen"),

@@ -13,9 +13,9 @@ from vlm_tune.config.parse import load_config
 from vlm_tune.config.schema import Optimizer, StageConfig
 from vlm_tune.console import make_console
 from vlm_tune.errors import ConfigError, TrainingError
+from vlm_tune.model.optim import make_optimizer, make_schedule
 from vlm_tune.model.parts.stage import PARTS, trained_parameters
 from vlm_tune.training.module import VlmModule
-from vlm_tune.training.optim import make_optimizer, make_schedule
 from vlm_tune.training.trainer import check_trainer, make_trainer
 
 FULL = ("stage=finetune", "stage.train={vision: full, projector: full, llm: full}")

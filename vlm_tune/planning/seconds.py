@@ -1,0 +1,132 @@
+"""How long operations take: on a GPU by its published rates, on this machine's CPU by running each kind once."""
+
+import re
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from vlm_tune.errors import ConfigError
+from vlm_tune.model.kernels.freed import keep_freed_memory
+from vlm_tune.planning.ledger import Operation, Shape
+from vlm_tune.planning.rehearsal import Needs
+
+GIB = 2**30
+GPUS = Path(__file__).with_name("gpus.yaml")
+PRODUCTS, BANDWIDTH = 0.6, 0.75  # what kernels reach of the published rates
+LAUNCH = 6e-6  # seconds between two kernels
+CONTEXT = 0.9  # GiB that a GPU's own library, its products and its allocator keep
+LARGEST = 2**29  # bytes of an operation that is run to be timed
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A graphics card: what its maker says of it."""
+
+    name: str
+    gib: float
+    tflops: float  # dense, bf16
+    gb_per_s: float
+
+    def seconds(self, operations: Counter[Operation]) -> float:
+        """Take the longer of arithmetic and memory for each operation."""
+        total = 0.0
+        for each, count in operations.items():
+            rate = self.tflops * 1e12 * PRODUCTS / (1 if each.is_half else 8)
+            total += count * max(each.flops / rate, each.moved / (self.gb_per_s * 1e9 * BANDWIDTH), LAUNCH)
+        return total
+
+
+@dataclass
+class Cpu:
+    """This machine: each kind of operation is run on numbers of no meaning, once to warm up and then timed."""
+
+    name: str = "this CPU"
+    clock: Callable[[], float] = time.perf_counter
+    known: dict[Operation, float | None] = field(default_factory=dict)
+
+    @property
+    def gib(self) -> float:
+        """Memory of this machine that nothing else uses."""
+        return available_bytes() / GIB
+
+    def seconds(self, operations: Counter[Operation]) -> float:
+        """Add up the times of all; what could not be run counts as what was, by the bytes that it moves."""
+        keep_freed_memory()
+        for each in operations:
+            if each not in self.known:
+                self.known[each] = timed(each, self.clock) if each.moved < LARGEST else None
+        run = {each: count for each, count in operations.items() if self.known[each] is not None}
+        total = sum(count * (self.known[each] or 0) for each, count in run.items())
+        work = sum(count * (each.flops + each.moved) for each, count in run.items())
+        rest = sum(count * (each.flops + each.moved) for each, count in operations.items() if each not in run)
+        return total * (1 + rest / max(1, work))
+
+
+def timed(operation: Operation, clock: Callable[[], float]) -> float | None:
+    """Run an operation on real tensors; None where numbers of no meaning do not suit it."""
+    try:
+        args, options = real(operation.arguments), {key: real(value) for key, value in operation.options}
+        with torch.no_grad():
+            operation.call(*args, **options)
+            found = []
+            for _ in range(REPEATS):
+                start = clock()
+                operation.call(*args, **options)
+                found.append(clock() - start)
+        return sorted(found)[len(found) // 2]
+    except (RuntimeError, TypeError, IndexError, ValueError, NotImplementedError):
+        return None
+
+
+def real(value: Any) -> Any:
+    """Make tensors of shapes: small numbers, and zeros for whole ones, which may be places."""
+    if isinstance(value, Shape):
+        made = torch.empty_strided(value.size, value.stride, dtype=value.dtype)
+        return made.fill_(0.01 if value.dtype.is_floating_point else 0) if 0 not in value.stride else made.zero_()
+    if isinstance(value, tuple):
+        return [real(each) for each in value]
+    return value
+
+
+def step_seconds(needs: Needs, device: Gpu | Cpu) -> float:
+    """Seconds of one optimizer step."""
+    return needs.num_micro * device.seconds(needs.micro) + device.seconds(needs.update)
+
+
+def available_bytes() -> int:
+    """Ask the system for the memory that a new process can have."""
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def find_gpu(wanted: str) -> Gpu:
+    """Find a card by its name, or one of a size: `24GB`. Raise ConfigError for what is neither."""
+    listed = yaml.safe_load(GPUS.read_text(encoding="utf-8"))
+    cards = {name: Gpu(name, **facts) for name, facts in listed.items()}
+    if wanted.lower() in cards:
+        return cards[wanted.lower()]
+    size = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:GB|GiB|G)?", wanted, re.IGNORECASE)
+    if size is None or float(size[1]) <= 0:
+        raise ConfigError(f"gpu={wanted}: no such card. Give its memory, as in gpu=24GB, or one of {', '.join(cards)}")
+    gib = float(size[1])
+    alike = next((card for card in cards.values() if card.gib >= gib), list(cards.values())[-1])
+    return replace(alike, name=f"{gib:g} GB (time of {alike.name})", gib=gib)
+
+
+def this_gpu() -> Gpu | None:
+    """Describe the card of this machine; its time is that of the listed card of its name, or else of its size."""
+    if not torch.cuda.is_available():
+        return None
+    facts = torch.cuda.get_device_properties(0)
+    gib = facts.total_memory / GIB
+    name = re.sub(r"\W", "", facts.name.lower())
+    listed = yaml.safe_load(GPUS.read_text(encoding="utf-8"))
+    alike = next((card for card in sorted(listed, key=len, reverse=True) if card.split("_")[0] in name), None)
+    return replace(find_gpu(alike or f"{gib:.0f}GB"), name=facts.name, gib=gib)
