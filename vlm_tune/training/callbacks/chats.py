@@ -57,11 +57,16 @@ class SampleAnswers(L.Callback):
         is_whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         is_due = self.every and step % self.every == 0 and step < trainer.max_steps
         if is_whole_step and is_due:
-            self._print(trainer, f"step {step}", self._ask(trainer, step))
+            self._tell(trainer, f"step {step}")
 
     def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
         """Answer after the last step, beside the answers before the first."""
-        self._print(trainer, "after training", self._ask(trainer, trainer.global_step))
+        self._tell(trainer, "after training")
+
+    def _tell(self, trainer: L.Trainer, title: str) -> None:
+        answers = self._ask(trainer, trainer.global_step)
+        if trainer.is_global_zero:
+            self._print(title, answers)
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
         """Notice a finished run: it has no step left, after which it would answer."""
@@ -82,9 +87,7 @@ class SampleAnswers(L.Callback):
         append(self.path, lines)
         return self.now
 
-    def _print(self, trainer: L.Trainer, title: str, answers: list[str]) -> None:
-        if not trainer.is_global_zero:
-            return
+    def _print(self, title: str, answers: list[str]) -> None:
         table = Table("question", "expected", "before", "now", title=f"sample answers, {title}", title_justify="left")
         for question, before, now in zip(self.questions, self.before, answers, strict=True):
             table.add_row(question.text, question.expected, before, now)
