@@ -7,7 +7,7 @@ from pathlib import Path
 from vlm_tune.errors import ConfigError
 
 ADAPTERS = ("adapter", "adapter_and_base")
-LAYOUTS = ("hf", "official", "llava_hf", "parts", "gguf", *ADAPTERS)
+WRITTEN = ("hf", "official", "llava_hf", "parts", "gguf", *ADAPTERS)
 DTYPES = ("fp32", "bf16", "fp16")
 GGUF_DTYPES = {"f32": "fp32", "fp32": "fp32", "f16": "fp16", "fp16": "fp16", "q8_0": "q8_0"}
 BASES = ("trained", "original")
@@ -26,7 +26,7 @@ class Wanted:
         """Raise ConfigError for a choice that is none."""
         for key, value, choices in (
             ("dtype", self.dtype, tuple(GGUF_DTYPES if self.layout == "gguf" else DTYPES)),
-            ("layout", self.layout, ("auto", *LAYOUTS)),
+            ("layout", self.layout, ("auto", *WRITTEN)),
             ("base", self.base, BASES),
         ):
             if value not in choices:

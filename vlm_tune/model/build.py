@@ -22,7 +22,7 @@ from vlm_tune.model.vlm import VisionLanguageModel
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 
-LAYOUTS = {  # by what `layout_of` says of a folder
+LOADERS = {  # by what `layout_of` says of a folder
     "parts": parts.load,
     **dict.fromkeys(native.CLASSES, native.load),
     "internvl_chat": internvl_official.load,
@@ -74,7 +74,7 @@ def load_weights(model: ModelConfig, dtype: torch.dtype, quantize: Quantize) -> 
         folder = find_folder(model.path, "model.path")
         layout = layout_of(folder)
         with reading(folder):
-            loaded = LAYOUTS[layout](folder, model, dtype, quantize)
+            loaded = LOADERS[layout](folder, model, dtype, quantize)
         return loaded._replace(notes=(*notes(folder), *loaded.notes))
     vision = find_folder(str(model.vision.path), "model.vision.path")
     llm = find_folder(str(model.llm.path), "model.llm.path")

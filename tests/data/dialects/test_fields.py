@@ -273,3 +273,7 @@ def test_frames_of_a_rare_kind_are_frames(tmp_path: Path) -> None:
     record = {"conversations": [{"from": "human", "value": "<video>Q"}, TURNS[1]], "video": "clip"}
     sample = parse_record(record, "llava", "train.jsonl:17", 16, tmp_path)
     assert [Path(picture.path).name for picture in sample.pictures] == ["1.jpg", "2.avif", "3.TIFF"]
+
+
+def test_each_dialect_says_its_fields() -> None:
+    assert set(TABLE["dialects"]) == set(DIALECTS)

@@ -1,7 +1,8 @@
-"""Dialects of the user's rows: raw record -> Sample. A new dialect is one function and one line of DIALECTS.
+"""Dialects of the rows: raw record -> Sample. A new one: a function, a line of DIALECTS, its fields in fields.yaml.
 
-A reader turns a `Row` into messages; everything around it (ids, order, faults) is here, and what readers share is in
-`dialects/row.py`. Nothing is repaired: a row becomes a Sample that says what the row says, or a DataError.
+The function turns a `Row` into messages; it belongs in chat.py, table.py or text.py, by its kind. For data.format=auto
+`recognise` needs a branch too. Everything around it (ids, order, faults) is here, and what readers share is in row.py.
+Nothing is repaired: a row becomes a Sample that says what the row says, or a DataError.
 """
 
 import difflib

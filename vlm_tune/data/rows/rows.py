@@ -1,8 +1,9 @@
-"""The user's files as rows: any container, one row at a time. `dialects` turns a row into a Sample."""
+"""The user's files as rows, one at a time. A new container is a class that fulfils `Rows`, and a line of OPENERS."""
 
 import difflib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +19,11 @@ from vlm_tune.recipes.fetch import cache_folder
 from vlm_tune.words import counted
 
 TEXTS = (".jsonl", ".json", ".ndjson")
-CONTAINERS = (*TEXTS, *TABLES, ".tar")
+OPENERS: dict[str, Callable[[Path, str, Path], "Rows"]] = {  # suffix -> (file, its name in messages, folder of indexes)
+    **dict.fromkeys(TEXTS, TextRows),
+    **dict.fromkeys(TABLES, TableRows),
+    ".tar": lambda path, name, folder: TarRows(path, name),
+}
 
 
 class Rows(Protocol):
@@ -85,11 +90,7 @@ def _open_file(path: Path, folder: Path) -> Rows:
     if path.stat().st_size == 0:
         raise DataError("holds no rows: the file is empty.", path.name)
     plain = unpacked(path, folder) if path.suffix.lower() in CODECS else path
-    if kind == ".tar":
-        return TarRows(plain, path.name)
-    if kind in TABLES:
-        return TableRows(plain, path.name, folder)
-    return TextRows(plain, path.name, folder)
+    return OPENERS[kind](plain, path.name, folder)
 
 
 def container(path: Path) -> str:
@@ -101,8 +102,8 @@ def container(path: Path) -> str:
     if name.endswith(".tgz"):
         return ".tar"
     kind = Path(path.stem.lower()).suffix if path.suffix.lower() in CODECS else path.suffix.lower()
-    if kind not in CONTAINERS:
-        known = ", ".join(CONTAINERS)
+    if kind not in OPENERS:
+        known = ", ".join(OPENERS)
         raise DataError(f"unknown kind of file. Known: {known}, each also as .gz or .zst.", path.name)
     return kind
 
@@ -146,7 +147,7 @@ def _folder_files(folder: Path) -> list[Path]:
         pictures = (
             f" but {counted(num_pictures, 'picture')}. Write a file of rows that names them" if num_pictures else ""
         )
-        raise DataError(f"holds no data file{pictures}. Known: {', '.join(CONTAINERS)}.", str(folder))
+        raise DataError(f"holds no data file{pictures}. Known: {', '.join(OPENERS)}.", str(folder))
     sets = {re.sub(r"[-_.]?\d+(-of-\d+)?", "", file.name) for file in found}
     if len(sets) > 1:
         names = ", ".join(file.name for file in found[:6]) + (", ..." if len(found) > 6 else "")
