@@ -28,12 +28,8 @@ class VlmModule(L.LightningModule):
         self.vlm = model.vlm
         self.config = config
         self.max_steps = max_steps
-        self.num_samples = self.num_tokens = 0  # of the run so far, this process
-        self.counts: dict[str, Any] = {
-            "samples": 0,
-            "tokens": 0,
-            "seconds": 0.0,
-        }  # of all processes, at the last checkpoint
+        self.num_samples = self.num_tokens = 0  # of the run so far, all processes; `WatchSteps` adds each step's
+        self.step_sizes = (0, 0)  # samples and tokens of the optimizer step so far, of this process
         self.step_loss = torch.zeros(())  # of the optimizer step so far
         self.step_ids: list[str] = []
         self.is_in_step = False  # between the micro-batches of one
@@ -74,8 +70,8 @@ class VlmModule(L.LightningModule):
         """
         loss = self.vlm(batch)
         self.step_ids = batch.sample_ids + (self.step_ids if self._continues(batch_idx) else [])
-        self.num_samples += len(batch.sample_ids)
-        self.num_tokens += batch.num_tokens
+        samples, tokens = self.step_sizes if self._continues(batch_idx) else (0, 0)
+        self.step_sizes = samples + len(batch.sample_ids), tokens + batch.num_tokens
         self.step_loss = loss.detach() + (self.step_loss if self._continues(batch_idx) else 0.0)
         self.is_in_step = self._continues(batch_idx + 1)
         if not self.is_in_step:
@@ -137,17 +133,14 @@ class VlmModule(L.LightningModule):
         self.require_finite_weights()
         now = time.perf_counter()
         self.train_seconds, self.clock = self.train_seconds + now - self.clock, now
-        counted = torch.tensor([self.num_samples, self.num_tokens], device=self.device)
-        samples, tokens = self.trainer.strategy.reduce(counted, reduce_op="sum").tolist()
-        checkpoint["counts"] = {"samples": samples, "tokens": tokens, "seconds": self.train_seconds}
-        self.counts = checkpoint["counts"]
+        checkpoint["counts"] = {"samples": self.num_samples, "tokens": self.num_tokens, "seconds": self.train_seconds}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the counts; the first process goes on with what all had counted."""
-        self.counts = checkpoint["counts"]
-        self.train_seconds = self.counts["seconds"]
-        if self.trainer.is_global_zero:
-            self.num_samples, self.num_tokens = self.counts["samples"], self.counts["tokens"]
+        """Restore the counts."""
+        counts = checkpoint["counts"]
+        self.num_samples, self.num_tokens, self.train_seconds = (
+            counts[key] for key in ("samples", "tokens", "seconds")
+        )
         count_anew(checkpoint, self.trainer.accumulate_grad_batches)
 
 

@@ -88,8 +88,8 @@ class RunReport:
             "started": datetime.fromtimestamp((self.run / CONFIG).stat().st_mtime).isoformat(timespec="seconds"),
             "seconds": round(module.train_seconds, 1),
             "steps": module.max_steps,
-            "samples": module.counts["samples"],
-            "tokens": module.counts["tokens"],
+            "samples": module.num_samples,
+            "tokens": module.num_tokens,
             "init_from": str(self.start) if self.start else None,
             "command": f"python -m vlm_tune {' '.join(sys.argv[1:])}",
         }

@@ -64,9 +64,10 @@ class WatchSteps(L.Callback):
         if module.is_in_step:  # DeepSpeed comes here with each micro-batch
             return
         is_due = trainer.is_global_zero and time.monotonic() - self.saved_at >= self.save_seconds
-        wishes = module.step_loss.new_tensor([bool(self.stop.asked), is_due])
+        wishes = module.step_loss.new_tensor([bool(self.stop.asked), is_due, *module.step_sizes])
         facts = torch.cat([module.step_loss.view(1), bad_gradients(trainer, module, optimizer), wishes])
-        loss, num_bad, stop, save = trainer.strategy.reduce(facts, reduce_op="sum").tolist()
+        loss, num_bad, stop, save, samples, tokens = trainer.strategy.reduce(facts, reduce_op="sum").tolist()
+        module.num_samples, module.num_tokens = module.num_samples + int(samples), module.num_tokens + int(tokens)
         self.must_stop, self.must_save = stop > 0, save > 0
         if not math.isfinite(loss) or num_bad:
             self._skip(trainer, module, loss)
@@ -134,9 +135,10 @@ def bad_gradients(trainer: L.Trainer, module: Any, optimizer: torch.optim.Optimi
     is_scaled = isinstance(plugin, MixedPrecision) and plugin.scaler is not None
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
     gradients = [each.grad for each in parameters if each.grad is not None]
-    if is_scaled or not gradients:
-        return module.step_loss.new_zeros(1)
     local = [each.to_local() if hasattr(each, "to_local") else each for each in gradients]
+    local = [each for each in local if each.numel()]  # a device may hold no row of a small weight
+    if is_scaled or not local:
+        return module.step_loss.new_zeros(1)
     norm = torch.nn.utils.get_total_norm(local, norm_type=math.inf)
     return (~torch.isfinite(norm)).to(module.step_loss).view(1)
 
