@@ -28,7 +28,8 @@ class VlmModule(L.LightningModule):
         self.vlm = model.vlm
         self.config = config
         self.max_steps = max_steps
-        self.num_samples = self.num_tokens = 0  # of the run so far, this process
+        self.num_samples = self.num_tokens = 0  # of the run so far, all processes
+        self.step_counts = [0, 0]  # samples and tokens of the optimizer step so far, this process
         self.counts: dict[str, Any] = {
             "samples": 0,
             "tokens": 0,
@@ -74,8 +75,8 @@ class VlmModule(L.LightningModule):
         """
         loss = self.vlm(batch)
         self.step_ids = batch.sample_ids + (self.step_ids if self._continues(batch_idx) else [])
-        self.num_samples += len(batch.sample_ids)
-        self.num_tokens += batch.num_tokens
+        samples, tokens = self.step_counts if self._continues(batch_idx) else [0, 0]
+        self.step_counts = [samples + len(batch.sample_ids), tokens + batch.num_tokens]
         self.step_loss = loss.detach() + (self.step_loss if self._continues(batch_idx) else 0.0)
         self.is_in_step = self._continues(batch_idx + 1)
         if not self.is_in_step:
@@ -137,17 +138,15 @@ class VlmModule(L.LightningModule):
         self.require_finite_weights()
         now = time.perf_counter()
         self.train_seconds, self.clock = self.train_seconds + now - self.clock, now
-        counted = torch.tensor([self.num_samples, self.num_tokens], device=self.device)
-        samples, tokens = self.trainer.strategy.reduce(counted, reduce_op="sum").tolist()
-        checkpoint["counts"] = {"samples": samples, "tokens": tokens, "seconds": self.train_seconds}
+        counted = {"samples": self.num_samples, "tokens": self.num_tokens}
+        checkpoint["counts"] = counted | {"seconds": self.train_seconds}
         self.counts = checkpoint["counts"]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the counts; the first process goes on with what all had counted."""
+        """Restore the counts."""
         self.counts = checkpoint["counts"]
         self.train_seconds = self.counts["seconds"]
-        if self.trainer.is_global_zero:
-            self.num_samples, self.num_tokens = self.counts["samples"], self.counts["tokens"]
+        self.num_samples, self.num_tokens = self.counts["samples"], self.counts["tokens"]
         count_anew(checkpoint, self.trainer.accumulate_grad_batches)
 
 

@@ -45,8 +45,8 @@ class ProgressLine(L.Callback):
         self._show(trainer, seconds)
 
     def _measure(self, trainer: L.Trainer, module: Any, seconds: float) -> str:
-        samples = (module.num_samples - self.start[0]) * trainer.world_size / seconds
-        tokens = (module.num_tokens - self.start[1]) * trainer.world_size / seconds
+        samples = (module.num_samples - self.start[0]) / seconds
+        tokens = (module.num_tokens - self.start[1]) / seconds
         waiting = trainer.train_dataloader.seconds_waited / seconds  # type: ignore[union-attr]
         speed = {"speed/samples": samples, "speed/tokens": tokens, "speed/waiting": waiting}
         module.log_dict(speed, rank_zero_only=True)

@@ -64,9 +64,10 @@ class WatchSteps(L.Callback):
         if module.is_in_step:  # DeepSpeed comes here with each micro-batch
             return
         is_due = trainer.is_global_zero and time.monotonic() - self.saved_at >= self.save_seconds
-        wishes = module.step_loss.new_tensor([bool(self.stop.asked), is_due])
-        facts = torch.cat([module.step_loss.view(1), bad_gradients(trainer, module, optimizer), wishes])
-        loss, num_bad, stop, save = trainer.strategy.reduce(facts, reduce_op="sum").tolist()
+        others = module.step_loss.new_tensor([bool(self.stop.asked), is_due, *module.step_counts])
+        facts = torch.cat([module.step_loss.view(1), bad_gradients(trainer, module, optimizer), others])
+        loss, num_bad, stop, save, samples, tokens = trainer.strategy.reduce(facts, reduce_op="sum").tolist()
+        module.num_samples, module.num_tokens = module.num_samples + int(samples), module.num_tokens + int(tokens)
         self.must_stop, self.must_save = stop > 0, save > 0
         if not math.isfinite(loss) or num_bad:
             self._skip(trainer, module, loss)
