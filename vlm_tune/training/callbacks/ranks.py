@@ -63,6 +63,7 @@ class WatchRanks(L.Callback):
         self.has_raised = threading.Event()  # the main thread, which then speaks itself
         self.found = threading.Event()
         self.thread: threading.Thread | None = None
+        self.answered = time.monotonic()  # when the store last did
 
     def setup(self, trainer: L.Trainer, module: Any, stage: str) -> None:
         """Begin, where there are other ranks."""
@@ -72,8 +73,10 @@ class WatchRanks(L.Callback):
             self.rank, self.world = trainer.global_rank, trainer.world_size
             self.store = dist.distributed_c10d._get_default_store().clone()  # a connection of its own
             self.store.set_timeout(timedelta(seconds=SILENCE))
+            self.answered = time.monotonic()
             self.thread = threading.Thread(target=self._watch, daemon=True, name="watch-ranks")
             self.thread.start()
+            threading.Thread(target=self._watch_store, daemon=True, name="watch-store").start()
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         """Mark where the main thread is."""
@@ -133,7 +136,7 @@ class WatchRanks(L.Callback):
         if self.thread is not None:
             self.mine.ended = why
             self.is_over.set()
-            self.thread.join(SILENCE)
+            self.thread.join(0 if self.lost else SILENCE)  # it may wait for a store that is cut off
             self.thread = None
 
     def _watch(self) -> None:
@@ -147,7 +150,7 @@ class WatchRanks(L.Callback):
                 if is_last:
                     return
                 new = {rank: self._read(rank) or sign for rank, sign in signs.items()}
-                now = time.monotonic()
+                now = self.answered = time.monotonic()
                 heard = {rank: now if new[rank].number > signs[rank].number else heard[rank] for rank in signs}
                 moved = {rank: now if new[rank].position != signs[rank].position else moved[rank] for rank in signs}
                 signs = new
@@ -156,10 +159,19 @@ class WatchRanks(L.Callback):
                 )
                 self.is_over.wait(BEAT)
         except Exception as error:  # of the store: whatever it is, the process that holds it cannot be reached
-            self._say(
-                f"rank 0, or torchrun on its machine, cannot be reached any more ({first_line(error)}): "
-                f"{signs[0].step} steps were done"
-            )
+            self._say_unreachable(first_line(error))
+
+    def _watch_store(self) -> None:
+        """Look whether the store answers: where a cable is cut, its sockets wait for a quarter of an hour."""
+        while not self.lost and not self.is_over.wait(BEAT):
+            silent = time.monotonic() - self.answered
+            if silent > SILENCE:
+                self._say_unreachable(f"no answer for {silent:.0f} s")
+
+    def _say_unreachable(self, why: str) -> None:
+        self._say(
+            f"rank 0, or torchrun on its machine, cannot be reached any more ({why}): {self.mine.step} steps were done"
+        )
 
     def _read(self, rank: int) -> Sign | None:
         key = f"vlm_tune_sign_{rank}"
@@ -183,7 +195,7 @@ class WatchRanks(L.Callback):
             self._say(f"rank {ranks} has not moved for {still[hanging[0]]:.0f} s: {done}, and it {PLACES[last.place]}")
 
     def _say(self, lost: str) -> None:
-        if self.is_over.is_set():
+        if self.is_over.is_set() or self.lost:
             return
         self.lost = lost
         self.found.set()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vlm_tune.data.batch import Batch
 from vlm_tune.errors import TrainingError
+from vlm_tune.model.parts.shards import held
 from vlm_tune.model.parts.stage import trained_parameters
 from vlm_tune.training.callbacks.culprit import Culprit, find_culprit
 from vlm_tune.training.callbacks.stop import StopWhenAsked
@@ -134,9 +135,8 @@ def bad_gradients(trainer: L.Trainer, module: Any, optimizer: torch.optim.Optimi
     plugin = trainer.precision_plugin
     is_scaled = isinstance(plugin, MixedPrecision) and plugin.scaler is not None
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
-    gradients = [each.grad for each in parameters if each.grad is not None]
-    local = [each.to_local() if hasattr(each, "to_local") else each for each in gradients]
-    local = [each for each in local if each.numel()]  # a device may hold no row of a small weight
+    local = [held(each.grad) for each in parameters if each.grad is not None]
+    local = [each for each in local if each.numel()]  # a rank may hold no row of a small weight
     if is_scaled or not local:
         return module.step_loss.new_zeros(1)
     norm = torch.nn.utils.get_total_norm(local, norm_type=math.inf)
