@@ -2,8 +2,8 @@
 
 The shape legend of the whole project, used in every docstring and trailing comment:
 
-B sequences, L tokens a sequence, T tiles in the batch (all samples, concatenated), P patches a tile,
-C vision width, S tokens a tile after pixel shuffle, D LLM width, V vocabulary, H W pixels,
+B sequences, L tokens per sequence, T tiles in the batch (all samples, concatenated), P patches per tile,
+C vision width, S tokens per tile after pixel shuffle, D LLM width, V vocabulary, H W pixels,
 N supervised tokens in the batch.
 """
 

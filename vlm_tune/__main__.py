@@ -1,4 +1,4 @@
-"""python -m vlm_tune"""
+"""Entry point of `python -m vlm_tune`."""
 
 import sys
 
@@ -7,6 +7,6 @@ if __name__ == "__main__":
         from vlm_tune.cli import main
 
         sys.exit(main())
-    except KeyboardInterrupt:  # during the imports: `main` answers for what comes after them
+    except KeyboardInterrupt:  # during the imports; later ones are handled by `main`
         sys.stderr.write("\nstopped.\n")
         sys.exit(130)

@@ -17,7 +17,7 @@ from vlm_tune.errors import ConfigError, Stopped, VlmTuneError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one verb; return its exit code: 0; 2 for an error; 75 for a run that stopped as it was asked to."""
+    """Run one verb; return its exit code: 0; 2 for an error; 75 for a run that was asked to stop."""
     given = sys.argv[1:] if arguments is None else arguments
     verb, rest = (given[0], given[1:]) if given and is_word(given[0]) else ("train", given)
     if shown := help_text(verb, given):
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def say_os_error(error: OSError) -> int:
-    """Name the path of a fault of the system and a way on; a fault without either is the program's own."""
+    """Report an OSError with its path and a remedy; re-raise one without either, which is a bug."""
     is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     if not (is_full or error.filename) or os.environ.get("VLM_TUNE_DEBUG"):
         raise error
@@ -66,12 +66,12 @@ def say_os_error(error: OSError) -> int:
 
 
 def is_word(argument: str) -> bool:
-    """Tell a word, which may be a verb, from a key=value and from a flag."""
+    """Return whether an argument is a bare word, which may be a verb, and not a key=value or a flag."""
     return "=" not in argument and not argument.startswith(("-", "+", "~"))
 
 
 def help_text(verb: str, given: list[str]) -> str:
-    """Return what is asked for by `help`, `help VERB`, `VERB --help` or `--version`; nothing for anything else."""
+    """Return the text for `help`, `help VERB`, `VERB --help` or `--version`; "" for anything else."""
     if given and given[0] in ("--version", "-V", "version"):
         return f"vlm_tune {__version__}\n"
     if verb != "help" and not {"--help", "-h"} & set(given):
@@ -81,7 +81,7 @@ def help_text(verb: str, given: list[str]) -> str:
 
 
 def no_verb(word: str) -> ConfigError:
-    """Return the error to raise for a first word that is no verb, with what it was meant for."""
+    """Return the error to raise for a first word that is not a verb, with a guess of what was meant."""
     groups = choices_of_groups()
     near = nearest_of(word, list(VERBS))
     is_choice = any(word in choices for choices in groups.values())
@@ -95,7 +95,7 @@ def choices_of_groups() -> dict[str, list[str]]:
 
 
 def keys_only(verb: str, arguments: list[str]) -> list[str]:
-    """Return the arguments as they are; raise ConfigError, with the line that works, for a flag or a bare word."""
+    """Return the arguments unchanged; raise ConfigError, with the correct line, for a flag or a bare word."""
     for number, argument in enumerate(arguments):
         following = arguments[number + 1] if number + 1 < len(arguments) else ""
         if argument.startswith("-") and (verb, argument) != ("inspect", "--text"):
@@ -124,7 +124,7 @@ def train_verb(arguments: list[str]) -> int:
 
 
 def require_all(config: Config) -> None:
-    """Look at everything that a run needs, while that costs nothing."""
+    """Check everything that a run needs before anything expensive is loaded."""
     from vlm_tune.model.ready import require_model, require_packages, require_rows
 
     require_packages(config)
@@ -161,7 +161,7 @@ def evaluate_verb(arguments: list[str]) -> int:
 
 
 def export_verb(arguments: list[str]) -> int:
-    """Write a trained model as a folder of its own."""
+    """Write a trained model as a standalone folder."""
     own, overrides = split_own("export", arguments)
     from vlm_tune.export.wanted import Wanted, empty_folder
     from vlm_tune.model.ready import require_questions, require_run
@@ -179,7 +179,7 @@ def export_verb(arguments: list[str]) -> int:
 
 
 def merge_verb(arguments: list[str]) -> int:
-    """Fold an adapter that was made elsewhere into its base."""
+    """Merge an adapter trained elsewhere into its base model."""
     own, overrides = split_own("merge", arguments)
     if missing := [key for key, value in own.items() if not value]:
         raise ConfigError(f"{missing[0]} is not set. Give three folders: base=FOLDER adapter=FOLDER out=FOLDER")
@@ -197,7 +197,7 @@ def merge_verb(arguments: list[str]) -> int:
 
 
 def check_verb(arguments: list[str]) -> int:
-    """Find every faulty row of a data file; 1 when there are any."""
+    """Find every faulty row of a data file; return 1 when there are any."""
     own, overrides = take_own("check", arguments)
     config = load_config(overrides)
     require_all(config)
@@ -209,7 +209,7 @@ def check_verb(arguments: list[str]) -> int:
 
 
 def cache_verb(arguments: list[str]) -> int:
-    """Encode the pictures of a run ahead of it."""
+    """Encode the pictures of a run in advance."""
     config = load_config(arguments)
     require_all(config)
     from vlm_tune.training.run import fill_ahead
@@ -281,7 +281,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
 
 
 def split_own(verb: str, arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Part a verb's own keys from overrides of the run's configuration."""
+    """Separate a verb's own keys from overrides of the run's configuration."""
     own, overrides = USAGE[verb].defaults, []
     for argument in arguments:
         key, _, value = argument.partition("=")
@@ -302,16 +302,16 @@ def split_own(verb: str, arguments: list[str]) -> tuple[dict[str, str], list[str
 
 
 def take_own(verb: str, arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Part the keys of a verb that reads the whole configuration, as `train` does, from the overrides."""
+    """Separate the keys of a verb that reads the whole configuration, as `train` does, from the overrides."""
     defaults = USAGE[verb].defaults
     own = {key: value for key, _, value in (each.partition("=") for each in arguments) if key in defaults}
     return defaults | own, [each for each in arguments if each.partition("=")[0] not in defaults]
 
 
 def quiet_libraries() -> None:
-    """Silence what other libraries say about themselves; our own lines and all errors remain."""
+    """Silence the banners and warnings of other libraries; our own lines and all errors remain."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # threads wait awake for the next product, but not for long: data workers need the cores (benchmarks/README.md)
+    # threads spin briefly while waiting for the next product: data workers need the cores (benchmarks/README.md)
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -1,4 +1,4 @@
-"""The one voice to the terminal: the console that all verbs print to, and how far long work is."""
+"""Terminal output: the one console that all verbs print to, and the progress of long work."""
 
 import os
 import sys
@@ -10,17 +10,17 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LINE_SECONDS = 15  # how often a log file (no terminal) gets a line
-PIPE_WIDTH = 1_000_000  # columns: what reads a pipe has no width, so no line is broken
+PIPE_WIDTH = 1_000_000  # columns: a pipe has no width, so no line is wrapped
 Item = TypeVar("Item")
 
 
 def make_console(stderr: bool = False) -> "Console":
-    """Make a console that shows text as it is, coloured in a terminal alone.
+    """Make a console that shows text as it is, with colours only in a terminal.
 
-    A pipe, a file, or a terminal with VLM_TUNE_QUIET=1, gets plain lines: no colours, no moving cursor. Of several
-    processes of a run only the first one of a machine speaks.
+    A pipe, a file, or a terminal with VLM_TUNE_QUIET=1 gets plain lines: no colours, no cursor movement. Of several
+    processes of a run, only the first one on each machine prints.
     """
-    from rich.console import Console  # late: `help` and `configs` do not wait for it
+    from rich.console import Console  # late: `help` and `configs` should not wait for it
 
     is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
     return Console(
@@ -29,38 +29,38 @@ def make_console(stderr: bool = False) -> "Console":
         force_terminal=is_terminal and not is_quiet(),
         width=None if is_terminal else PIPE_WIDTH,
         highlight=False,
-        markup=False,  # answers and paths may hold what rich would take for its own: [/INST], :x:
+        markup=False,  # answers and paths may contain what rich would take for markup: [/INST], :x:
         emoji=False,
     )
 
 
 def tell(console: "Console", notes: Iterable[str]) -> None:
-    """Print notes, a line each, as long as they are."""
+    """Print notes, one line each, without wrapping."""
     for note in notes:
         console.print(note, soft_wrap=True)
 
 
 def is_quiet() -> bool:
-    """Tell whether VLM_TUNE_QUIET asks for plain lines without progress."""
+    """Return whether VLM_TUNE_QUIET asks for plain lines without progress."""
     return os.environ.get("VLM_TUNE_QUIET", "0") not in ("", "0")
 
 
 class Estimate:
-    """Tell the time left. The first piece is left out: it also warms up."""
+    """Estimate the time left. The first piece is left out, since it includes the warm-up."""
 
     def __init__(self, total: int) -> None:
         self.total = total
         self.first: tuple[int, float] | None = None
 
     def advance(self, done: int, now: float) -> str:
-        """Note that `done` pieces are done at the time `now` (seconds); return the time left, "" until two are."""
+        """Record that `done` pieces are done at time `now` (seconds); return the time left, "" before the second."""
         self.first = self.first or (done, now)
         pieces, seconds = done - self.first[0], now - self.first[1]
         return f"{duration((self.total - done) * seconds / pieces)} left" if pieces > 0 else ""
 
 
 def duration(seconds: float) -> str:
-    """Write seconds as people read them: 42 s, 3 min 20 s, 2 h 05 min."""
+    """Format seconds for people: 42 s, 3 min 20 s, 2 h 05 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -71,10 +71,10 @@ def duration(seconds: float) -> str:
 def follow(
     items: Iterable[Item], title: str, unit: str, total: int | None = None, size: Callable[[Any], int] = lambda item: 1
 ) -> Iterator[Item]:
-    """Hand the items on, and show how many are done, how many a second, and the time left.
+    """Yield the items, and show how many are done, how many per second, and the time left.
 
-    An item counts as `size` units of `total`: a chunk of rows as its rows. What is shown goes to standard error, so
-    that a pipe reads results alone.
+    An item counts as `size` units of `total`: a chunk of rows as its rows. Progress goes to standard error, so that a
+    pipe reads only the results.
     """
     from rich.progress import BarColumn, Progress, TextColumn
 

@@ -1,12 +1,12 @@
-"""Every error a user can meet. Each text says what is wrong, where, and what to do."""
+"""Every error that a user can meet. Each message says what is wrong, where, and what to do."""
 
 
 class VlmTuneError(Exception):
-    """Report a fault of the input, not of the program; the command line prints it without a traceback."""
+    """A fault in the input, not in the program; the command line prints it without a traceback."""
 
 
 class ConfigError(VlmTuneError):
-    """Report faults of the configuration, all of them at once."""
+    """Faults in the configuration, all of them at once."""
 
     @classmethod
     def from_problems(cls, problems: list[str]) -> "ConfigError":
@@ -17,7 +17,7 @@ class ConfigError(VlmTuneError):
 
 
 class DataError(VlmTuneError):
-    """Report a fault of the user's data, with file, line and sample id where they are known."""
+    """A fault in the user's data, with file, line and sample id where they are known."""
 
     def __init__(self, reason: str, where: str = "", sample_id: str | None = None) -> None:
         self.reason = reason
@@ -28,17 +28,17 @@ class DataError(VlmTuneError):
 
 
 class TrainingError(VlmTuneError):
-    """Report a run that cannot go on: its loss or weights are no numbers, or another process trains in its folder."""
+    """A run that cannot continue: its loss or weights are not finite, or another process trains in its folder."""
 
 
 class CheckpointError(VlmTuneError):
-    """Report a checkpoint that is missing, incomplete, or does not fit the model."""
+    """A checkpoint that is missing, incomplete, or does not fit the model."""
 
 
 class Stopped(Exception):
-    """Report a run that was asked to stop and has saved its state: no fault, but an exit code of its own."""
+    """A run that was asked to stop and has saved its state: not a fault, but with an exit code of its own."""
 
-    code = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, go on later
+    code = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, resume later
 
     def __init__(self, step: int, asked: str) -> None:
         super().__init__(f"{asked}: stopped after step {step}, and its state is saved. Go on with resume=last")

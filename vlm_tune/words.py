@@ -1,4 +1,4 @@
-"""How messages and pages write numbers, times and dates."""
+"""Format numbers, times and dates for messages and pages."""
 
 from datetime import datetime
 
@@ -14,12 +14,12 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 
 def number(value: float, digits: str = "") -> str:
-    """Write a number with its thousands apart; `digits` as a format takes them: ".1f"."""
+    """Write a number with thousands separators; `digits` is a format such as ".1f"."""
     return f"{value:,{digits}}"
 
 
 def loss(value: float) -> str:
-    """Write a loss with three digits that count: 0.164, 2.00, 12,345."""
+    """Write a loss with three significant digits: 0.164, 2.00, 12,345."""
     return f"{value:#.3g}".rstrip(".") if abs(value) < 999.5 else f"{value:,.0f}"
 
 

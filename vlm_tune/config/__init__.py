@@ -1,1 +1,1 @@
-"""The typed configuration: `schema` declares every knob, `parse` turns YAML and command line into it."""
+"""The typed configuration: `schema` declares every setting, `parse` turns YAML and command line into it."""

@@ -1,4 +1,4 @@
-"""Faults between fields: each check names the keys, their values, and a way out."""
+"""Contradictions between fields: each check names the keys, their values, and a way out."""
 
 import re
 from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""The line that works, for what people write out of habit: flags, bare words, and the keys of other trainers."""
+"""Hints with the correct line for what people write out of habit: flags, bare words, other trainers' keys."""
 
 from vlm_tune.config.usage import PROGRAM, USAGE
 
@@ -61,7 +61,7 @@ OURS = {  # our line -> what other trainers call it; dashes are read as undersco
     "strategy=fsdp": "fsdp",
 }
 OWN_NAMES = {name: line for line, names in OURS.items() for name in names.split()}
-CHOICES: dict[str, dict[str, str | None]] = {  # what a group has no choice for -> what does it
+CHOICES: dict[str, dict[str, str | None]] = {  # a choice that a group does not have -> what does the same
     "stage": {
         "lora": "stage=finetune, which trains adapters",
         "full": "stage=finetune_full",
@@ -75,20 +75,20 @@ CHOICES: dict[str, dict[str, str | None]] = {  # what a group has no choice for 
     }
 }
 FLAG_VALUES = {"resume": "last"}  # a flag of its own, without a value
-PICTURE_ENDINGS = (  # by which a name is known as a picture's, where only the name is looked at
+PICTURE_ENDINGS = (  # that mark a name as a picture's, where only the name is checked
     *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"),
     *(".avif", ".heic", ".heif", ".jxl"),
 )
 
 
 def our_name(key: str, value: str = "") -> str | None:
-    """Name our line for another trainer's key; None where it is none of the table."""
+    """Return our line for another trainer's key; None for a key that is not in the table."""
     line = OWN_NAMES.get(key.lstrip("-+~").replace("-", "_").lower().rpartition(".")[2])
     return line and (line.replace("VALUE", value) if value else line)
 
 
 def choice_hint(group: str, choice: str) -> str | None:
-    """Say what does the work of a choice that a group does not have."""
+    """Return what does the same as a choice that a group does not have."""
     if choice.endswith((".jsonl", ".json", ".parquet", ".csv", ".tar")):
         return f"a file of rows is named so: data.path={choice}"
     if group == "model" and "/" in choice:
@@ -100,7 +100,7 @@ def choice_hint(group: str, choice: str) -> str | None:
 
 
 def flag_hint(verb: str, flag: str, following: str, known: dict[str, str]) -> str:
-    """Turn `--key value` into the line that works; `known` maps the names that may stand alone to whole keys."""
+    """Turn `--key value` into the correct line; `known` maps the short names that are allowed to full keys."""
     key, sign, value = flag.lstrip("-").replace("-", "_").partition("=")
     if not sign:
         is_value = following and "=" not in following and not following.startswith("-")
@@ -112,7 +112,7 @@ def flag_hint(verb: str, flag: str, following: str, known: dict[str, str]) -> st
 
 
 def bare_hint(verb: str, word: str, groups: dict[str, list[str]]) -> str:
-    """Say which key a word without `=` was meant for: a choice of a group, a picture, or the verb's own key."""
+    """Return which key a word without `=` was meant for: a choice of a group, a picture, or the verb's own key."""
     meant = [f"{group}={word}" for group, choices in groups.items() if word in choices]
     if meant and verb in ("train", "check", "cache", "inspect"):
         return f"Write {' or '.join(meant)}"

@@ -1,7 +1,7 @@
-"""A `data.format` that is a function of the user's own: run where the command line names it, remembered elsewhere.
+"""A `data.format` that is the user's own function: run where the command line names it, only recorded elsewhere.
 
-A run folder may come from a stranger. What stands in its configuration therefore never runs: the function is kept there
-by its name and its file's hash, in a form that no verb takes for a function.
+A run folder may come from a stranger. Nothing in its configuration is therefore ever run: the function is stored
+there by its name and its file's hash, in a form that no verb takes for a function.
 """
 
 import hashlib
@@ -10,11 +10,11 @@ from pathlib import Path
 from vlm_tune.errors import ConfigError
 
 MARK = " sha256="  # "rows.py:read" is run, "rows.py:read sha256=..." is only remembered
-UNKNOWN = "unknown"  # the hash in a configuration that does not tell it
+UNKNOWN = "unknown"  # the hash in a configuration that does not record it
 
 
 def remember(name: str) -> str:
-    """Write a data.format for a run folder: a function by name and hash, any other as it is."""
+    """Return a data.format as a run folder stores it: a function by name and hash, any other as it is."""
     if ":" not in name or MARK in name:
         return name
     path = Path(name.rpartition(":")[0])
@@ -28,7 +28,7 @@ def disarm(name: str) -> str:
 
 
 def require_same(before: str, given: str) -> None:
-    """Raise ConfigError where a function is given under its old name and its file is another one."""
+    """Raise ConfigError where a function is given under its old name but its file has changed."""
     name, _, then = before.partition(MARK)
     now = remember(given).partition(MARK)[2]
     if name == given and now not in (then, UNKNOWN) and then != UNKNOWN:

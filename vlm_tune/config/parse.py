@@ -22,7 +22,7 @@ from vlm_tune.errors import ConfigError
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
-ConfigStore.instance().store("schema", Config)  # the base of conf/config.yaml: makes every knob a known key
+ConfigStore.instance().store("schema", Config)  # the base of conf/config.yaml: makes every setting a known key
 GROUPS = ("stage", "model", "data", "trainer", "strategy", "logger", "experiment")
 
 
@@ -45,7 +45,7 @@ def find_choice(group: str, name: str) -> Path:
 def load_config(overrides: list[str]) -> Config:
     """Compose conf/ with the command line's `key=value` overrides into a checked configuration.
 
-    Raises ConfigError: Hydra and OmegaConf stop at their first fault, faults between fields are listed all at once.
+    Raises ConfigError: Hydra and OmegaConf stop at their first fault; contradictions are listed together.
     """
     try:
         refuse_values_for_groups(overrides)
@@ -63,14 +63,14 @@ def own_search_path() -> list[str]:
 
 
 def refuse_values_for_groups(overrides: list[str]) -> None:
-    """Raise ConfigError for `trainer=8`: a group takes the name of a choice, and Hydra has no words for a number."""
+    """Raise ConfigError for `trainer=8`: a group takes the name of a choice, and Hydra does not explain that."""
     for group, sign, value in (override.partition("=") for override in overrides):
         if sign and group in GROUPS and isinstance(yaml.safe_load(value or "null"), int | float):
             raise ConfigError(f"{group}={value}: no such {group}. There are: {', '.join(options(group))}")
 
 
 def with_own_test(overrides: list[str]) -> list[str]:
-    """Let a file that replaces a data group's rows be tested on its own test file, not on that group's."""
+    """Evaluate a file that replaces a data group's rows on its own test file, not on that group's."""
     given = {override.partition("=")[0] for override in overrides}
     return [*overrides, "data.test=auto"] if "data.path" in given and "data.test" not in given else overrides
 
@@ -89,7 +89,7 @@ def to_config(raw: DictConfig | dict[str, Any]) -> Config:
 
 
 def read_config(path: Path, overrides: list[str] | None = None) -> Config:
-    """Read the resolved configuration of a run and lay `key=value` overrides over it."""
+    """Read the resolved configuration of a run and apply `key=value` overrides to it."""
     try:
         raw = load_plain(path)
         if overrides:
@@ -109,11 +109,11 @@ def read_config(path: Path, overrides: list[str] | None = None) -> Config:
     return config
 
 
-LISTS = 2000  # in the settings of a run; a parser takes the square of their depth
+LISTS = 2000  # in the settings of a run; a parser's time grows with the square of their depth
 
 
 def load_plain(path: Path) -> Any:
-    """Read the settings of a run, which may come from a stranger: names for parts of YAML would grow without end."""
+    """Read a run's settings, which may come from a stranger; YAML aliases, which can expand endlessly, are refused."""
     try:
         text = path.read_text(encoding="utf-8")
         if text.count("[") + text.count("{") > LISTS:
@@ -127,7 +127,7 @@ def load_plain(path: Path) -> Any:
 
 
 def remembered_format(path: Path) -> str:
-    """Read how the rows of a run were read."""
+    """Return the data.format that a run recorded."""
     try:
         return disarm(str(OmegaConf.select(load_plain(path), "data.format")))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
@@ -141,7 +141,7 @@ def write_config(config: Config, path: Path) -> None:
 
 
 def describe_sources(overrides: list[str], config: Config) -> str:
-    """Say where a run's settings come from: the command line, the file of this model in this stage, the groups."""
+    """Describe where a run's settings come from: the command line, the file of this model in this stage, the groups."""
     names = f"{config.model.name}_{config.stage.name}"
     path, lines = CONF / "tuned" / f"{names}.yaml", []
     if overrides:
@@ -156,7 +156,7 @@ def describe_sources(overrides: list[str], config: Config) -> str:
 
 
 def explain(error: Exception, given: Sequence[str] = ()) -> str:
-    """Say a Hydra or OmegaConf fault of the `given` arguments in this project's form: what, where, what to do."""
+    """Reword a Hydra or OmegaConf error about the `given` arguments in this project's form: what, where, what to do."""
     if isinstance(error, OverrideParseException):
         return f"{error.override}: not of the form key=value. Quote a value with special characters: key='\"a, b\"'"
     text = str(error).strip()
@@ -185,7 +185,7 @@ def explain(error: Exception, given: Sequence[str] = ()) -> str:
 
 
 def nearest(key: str, value: str) -> str:
-    """Say the line that works for another trainer's key, else the known key that looks most like `key`."""
+    """Return the correct line for another trainer's key, else the known key that looks most like `key`."""
     if line := our_name(key, value):
         return f" Write {line}"
     close = nearest_of(key, known_keys())
@@ -203,7 +203,7 @@ def known_keys() -> list[str]:
 
 
 def short_names() -> dict[str, str]:
-    """Map what may be written for a key as a flag to the key: groups, keys of the root, and whole keys."""
+    """Map each name that may be written as a flag to its key: groups, keys of the root, and whole keys."""
     return {key: key for key in (*GROUPS, *known_keys())}
 
 

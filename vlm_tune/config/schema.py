@@ -1,4 +1,4 @@
-"""Every knob of a run, as dataclasses. Hydra composes the YAML, `parse` checks it, the code sees only these."""
+"""Every setting of a run, as dataclasses. Hydra composes the YAML, `parse` checks it, the code sees only these."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -14,10 +14,10 @@ class Train(Enum):
 
 
 class TileRule(Enum):
-    """How a picture becomes tiles."""
+    """How a picture is cut into tiles."""
 
     dynamic = "dynamic"  # InternVL: the grid of tiles whose aspect ratio is nearest, plus a thumbnail
-    area = "area"  # the same, but a picture is never enlarged to more tiles than its own area fills
+    area = "area"  # the same, but a picture is never enlarged to more tiles than its area fills
     resize = "resize"  # one tile, stretched to the square
     pad = "pad"  # one tile, padded to a square with the mean colour (LLaVA 1.5)
     anyres = "anyres"  # LLaVA-NeXT: best-fit resolution, padded, plus a base tile
@@ -42,7 +42,7 @@ class TooLong(Enum):
 class FeatureCaching(Enum):
     """Whether a frozen encoder's features are kept on disk."""
 
-    auto = "auto"  # when they fit and nothing random touches the pictures
+    auto = "auto"  # when they fit and pictures are not changed at random
     on = "on"
     off = "off"
 
@@ -72,7 +72,7 @@ class Quantize(Enum):
 
 
 class Optimizer(Enum):
-    """AdamW, and bitsandbytes' versions of it that keep less on the device."""
+    """AdamW, and bitsandbytes' versions of it that keep less in GPU memory."""
 
     adamw = "adamw"
     adamw8bit = "adamw8bit"  # both moments in 8 bit: a quarter of the memory
@@ -119,7 +119,7 @@ class ProjectorConfig:
     shuffle_version: str = "v2"  # v1 = transposed token order, as in the first InternVL 1.5
     bias: bool = True  # of the linear layers
     newline: bool = False  # a token at the end of each row of an any-resolution picture (LLaVA-NeXT)
-    num_queries: int = 32  # of a Q-Former: tokens of a tile
+    num_queries: int = 32  # of a Q-Former: tokens per tile
     qformer_layers: int = 12
     qformer_width: int = 768  # a multiple of 64, the width of its heads
 
@@ -142,7 +142,7 @@ class ModelConfig:
     path: str | None = None  # a whole checkpoint: folder or hub id; null = built from vision.path and llm.path
     template: str = "chatml"  # a name of data/text/templates.yaml
     system: str | None = None  # system prompt; null = the template's own
-    markup: list[str] | None = None  # added tokens that texts may write (<box>); null = all that control nothing
+    markup: list[str] | None = None  # added tokens that texts may contain (<box>); null = all but control tokens
     tiles: TilesConfig = field(default_factory=TilesConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
@@ -173,18 +173,18 @@ class DataConfig:
     """The rows to train, validate and test on."""
 
     path: str = "???"  # file, folder, recipe:NAME/FILE, or the file of a mixture (docs/data_format.md)
-    val: str = "auto"  # file; auto = the file beside data.path with "train" read as "val", else a split; none
+    val: str = "auto"  # file; auto = the file next to data.path with "train" read as "val", else a split; none
     val_share: float = 0.02  # of the rows, when data.val=auto finds no file
-    test: str = "auto"  # file for `evaluate` and the sample answers; auto = test.jsonl beside data.path; none
+    test: str = "auto"  # file for `evaluate` and the sample answers; auto = test.jsonl next to data.path; none
     format: str = "auto"  # dialect of the rows; auto = recognised from the first row
-    ignore_fields: list[str] = field(default_factory=list)  # fields of rows that count as not there
-    reasoning_loss: bool = True  # train on an answer's reasoning_content too, not only show it
+    ignore_fields: list[str] = field(default_factory=list)  # fields of rows to ignore
+    reasoning_loss: bool = True  # train on an answer's reasoning_content too; false = only show it
     on_bad_sample: BadSample = BadSample.error
     on_too_long: TooLong = TooLong.error
-    max_length: int = 8192  # tokens of one sample, image tokens counted
+    max_length: int = 8192  # tokens of one sample, including image tokens
     image: ImageConfig = field(default_factory=ImageConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    feature_cache: FeatureCaching = FeatureCaching.auto  # a frozen encoder then runs once a picture
+    feature_cache: FeatureCaching = FeatureCaching.auto  # a frozen encoder then runs once per picture
     feature_cache_gib: float = 10.0
     workers: int = 2
 
@@ -209,7 +209,7 @@ class LearningRates:
 
 @dataclass
 class WeightDecays:
-    """The weight decay of each part, where it is not the stage's; null = stage.weight_decay."""
+    """The weight decay of each part, where it differs from the stage's; null = stage.weight_decay."""
 
     vision: float | None = None
     projector: float | None = None
@@ -245,12 +245,12 @@ class StageConfig:
     init_stage: str | None = None  # stage that `auto` looks for; null = start from the base weights
     train: TrainParts = field(default_factory=TrainParts)
     lr: LearningRates = field(default_factory=LearningRates)
-    layer_decay: float = 1.0  # rate of a layer of the vision encoder, as a share of the next layer's
+    layer_decay: float = 1.0  # learning rate of a vision encoder layer, as a fraction of the next layer's
     optimizer: Optimizer = Optimizer.adamw
     weight_decay: float = 0.0  # not on norms, biases and other vectors
     part_weight_decay: WeightDecays = field(default_factory=WeightDecays)
     warmup: float = 0.03  # share of the optimizer steps
-    min_lr: float = 0.0  # share of the learning rate that is left at the end of the cosine
+    min_lr: float = 0.0  # fraction of the learning rate that remains at the end of the cosine
     clip: float = 1.0  # norm of the gradient; 0 = off
     epochs: float = 1.0
     max_steps: int = -1  # optimizer steps; -1 = from epochs
@@ -258,7 +258,7 @@ class StageConfig:
     quantize: Quantize = Quantize.none
     gradient_checkpointing: Checkpointing = field(default_factory=Checkpointing)
     neftune: float = 0.0  # alpha of the noise on text embeddings while training (5, 10 or 15); 0 = off
-    drop_path: float = 0.0  # how often the last layer of a trained vision encoder is skipped; earlier ones less often
+    drop_path: float = 0.0  # probability of skipping the last layer of a trained vision encoder; lower for earlier ones
     loss: LossWeight = LossWeight.token
     evaluate: bool = True  # score the test file before and after training
     packing: bool = True  # concatenate samples without padding; false = pad to the longest
@@ -276,14 +276,14 @@ class TrainerConfig:
     nodes: int = 1
     precision: Precision = Precision.auto
     global_batch: int = 16  # packs (samples when stage.packing=false) in one optimizer step, over all devices
-    micro_batch: int = 1  # of them, in one forward pass of one device
+    micro_batch: int = 1  # of these, in one forward pass on one device
     log_every: int = 1  # optimizer steps
     val_every: int | None = None  # optimizer steps, and at the end; null = a fifth of the run, at most 200
     max_val_rows: int = 512
     save_every: int | None = None  # and at the end; null as above
-    save_minutes: float | None = None  # save after so many minutes too
-    max_bad_steps: int = 5  # skipped in a row, their loss or gradient no number, before the run stops
-    keep: int = 2  # newest checkpoints kept, beside the best
+    save_minutes: float | None = None  # also save after this many minutes
+    max_bad_steps: int = 5  # consecutive steps skipped for a loss or gradient that is not finite, before the run stops
+    keep: int = 2  # newest checkpoints kept, in addition to the best
     chat_every: int | None = None  # sample answers; 0 = only before and after; null as above
     num_chats: int = 6  # fixed questions
     max_test_rows: int = 500  # scored before and after training
@@ -312,7 +312,7 @@ class StrategyConfig:
 class LoggerConfig:
     """Where metrics go."""
 
-    names: list[str] = field(default_factory=lambda: ["tensorboard"])  # beside metrics.csv, which every run writes
+    names: list[str] = field(default_factory=lambda: ["tensorboard"])  # besides metrics.csv, which every run writes
 
 
 @dataclass

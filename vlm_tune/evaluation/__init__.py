@@ -1,1 +1,1 @@
-"""What a model has learned: answers to held-out questions, scored."""
+"""Evaluate a model: score its answers to held-out questions."""

@@ -20,7 +20,7 @@ from vlm_tune.model.build import Model
 from vlm_tune.model.generate import Prompt, answer
 
 BATCH = 32
-SPARE_TOKENS = 4  # an answer that goes on beyond the longest expected one is wrong anyway
+SPARE_TOKENS = 4  # an answer longer than the longest expected one is wrong anyway
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Prediction:
 
 
 def open_test(config: Config, model: Model) -> Conversations | None:
-    """Open the test file: data.test, or test.jsonl beside the training file; None when there is none."""
+    """Open the test file: data.test, or test.jsonl next to the training file; None when there is none."""
     path = find_test(config)
     if path is None:
         return None
@@ -61,9 +61,9 @@ def open_test(config: Config, model: Model) -> Conversations | None:
 
 
 def read_questions(test: Conversations, limit: int = -1, among: npt.NDArray[np.int64] | None = None) -> list[Question]:
-    """Read the rows whose last turn is an answer. The row's own `task` field names its task; without one it is "all".
+    """Read the rows whose last turn is an answer. The row's own `task` field names its task; the default is "all".
 
-    Of more rows than `limit`, evenly spaced ones are taken.
+    If there are more rows than `limit`, evenly spaced ones are taken.
     """
     rows = np.arange(len(test)) if among is None else among
     if 0 <= limit < len(rows):
@@ -93,7 +93,7 @@ def ask(
     max_new_tokens: int | None = None,
     report: Callable[[int], None] = lambda done: None,
 ) -> list[Prediction]:
-    """Answer all questions greedily, in batches of like length.
+    """Answer all questions greedily, in batches of similar length.
 
     Without `max_new_tokens` answers may be a little longer than the longest expected one.
     """
@@ -132,7 +132,7 @@ def by_task(predictions: list[Prediction]) -> Iterator[tuple[str, list[Predictio
 
 
 def score_table(title: str, num_questions: dict[str, int], columns: dict[str, dict[str, float]]) -> Table:
-    """Lay the scores of each task side by side."""
+    """Build a table with the scores of each task side by side."""
     table = Table("task", "questions", *columns, title=title, title_justify="left")
     for task, count in num_questions.items():
         table.add_row(task, str(count), *(f"{scores[task]:.1%}" for scores in columns.values()))
@@ -155,6 +155,6 @@ def blind(model: Model) -> Iterator[None]:
 
 
 def write_predictions(predictions: list[Prediction], path: Path) -> None:
-    """Write one JSON line a question."""
+    """Write one JSON line per question."""
     lines = [json.dumps(asdict(prediction), ensure_ascii=False) for prediction in predictions]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Scores of answers: exact match after folding what does not matter."""
+"""Scores of answers: exact match, ignoring case, outer space and closing punctuation."""
 
 import re
 from collections import Counter
@@ -10,7 +10,7 @@ def fold(text: str) -> str:
 
 
 def is_match(answer: str, expected: str) -> bool:
-    """Tell whether an answer is the expected one."""
+    """Return whether an answer matches the expected one."""
     return fold(answer) == fold(expected)
 
 

@@ -1,1 +1,1 @@
-"""A trained model as a folder that other tools load: merged, written, loaded back, compared."""
+"""Export a trained model as a folder that other tools load: merged, written, loaded back, compared."""

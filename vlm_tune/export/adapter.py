@@ -1,4 +1,4 @@
-"""What a stage trained as a folder of peft: the adapters and the projector, for plain transformers models."""
+"""Export what a stage trained as a peft folder: the adapters and the projector, for plain transformers models."""
 
 import json
 from collections.abc import Iterator
@@ -34,21 +34,21 @@ from vlm_tune.model.layouts.pretrained import load_peft
 from vlm_tune.model.parts.stage import PARTS, peft_config
 from vlm_tune.model.vlm import VisionLanguageModel
 
-BASE = "base"  # the folder beside the adapter, where no other holds its base
+BASE = "base"  # the folder next to the adapter, if its base exists nowhere else
 NATIVE = {"hf": ("internvl",), "llava_hf": ("llava", "llava_next")}  # types of folders that the plain classes load
 PLAIN_PROJECTOR = "model.multi_modal_projector."
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What is written where."""
+    """What is written, and where."""
 
     kind: str  # the layout of the plain model: hf, llava_hf, or parts: the language model alone
     partial: Path  # the folder while it is written
-    folder: Path  # its name in the end
+    folder: Path  # its final name
     dtype: torch.dtype
     shard: str
-    layout: str = "adapter"  # or adapter_and_base: LoRA alone, over a base that holds all else
+    layout: str = "adapter"  # or adapter_and_base: only LoRA, over a base that holds the rest
 
     @property
     def is_native(self) -> bool:
@@ -58,14 +58,14 @@ class Goal:
 
 @dataclass(frozen=True)
 class Base:
-    """The weights that an adapter stands beside."""
+    """The base weights of an adapter."""
 
-    name: str  # as adapter_config.json says it: a folder, or a hub id
+    name: str  # as in adapter_config.json: a folder, or a hub id
     folder: Path
 
 
 def require_adapters(layout: str, ckpt: str, overrides: list[str]) -> None:
-    """Raise ConfigError for a stage whose training is not in adapters and projector alone."""
+    """Raise ConfigError for a stage that trains more than adapters and projector."""
     stage = run_config(find_checkpoint(ckpt), overrides).stage
     how = {part: getattr(stage.train, part) for part in PARTS}
     told = ", ".join(f"{part}={each.value}" for part, each in how.items())
@@ -99,7 +99,7 @@ def require_language_model(layout: str, ckpt: str, overrides: list[str]) -> None
 def write_adapter(model: Model, config: Config, goal: Goal, console: Console) -> tuple[Any, str]:
     """Write the folder and load it back by plain transformers and peft; return the plain model and its base's name.
 
-    The model has no adapters left afterwards.
+    The model's adapters are removed.
     """
     vlm, stage = model.vlm, config.stage
     names = plain_names(vlm, goal)
@@ -122,7 +122,7 @@ def write_adapter(model: Model, config: Config, goal: Goal, console: Console) ->
     vlm.float()
     tell(console, [*notes, *limits(model, goal, base)])
     plain = load_peft(read_base(base), goal.partial)
-    # the base of others may end its answers elsewhere: the folder says how (`limits` names the way)
+    # another's base may end its answers differently: the folder stores how (`limits` explains it)
     plain.get_base_model().generation_config = GenerationConfig.from_dict(read_object(goal.partial / GENERATION))
     return plain, base.name
 
@@ -133,7 +133,7 @@ def read_base(base: Base) -> PreTrainedModel:
 
 
 def find_base(config: Config, goal: Goal) -> Base | None:
-    """Find the folder that training started from, where plain transformers loads it; None where it does not."""
+    """Find the folder that training started from, if plain transformers can load it, else None."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     model = config.model
@@ -151,7 +151,7 @@ def find_base(config: Config, goal: Goal) -> Base | None:
 
 
 def plain_names(vlm: VisionLanguageModel, goal: Goal) -> list[Names]:
-    """Say how the plain model in memory names the weights; that of a language model alone has no other parts."""
+    """Return how the plain model in memory names the weights; a language model alone has no other parts."""
     if not goal.is_native:
         return [Names("llm.", "")]
     decoder, head = vlm.llm.get_decoder(), vlm.llm.get_output_embeddings()
@@ -166,19 +166,19 @@ def plain_names(vlm: VisionLanguageModel, goal: Goal) -> list[Names]:
 
 
 def plain_weights(vlm: VisionLanguageModel, goal: Goal) -> dict[str, Tensor]:
-    """Name the weights as the plain model in memory does."""
+    """Return the weights under the plain model's names."""
     return all_weights(vlm, plain_names(vlm, goal), tied_too=True) if goal.is_native else dict(vlm.llm.state_dict())
 
 
 def differences(plain: PreTrainedModel, weights: dict[str, Tensor]) -> set[str]:
-    """Name the weights that a base lacks, or holds otherwise."""
+    """Return the names of weights that a base lacks, or holds with other values."""
     stored = plain.state_dict()
     equal = {name for name in stored.keys() & weights.keys() if torch.equal(stored[name], weights[name].cpu())}
     return (stored.keys() | weights.keys()) - equal
 
 
 def projector_weights(vlm: VisionLanguageModel, carries: bool) -> dict[str, Tensor]:
-    """Name the projector's weights as those of peft's module to save; a newline is in no module, so the base has it."""
+    """Return the projector's weights as peft's modules_to_save; a newline is in no module, so the base has it."""
     names = {name: weight for name, weight in vlm.projector.state_dict().items() if name != "newline"}
     saved = f"{PLAIN_PROJECTOR}modules_to_save.{ADAPTER}."
     return {saved + name: weight for name, weight in names.items()} if carries else {}
@@ -195,7 +195,7 @@ def write_native(model: Model, config: Config, kind: str, folder: Path, shard: s
 
 
 def write_base(model: Model, config: Config, goal: Goal) -> tuple[Base, list[str]]:
-    """Write the base, adapters left out, beside the adapter: no folder holds it. Return it, and notes."""
+    """Write the base without adapters next to the adapter, as it exists nowhere else. Return it, and notes."""
     folder, notes = goal.partial / BASE, []
     if goal.is_native:
         notes = write_native(model, config, goal.kind, folder, goal.shard)
@@ -206,13 +206,13 @@ def write_base(model: Model, config: Config, goal: Goal) -> tuple[Base, list[str
 
 
 def save_side_files(model: Model, config: Config, goal: Goal) -> list[str]:
-    """Write the tokenizer beside the adapter, how answers are generated, and a processor, if any; return its notes."""
+    """Write the tokenizer, the generation settings and a processor, if any, next to the adapter; return its notes."""
     notes: list[str] = []
     model.vlm.llm.generation_config.save_pretrained(goal.partial)
     if goal.kind == "hf":
         save_processor(model.tokenizer, model.encoder, config.model, goal.partial)
     elif goal.kind == "llava_hf":
-        description = goal.partial / "config.json"  # the processor is made by it; a folder of peft has none
+        description = goal.partial / "config.json"  # the processor is built from it; a peft folder has none
         description.write_text(json.dumps(llava_hf.native_config(model.vlm, config.model.tiles).to_dict()))
         notes = save_llava_processor(model.tokenizer, model.encoder, config.model, goal.partial)
         description.unlink()
@@ -222,7 +222,7 @@ def save_side_files(model: Model, config: Config, goal: Goal) -> list[str]:
 
 
 def save_adapter(plain: Any, config: Config, weights: dict[str, Tensor], place: tuple[Goal, Base]) -> None:
-    """Let peft itself make the adapter of the plain model and write it, with the trained weights in their places."""
+    """Let peft itself build the plain model's adapter and write it, with the trained weights filled in."""
     goal, base = place
     layers = sorted({name.partition(".lora_")[0] for name in weights if not name.startswith(PLAIN_PROJECTOR)})
     carries = any(name.startswith(PLAIN_PROJECTOR) for name in weights)
@@ -239,11 +239,11 @@ def save_adapter(plain: Any, config: Config, weights: dict[str, Tensor], place: 
         weight.data = weight.data.to(goal.dtype)
     wrapped.peft_config[ADAPTER].base_model_name_or_path = base.name
     wrapped.save_pretrained(goal.partial, save_embedding_layers=False)
-    (goal.partial / "README.md").unlink(missing_ok=True)  # peft's form of a model card, with nothing filled in
+    (goal.partial / "README.md").unlink(missing_ok=True)  # peft's empty model card template
 
 
 def limits(model: Model, goal: Goal, base: Base) -> Iterator[str]:
-    """Say which base the adapter needs, and what the folder cannot do."""
+    """Describe which base the adapter needs, and what the folder cannot do."""
     theirs, ours = base.folder / GENERATION, model.vlm.llm.generation_config
     settings = read_object(theirs) if theirs.is_file() else {}
     if settings.get("eos_token_id") != ours.eos_token_id or settings.get("do_sample"):

@@ -43,7 +43,7 @@ BACKEND = (
 
 
 def export(ckpt: str, out: str, wanted: Wanted, overrides: list[str], console: Console) -> Path:
-    """Write the merged model of a run, or its adapter; fail when it does not answer as the trained one does."""
+    """Write the merged model of a run, or its adapter; fail if its answers differ from the trained model's."""
     wanted.check()
     folder = empty_folder(out)
     if wanted.layout in ADAPTERS:
@@ -98,7 +98,7 @@ def export(ckpt: str, out: str, wanted: Wanted, overrides: list[str], console: C
 
 
 def handing_over(alpha: str) -> str:
-    """Say how a transparent picture becomes what training saw: who reads the folder may lay it over white, or not."""
+    """Describe how to treat transparent pictures as training did: tools that load the folder may differ."""
     make_rgb = "picture.convert('RGB')"
     if alpha != "drop":
         over = f"Image.new('RGBA', picture.size, '{alpha}')"
@@ -115,10 +115,10 @@ def measure_quantized(ckpt: str, overrides: list[str]) -> Parity | None:
 
 
 def open_for_merging(ckpt: str, overrides: list[str], wanted: Wanted, console: Console) -> tuple[Model, Config]:
-    """Open a run in float32, adapters apart, on the base that they were trained on, or on a quantized one's original.
+    """Open a run in float32, adapters not merged, on the base they were trained on, or on a quantized one's original.
 
-    Nothing is ever merged into packed weights: rounding to 4 bits would undo what was learned. An adapter that leaves
-    by itself is compared on the original weights: the folder that its user will load holds those.
+    Nothing is ever merged into packed weights: rounding to 4 bits would undo what was learned. An adapter exported
+    alone is compared on the original weights: its user will load those.
     """
     quantize = run_config(find_checkpoint(ckpt), overrides).stage.quantize
     if quantize is Quantize.none:
@@ -155,7 +155,7 @@ def settle(partial: Path, folder: Path, passed: bool, summary: str, console: Con
 
 
 def choose_layout(model: Model, config: Config, layout: str) -> str:
-    """Take transformers' own layout where the model fits it, else the parts side by side."""
+    """Take transformers' own layout where the model fits it, else separate parts."""
     if layout != "auto":
         return layout
     tiles = config.model.tiles
@@ -171,7 +171,7 @@ def choose_layout(model: Model, config: Config, layout: str) -> str:
 
 
 def write(layout: str, model: Model, config: Config, folder: Path, wanted: Wanted, console: Console) -> Model:
-    """Write the folder of a layout, say what it cannot do, and load it back."""
+    """Write the folder of a layout, print its limits, and load it back."""
     if layout == "gguf":
         from vlm_tune.model.layouts.gguf import files as gguf_files
 

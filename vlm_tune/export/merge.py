@@ -1,4 +1,4 @@
-"""Merge adapters into the weights that they were trained on, in float32; or take them off as they are."""
+"""Merge adapters into the weights that they were trained on, in float32, or remove them unmerged."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def merge_adapters(model: nn.Module) -> int:
-    """Fold every adapter into its base layer and take it off; return how many there were."""
+    """Merge every adapter into its base layer; return how many there were."""
     count = 0
     for _, module in _unwrap(model):
         module.merge(safe_merge=True)
@@ -16,7 +16,7 @@ def merge_adapters(model: nn.Module) -> int:
 
 
 def take_adapters(model: nn.Module) -> dict[str, Tensor]:
-    """Take every adapter off, the base layers left as they are; return the adapters' weights by name."""
+    """Remove every adapter, leaving the base layers unchanged; return the adapters' weights by name."""
     return {
         f"{path}.{name}": weight
         for path, module in _unwrap(model)
@@ -26,7 +26,7 @@ def take_adapters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _unwrap(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
-    """Yield every layer that wears an adapter, and put its base layer in its place afterwards."""
+    """Yield every layer that has an adapter, and replace it with its base layer afterwards."""
     wrapped = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     for name, module in wrapped:
         yield name, module

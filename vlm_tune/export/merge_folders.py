@@ -1,4 +1,4 @@
-"""`python -m vlm_tune merge base=DIR adapter=DIR out=DIR`: fold an adapter of peft into the folder it belongs to."""
+"""`python -m vlm_tune merge base=DIR adapter=DIR out=DIR`: merge a peft adapter into the folder of its base."""
 
 import json
 import shutil
@@ -22,13 +22,13 @@ from vlm_tune.model.layouts.tokenizer import needs_building
 from vlm_tune.model.layouts.weights import notes
 from vlm_tune.model.parts.llm import load_tokenizer
 
-OTHERS = (WHOLE, "mm_projector.bin")  # of LLaVA's trainer: weights that belong over those of the folder
+OTHERS = (WHOLE, "mm_projector.bin")  # of LLaVA's trainer: weights that replace those of the folder
 
 
 def merge(base: str, adapter: str, out: str, console: Console) -> Path:
-    """Merge in float32, write in the base's dtype with its tokenizer and processor, load back and compare.
+    """Merge in float32, write in the base's dtype with its tokenizer and processor, load back, and compare.
 
-    Raises ConfigError or CheckpointError for a folder that is none, a packed base, and weights that match nothing.
+    Raises ConfigError or CheckpointError for a missing folder, a packed base, and weights that match nothing.
     """
     folder = empty_folder(out)
     base_folder, adapter_folder = find(base, "base", "config.json"), find(adapter, "adapter", ADAPTER_SETTINGS)
@@ -68,7 +68,7 @@ def find(path: str, key: str, file: str) -> Path:
 
 
 def refuse_base(base: str, folder: Path) -> None:
-    """Raise ConfigError for packed weights, and weights beside the base that change what it is."""
+    """Raise ConfigError for packed weights, and weights next to the base that change it."""
     if model_kind(folder) == "parts":
         raise ConfigError(
             f"base={base}: parts side by side. Name the folder of the part that the adapter belongs to: base={base}/llm"
@@ -87,7 +87,7 @@ def refuse_base(base: str, folder: Path) -> None:
 
 
 def copy_beside(base: Path, adapter: PeftFolder, out: Path) -> None:
-    """Copy what lies beside the base's weights; the adapter's tokenizer takes the place of the base's."""
+    """Copy the files next to the base's weights; the adapter's tokenizer replaces the base's."""
     theirs = adapter.tokenizer
     left_out = set(TOKENIZER) if theirs is not None else set()
     if theirs is not None and not theirs.chat_template:
@@ -109,7 +109,7 @@ def copy_beside(base: Path, adapter: PeftFolder, out: Path) -> None:
 
 
 def add_stop(path: Path, stop: Any) -> None:
-    """Let answers end at the end token of the adapter's tokenizer too: it was trained with that one."""
+    """Also end answers at the end token of the adapter's tokenizer, with which it was trained."""
     settings = read_object(path) if path.is_file() else {}
     ends = settings.get("eos_token_id", read_json(path.parent).get("eos_token_id"))
     known = ends if isinstance(ends, list) else [] if ends is None else [ends]

@@ -1,4 +1,4 @@
-"""Merge an adapter into a folder that a class of transformers loads, as peft itself does it."""
+"""Merge an adapter into a folder that a transformers class loads, as peft itself does."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ NUM_TOKENS = 64  # of the random text on which models are compared
 
 
 def merge_plain(base: Path, adapter: PeftFolder, out: Path) -> dict[str, Any]:
-    """Merge in float32, write weights and configuration in the base's dtype, load back; return how far logits differ.
+    """Merge in float32, write weights and config in the base's dtype, load back; return how much the logits differ.
 
     Raises CheckpointError for an adapter that does not fit.
     """
@@ -32,10 +32,10 @@ def merge_plain(base: Path, adapter: PeftFolder, out: Path) -> dict[str, Any]:
     plain = logits(model, ids)
     put(model, whole, adapter.folder)
     if rows != num_rows(model):
-        model.resize_token_embeddings(rows, mean_resizing=False)  # the adapter holds what stands in the new rows
+        model.resize_token_embeddings(rows, mean_resizing=False)  # the adapter holds the contents of the new rows
     wrapped = wrap(model, config, weights, adapter.folder)
     before = logits(wrapped, ids)
-    merged: Any = wrapped.merge_and_unload(safe_merge=True)  # weights that are no numbers are refused
+    merged: Any = wrapped.merge_and_unload(safe_merge=True)  # weights that are not finite are refused
     after = logits(merged, ids)
     untie(merged)
     dtype = stored_dtype(base)
@@ -56,7 +56,7 @@ def merge_plain(base: Path, adapter: PeftFolder, out: Path) -> dict[str, Any]:
 
 
 def stored_dtype(base: Path) -> torch.dtype:
-    """Read in which dtype a folder says that its weights are."""
+    """Return the dtype that a folder declares for its weights."""
     config = read_json(base)
     name = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
     dtype = getattr(torch, name, None)
@@ -64,12 +64,12 @@ def stored_dtype(base: Path) -> torch.dtype:
 
 
 def num_rows(model: Any) -> int:
-    """Count the rows of the table of tokens."""
+    """Count the rows of the token embedding table."""
     return int(model.get_input_embeddings().weight.shape[0])
 
 
 def rows_of(model: Any, weights: dict[str, Tensor], adapter: PeftFolder) -> int:
-    """Count the rows that the table of tokens has with the adapter."""
+    """Count the rows that the token embedding table has with the adapter."""
     head = model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
     tables = [names[id(each)] for each in (model.get_input_embeddings(), head) if each is not None]
@@ -77,7 +77,7 @@ def rows_of(model: Any, weights: dict[str, Tensor], adapter: PeftFolder) -> int:
 
 
 def put(model: nn.Module, whole: dict[str, Tensor], folder: Path) -> None:
-    """Put whole weights in the place of the base's; raise CheckpointError for those that have none."""
+    """Replace base weights with the adapter's whole ones; raise CheckpointError for those that match nothing."""
     places = model.state_dict()
     problems = [f"{name}: the base has no such weight" for name in whole if name not in places]
     problems += [
@@ -96,7 +96,7 @@ def put(model: nn.Module, whole: dict[str, Tensor], folder: Path) -> None:
 
 
 def untie(merged: Any) -> None:
-    """Say in the configuration that the head has weights of its own, where the adapter gave it some."""
+    """Mark the head as untied in the configuration if the adapter gave it weights of its own."""
     head, configs = merged.get_output_embeddings(), (merged.config, merged.config.get_text_config())
     if head is None or not any(config.tie_word_embeddings for config in configs):
         return
@@ -117,6 +117,6 @@ def logits(model: Any, ids: Tensor) -> Tensor:
 
 
 def distance(one: Tensor, other: Tensor) -> float:
-    """Find the largest difference over the tokens that both know."""
+    """Return the largest difference over the tokens that both have."""
     both = min(one.shape[-1], other.shape[-1])
     return float((one[..., :both] - other[..., :both]).abs().max())

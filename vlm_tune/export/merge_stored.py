@@ -1,7 +1,7 @@
-"""Merge an adapter into a folder whose class transformers does not have, by the names of the stored weights.
+"""Merge an adapter into a folder whose class transformers lacks, by the names of the stored weights.
 
-InternVL's and LLaVA's own classes and InternLM2 name their modules as their files name the weights. A tree of layers by
-those names is all that peft needs to merge; the code of the class is not.
+InternVL's and LLaVA's own classes and InternLM2 name their modules as their files name the weights. A tree of layers
+with those names is all that peft needs to merge; the code of the class is not needed.
 """
 
 import json
@@ -26,7 +26,7 @@ NEW = ("model.mm_projector.", "model.image_newline", "model.vision_tower.")  # w
 
 
 def merge_stored(base: Path, adapter: PeftFolder, out: Path) -> dict[str, Any]:
-    """Merge in float32, write each weight in the dtype that it had, read back; return how far layers' outputs differ.
+    """Merge in float32, write each weight in its own dtype, read back; return how much layer outputs differ.
 
     Raises CheckpointError for an adapter that does not fit.
     """
@@ -39,7 +39,7 @@ def merge_stored(base: Path, adapter: PeftFolder, out: Path) -> dict[str, Any]:
     tree = layers({key: tensor.float() for key, tensor in stored.items()})
     wrapped = wrap(tree, adapter.config, adapter.weights, adapter.folder)
     plain, before = outputs(wrapped, is_base=True), outputs(wrapped)
-    merged: Any = wrapped.merge_and_unload(safe_merge=True)  # weights that are no numbers are refused
+    merged: Any = wrapped.merge_and_unload(safe_merge=True)  # weights that are not finite are refused
     after = {name: run(merged.get_submodule(name)) for name in before}
     weights = {key: weight.detach() for key, weight in merged.state_dict().items()}
     if strange := sorted(weights.keys() ^ stored.keys()):
@@ -63,19 +63,19 @@ def merge_stored(base: Path, adapter: PeftFolder, out: Path) -> dict[str, Any]:
 
 
 def is_llava(adapter: PeftFolder) -> bool:
-    """Tell whether LLaVA's trainer made an adapter: it puts the whole model's config.json beside it."""
+    """Return whether LLaVA's trainer made an adapter: it puts the whole model's config.json next to it."""
     return (adapter.folder / "config.json").is_file() and "mm_projector_type" in read_json(adapter.folder)
 
 
 def written_config(base: Path, adapter: PeftFolder) -> dict[str, Any]:
-    """Take the base's config.json, or LLaVA's own where an adapter makes a LLaVA of a language model."""
+    """Return the base's config.json, or LLaVA's own if the adapter turns a language model into a LLaVA."""
     if model_kind(base) != LLAVA_ORIGINAL and is_llava(adapter):
         return read_json(adapter.folder)
     return read_json(base)
 
 
 def whole_weights(stored: dict[str, Tensor], adapter: PeftFolder, config: dict[str, Any]) -> dict[str, Tensor]:
-    """Take the weights that were trained whole; raise CheckpointError for those that fit nothing."""
+    """Return the weights that were trained whole; raise CheckpointError for those that fit nothing."""
     may_be_new = NEW if "mm_projector_type" in config else ()
     problems = [
         f"{name}: {tuple(weight.shape)} there, {tuple(stored[name].shape) if name in stored else 'none'} in the base"
@@ -91,7 +91,7 @@ def whole_weights(stored: dict[str, Tensor], adapter: PeftFolder, config: dict[s
 
 
 def resize(stored: dict[str, Tensor], adapter: PeftFolder, config: dict[str, Any]) -> None:
-    """Give the table of tokens, and the head, the rows that the adapter has; its own weights are put there later."""
+    """Resize the token embedding table and the head to the adapter's rows; their weights are filled in later."""
     names = {key.removesuffix(".weight"): key for key in stored}
     tables = [name for name in names if name.rpartition(".")[2] in (*TABLES, *HEADS)]
     table = next((name for name in tables if name.rpartition(".")[2] in TABLES), None)
@@ -112,7 +112,7 @@ def resize(stored: dict[str, Tensor], adapter: PeftFolder, config: dict[str, Any
 
 
 def layers(weights: dict[str, Tensor]) -> nn.Module:
-    """Make a tree of layers that bears the names of weights: linear layers, tables, convolutions, and bare weights."""
+    """Build a tree of layers from weight names: linear layers, embedding tables, convolutions, and bare weights."""
     tree = nn.Module()
     groups: dict[str, dict[str, Tensor]] = {}
     for key, weight in weights.items():
@@ -133,7 +133,7 @@ def layers(weights: dict[str, Tensor]) -> nn.Module:
 
 
 def layer(name: str, leaves: dict[str, Tensor]) -> nn.Module:
-    """Make the layer that holds these weights."""
+    """Build the layer that holds these weights."""
     weight = leaves.get("weight")
     if weight is None or leaves.keys() - {"weight", "bias"} or weight.ndim not in (2, 4):
         return nn.Module()
@@ -147,14 +147,14 @@ def layer(name: str, leaves: dict[str, Tensor]) -> nn.Module:
 
 
 def outputs(wrapped: nn.Module, is_base: bool = False) -> dict[str, Tensor]:
-    """Run every layer that wears an adapter, or its base layer alone: by its name in the tree."""
+    """Run every layer that has an adapter, or only its base layer; return outputs by name."""
     inner = wrapped.get_base_model()  # type: ignore[operator]
     worn = {name: each for name, each in inner.named_modules() if isinstance(each, BaseTunerLayer)}
     return {name: run(each.get_base_layer() if is_base else each) for name, each in worn.items()}
 
 
 def run(each: Any) -> Tensor:
-    """Run a layer on random numbers that depend on its size alone."""
+    """Run a layer on random numbers that depend only on its size."""
     base = each.get_base_layer() if isinstance(each, BaseTunerLayer) else each
     numbers = torch.Generator().manual_seed(0)
     if isinstance(base, nn.Embedding):

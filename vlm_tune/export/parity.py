@@ -1,4 +1,4 @@
-"""Does the exported model answer as the trained one? Logits and greedy text on real questions."""
+"""Compare an exported model with the trained one: logits and greedy answers on real questions."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ NEW_TOKENS = 64
 
 @contextmanager
 def precisely(network: nn.Module) -> Iterator[None]:
-    """Compute in float64 where all weights are float32, and give the same bits back."""
+    """Compute in float64 where all weights are float32, and restore the same bits afterwards."""
     is_plain = {weight.dtype for weight in network.parameters()} == {torch.float32}
     if is_plain:
         network.double()
@@ -32,16 +32,16 @@ def precisely(network: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Parity:
-    """What one model says to the sample prompts."""
+    """One model's output on the sample prompts."""
 
-    logits: list[Tensor]  # (L, V) of each prompt
+    logits: list[Tensor]  # (L, V) for each prompt
     answers: list[list[int]]  # token ids
 
     @classmethod
     def measure(cls, model: Model, prompts: list[Prompt]) -> "Parity":
-        """Run each prompt by itself: logits at every position, and the greedy answer.
+        """Run each prompt on its own: logits at every position, and the greedy answer.
 
-        Logits of a float32 model are computed in float64: its own rounding would be most of what is seen.
+        Logits of a float32 model are computed in float64: its own rounding would dominate the difference.
         """
         logits = []
         with precisely(model.vlm):
@@ -66,7 +66,7 @@ class ParityReport:
 
     @property
     def summary(self) -> str:
-        """The report in one line."""
+        """Summarise the report in one line."""
         if not self.num_prompts:
             return "not compared: there is no test file with questions (data.test=FILE)"
         return (
@@ -82,9 +82,9 @@ def compare(trained: Parity, exported: Parity, dtype: str) -> ParityReport:
     mean = float(torch.stack([difference.mean() for difference in differences]).mean()) if differences else 0.0
     pairs = list(zip(trained.answers, exported.answers, strict=True))
     agreed = sum(map(agreement, *zip(*pairs, strict=True))) / len(pairs) if pairs else 1.0
-    # weights are joined in float32, whose steps are wider where numbers are larger
+    # weights are merged in float32, whose steps grow with the numbers
     scale = max([LEAST_SCALE, *(float(logits.abs().max()) for logits in trained.logits)])
-    # 8 bits are asked for, and move logits by more than 16 do: their answers must stay
+    # 8 bits were requested and move logits more than 16 do: their answers must stay the same
     is_close = largest <= FLOAT32_BOUND * scale if dtype == "fp32" else mean <= MEAN_BOUND or dtype == "q8_0"
     passed = is_close and (dtype == "fp32" or agreed >= AGREEMENT_BOUND)
     return ParityReport(len(differences), largest, mean, agreed, passed)

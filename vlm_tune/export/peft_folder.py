@@ -1,4 +1,4 @@
-"""A folder of peft as somebody else wrote it: every file in it that holds weights is read, or refused by its name."""
+"""Read a peft folder that another tool wrote: every file that holds weights is read, or refused by name."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,7 +17,7 @@ from vlm_tune.model.layouts.weights import listed, read_tensors
 from vlm_tune.model.parts.llm import load_tokenizer
 
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
-WHOLE = "non_lora_trainables.bin"  # of LLaVA's trainer: the weights that it trained beside the adapter
+WHOLE = "non_lora_trainables.bin"  # of LLaVA's trainer: the weights that it trained in addition to the adapter
 HOLDS_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".h5", ".msgpack", ".onnx")
 OF_TRAINERS = ("training_args.bin", "optimizer.", "scheduler.", "scaler.", "rng_state", "random_states", "latest")
 TOKENIZER = (
@@ -39,12 +39,12 @@ COPY = ".modules_to_save.weight"
 
 @dataclass(frozen=True)
 class PeftFolder:
-    """What is in a folder of peft, its weights named as modules are, without peft's prefix."""
+    """The contents of a peft folder; weights have the names of modules, without peft's prefix."""
 
     folder: Path
     config: PeftConfig
     weights: dict[str, Tensor]  # of the adapter
-    whole: dict[str, Tensor]  # that take the place of the base's
+    whole: dict[str, Tensor]  # that replace the base's
     tokenizer: PreTrainedTokenizerBase | None
 
     @property
@@ -57,8 +57,8 @@ class PeftFolder:
 def read_peft_folder(folder: Path) -> PeftFolder:
     """Read settings, weights and tokenizer of an adapter.
 
-    Raises CheckpointError for weights in files of other names, for settings that the installed peft does not know, and
-    for files that cannot be read.
+    Raises CheckpointError for weights in files of other names, for settings that the installed peft does not know,
+    and for files that cannot be read.
     """
     refuse_other_weights(folder)
     file = next((folder / name for name in ADAPTERS if (folder / name).is_file()), None)
@@ -73,7 +73,7 @@ def read_peft_folder(folder: Path) -> PeftFolder:
 
 
 def refuse_other_weights(folder: Path) -> None:
-    """Raise CheckpointError for files that hold weights under a name which is not known: they would be lost."""
+    """Raise CheckpointError for weight files with unknown names: they would be lost."""
     known = (*ADAPTERS, WHOLE)
     others = [
         path.name
@@ -91,7 +91,7 @@ def refuse_other_weights(folder: Path) -> None:
 
 
 def read_config(folder: Path) -> PeftConfig:
-    """Read adapter_config.json; raise CheckpointError for what the installed peft would leave out, or import."""
+    """Read adapter_config.json; raise CheckpointError for what the installed peft would ignore, or import."""
     path = folder / ADAPTER_SETTINGS
     settings = read_object(path)
     kind = PEFT_TYPE_TO_CONFIG_MAPPING.get(str(settings.get("peft_type")))
@@ -114,14 +114,14 @@ def read_config(folder: Path) -> PeftConfig:
 
 
 def without_prefix(stored: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """Name weights as modules are; raise CheckpointError for names that are not peft's."""
+    """Strip peft's prefix from weight names; raise CheckpointError for names that are not peft's."""
     if wrong := sorted(name for name in stored if not name.startswith(PREFIX)):
         raise CheckpointError(f"{file}: \n  {listed(wrong)}\n  names that do not begin with {PREFIX}, as peft's do")
     return {name.removeprefix(PREFIX): weight for name, weight in stored.items()}
 
 
 def without_copies(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out what peft wrote twice: a module to save under the name that it has in memory, too."""
+    """Drop what peft wrote twice: a module to save, also under its in-memory name."""
     kept: dict[str, Tensor] = dict(weights)
     for name, weight in weights.items():
         if not name.endswith(COPY):
@@ -133,17 +133,17 @@ def without_copies(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def token_indices(config: Any) -> list[int]:
-    """List the tokens of which peft trained single rows."""
+    """List the tokens for which peft trained single rows."""
     given = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None) or []
     groups = given.values() if isinstance(given, dict) else [given]
     return sorted({index for group in groups for index in group})
 
 
 def rows_after(adapter: PeftFolder, weights: dict[str, Tensor], tables: list[str], rows: int) -> int:
-    """Count the rows that the tables of a base, now of `rows`, have with an adapter: as many as the adapter's own.
+    """Return how many rows the tables of a base, now with `rows`, have with an adapter: as many as the adapter's.
 
-    `weights` are the adapter's under the base's names, `tables` the names of the table of tokens and of the head.
-    Raises CheckpointError where nobody knows what stands in a new row.
+    `weights` are the adapter's under the base's names, `tables` the names of the token embeddings and of the head.
+    Raises CheckpointError if the contents of a new row are unknown.
     """
     axes = dict.fromkeys(WHOLE_TABLES, 0) | {"lora_embedding_A": 1, "lora_B.weight": 0}
     found = {(name, leaf): weights.get(f"{name}.{leaf}") for name in tables for leaf in axes}

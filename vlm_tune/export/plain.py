@@ -1,4 +1,4 @@
-"""Models as plain transformers and peft load them: read from a folder, put under an adapter, asked the same prompts."""
+"""Models as plain transformers and peft load them: read from a folder, given an adapter, asked the same prompts."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from vlm_tune.model.layouts.weights import listed
 
 
 def read(folder: Path) -> PreTrainedModel:
-    """Load a causal LM or a vision-language model in float32, whichever the folder says it is."""
+    """Load a causal LM or a vision-language model in float32, whichever the folder declares."""
     has_pictures = hasattr(read_settings(AutoConfig, folder), "vision_config")
     kind = AutoModelForImageTextToText if has_pictures else AutoModelForCausalLM
     model: PreTrainedModel = load_pretrained(kind, folder, part="the model", dtype=torch.float32)
@@ -31,9 +31,9 @@ def read(folder: Path) -> PreTrainedModel:
 
 
 def wrap(model: nn.Module, config: PeftConfig, weights: dict[str, Tensor], folder: Path) -> PeftModel:
-    """Put an adapter beside a model's layers, strictly; `weights` bear the names of modules, without peft's prefix.
+    """Add an adapter to a model, strictly; `weights` have the names of modules, without peft's prefix.
 
-    Raises CheckpointError with peft's whole reason where it does not fit, and with a list of weights that match nothing
+    Raises CheckpointError with peft's full reason if it does not fit, and with a list of weights that match nothing
     or are missing.
     """
     config.inference_mode = True
@@ -51,7 +51,7 @@ def wrap(model: nn.Module, config: PeftConfig, weights: dict[str, Tensor], folde
         places = {stored_name(name): each for name, each in wrapped.named_parameters(remove_duplicate=False)}
         strange = {stored_name(name) for name in found.unexpected_keys}
         lacking = {stored_name(name) for name in found.missing_keys if f".{ADAPTER}" in name}
-        # a weight that two modules share is loaded once, and is right in both
+        # a weight that two modules share is loaded once, for both
         shared = {n for n in strange & lacking if places[n].equal(weights[n.removeprefix(PREFIX)].to(places[n].dtype))}
         problems = [f"{name}: matches nothing in the base" for name in sorted(strange - shared)]
         problems += [f"{name}: missing in the adapter" for name in sorted(lacking - shared)]
@@ -63,7 +63,7 @@ def wrap(model: nn.Module, config: PeftConfig, weights: dict[str, Tensor], folde
 
 
 def stored_name(name: str) -> str:
-    """Name a weight of a model that wears an adapter as peft's files do."""
+    """Return a weight's name in peft's files, for a model that has an adapter."""
     return name.replace(f".{ADAPTER}", "")
 
 
@@ -71,7 +71,7 @@ def stored_name(name: str) -> str:
 def measure(plain: Any, model: Model, prompts: list[Prompt]) -> Parity:
     """Ask a plain model the prompts: logits at every position, in float64 as `Parity.measure` does, and the answers.
 
-    A language model alone is given the embeddings that `model` makes of the pictures.
+    A language model alone is given the embeddings that `model` computes for the pictures.
     """
     has_pictures = hasattr(plain.config, "vision_config")
     logits, answers = [], []
@@ -94,7 +94,7 @@ def embedded(prompt: Prompt, model: Model) -> dict[str, Tensor]:
 
 
 def picture_inputs(prompt: Prompt, model: Model, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Name a prompt's tokens and tiles as the processors of transformers do."""
+    """Return a prompt's tokens and tiles as transformers' processors name them."""
     ids = torch.from_numpy(prompt.example.input_ids.astype(np.int64)).unsqueeze(0)  # (1, L)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if not len(prompt.tiles):
@@ -106,7 +106,7 @@ def picture_inputs(prompt: Prompt, model: Model, dtype: torch.dtype) -> dict[str
 
 
 def stack_pictures(pixels: Tensor, spreads: Any) -> dict[str, Tensor]:
-    """Give each any-resolution picture a row of its own: (T, 3, H, W) -> (_, _, 3, H, W), filled up with zeros."""
+    """Give each any-resolution picture a row of its own: (T, 3, H, W) -> (_, _, 3, H, W), padded with zeros."""
     counts = [Spread(*spread).num_tiles for spread in spreads]
     rows = torch.nn.utils.rnn.pad_sequence(list(pixels.split(counts)), batch_first=True)
     sizes = torch.tensor([[spread.height, spread.width] for spread in spreads])

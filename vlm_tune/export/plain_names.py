@@ -1,4 +1,4 @@
-"""Names of weights in older adapters, and in those of LLaVA's trainer, as transformers' classes of today have them."""
+"""Map weight names in older adapters, and in those of LLaVA's trainer, to those of current transformers classes."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
 def today(name: str) -> str:
-    """Name a weight or a module of a vision-language model as today's classes do."""
+    """Return the current name of a weight or a module of a vision-language model."""
     for theirs, ours in RENAMED:
         if name.startswith(theirs):
             return ours + name.removeprefix(theirs)
@@ -28,9 +28,9 @@ def today(name: str) -> str:
 
 
 def rename(config: Any, weights: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Rename an adapter's weights, and the modules that its settings name, where any name is an older one.
+    """Rename an adapter's weights, and the modules that its settings name, if any name is an old one.
 
-    The modules to adapt are then listed one by one, as the weights name them: a pattern of the old names fits nothing.
+    The modules to adapt are then listed one by one, as in the weights: a pattern of old names would match nothing.
     """
     renamed = {today(name): weight for name, weight in weights.items()}
     if renamed.keys() == weights.keys():
@@ -39,5 +39,5 @@ def rename(config: Any, weights: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     for key in PATTERNS:
         found = {today(pattern): value for pattern, value in getattr(config, key).items()}
         setattr(config, key, found)
-    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None  # what they say is in the list
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None  # the list covers them
     return config, renamed

@@ -1,4 +1,4 @@
-"""Ask an exported folder as a stranger does: plain transformers, with the folder's own template, stops and settings."""
+"""Test an exported folder as an outsider would: plain transformers, with the folder's own template and settings."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +19,7 @@ from vlm_tune.model.layouts.pretrained import read_settings
 
 
 class Questions:
-    """A few real questions with pictures, as our encoder writes them and as transformers takes a conversation."""
+    """A few real questions with pictures, as our encoder writes them and as transformers expects a conversation."""
 
     def __init__(self, model: Model, config: Config, count: int = 4) -> None:
         test, special = open_test(config, model), model.tokenizer.get_added_vocab()
@@ -29,10 +29,10 @@ class Questions:
 
 
 def chat(test: Conversations, sample: Sample, special: Iterable[str]) -> list[dict[str, Any]] | None:
-    """Write a conversation up to its last question as transformers' processors take it.
+    """Return a conversation up to its last question as transformers' processors expect it.
 
-    None for one that their templates cannot write: a picture that does not stand first in its turn, or several, which
-    training let share the tiles; text that looks like a special token; earlier turns that were tokenized in pieces.
+    None for one that their templates cannot write: a picture that is not first in its turn, or several
+    that shared the tiles in training; text that looks like a special token; earlier turns tokenized in pieces.
     """
     turns = sample.messages[:-1] if sample.messages[-1].role == "assistant" else sample.messages
     pictures = [part for turn in turns for part in turn.parts if isinstance(part, Picture)]
@@ -46,7 +46,7 @@ def chat(test: Conversations, sample: Sample, special: Iterable[str]) -> list[di
 
 
 def content(test: Conversations, turn: Message) -> Any:
-    """Yield what a turn holds."""
+    """Yield the parts of a turn: its pictures, then its text."""
     for part in turn.parts:
         if isinstance(part, Picture):
             yield {"type": "image", "image": test.reader.open_picture(part)}
@@ -55,9 +55,9 @@ def content(test: Conversations, turn: Message) -> Any:
 
 @torch.no_grad()
 def plain_agreement(plain: Any, folder: Path, questions: Questions, answers: list[list[int]]) -> float | None:
-    """Say how many of the trained model's tokens a plain model generates, by what stands in the folder alone.
+    """Return what share of the trained model's tokens a plain model generates, using only the folder.
 
-    1.0 is all; a conversation whose prompt the folder's template writes otherwise counts as none. None where no
+    1.0 is all; a conversation whose prompt the folder's template writes differently counts as 0. None if no
     conversation could be asked.
     """
     processor = read_settings(AutoProcessor, folder)

@@ -1,4 +1,4 @@
-"""What an export shall be: its choices and its folder, looked at before torch is imported."""
+"""The options of an export and its folder, checked before torch is imported."""
 
 import re
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ BASES = ("trained", "original")
 
 @dataclass(frozen=True)
 class Wanted:
-    """What an export shall be."""
+    """The options of an export."""
 
     layout: str = "auto"
     dtype: str = "fp32"
@@ -23,7 +23,7 @@ class Wanted:
     shard: str = "2GB"
 
     def check(self) -> None:
-        """Raise ConfigError for a choice that is none."""
+        """Raise ConfigError for an unknown choice."""
         for key, value, choices in (
             ("dtype", self.dtype, tuple(GGUF_DTYPES if self.layout == "gguf" else DTYPES)),
             ("layout", self.layout, ("auto", *WRITTEN)),
@@ -36,7 +36,7 @@ class Wanted:
 
 
 def empty_folder(out: str) -> Path:
-    """Return the folder to write; raise ConfigError when something is in it."""
+    """Return the folder to write; raise ConfigError if it is not empty."""
     folder = Path(out).expanduser()
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"out={out}: a file of that name is there. Name a new folder: nothing is overwritten")

@@ -1,1 +1,1 @@
-"""The verbs check and inspect: rows looked at, findings as numbers, in the terminal and as pages."""
+"""The verbs `check` and `inspect`: examine rows and report the findings as numbers, in the terminal and as pages."""

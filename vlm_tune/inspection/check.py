@@ -37,14 +37,14 @@ def check(
 ) -> int:
     """Check all rows of data.path, print what was found, and write check.json and check.html; return the exit code.
 
-    They are written into `out`, or into a folder named for the data beside the runs.
+    They are written to `out`, or to a folder named after the data, next to the runs.
     0: clean. 1: there are bad rows. Raise ConfigError or DataError where there is nothing to check: no such file.
     """
     if repeated_ids not in REPEATED_IDS:
         raise ConfigError(f"repeated_ids={repeated_ids}: set it to {' or '.join(REPEATED_IDS)}")
     path = find_file(config.data.path)
     folder = Path(out) if out else Path(config.runs) / f"check_{data_name(path)}"
-    try:  # before the work, so that none is lost
+    try:  # before the work, so that no result is lost
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"out={folder}: {error.strerror}. Name a folder that can be written") from error
@@ -77,7 +77,7 @@ def check_rows(
     are_ids_unique: bool,
     total: Findings,
 ) -> None:
-    """Check the rows of all files, beside those of the held-out ones, and add what is found to `total`."""
+    """Check the rows of all files, compare them with the held-out ones, and add the findings to `total`."""
     for data in files:
         found, chunks = Findings(), RowCheck(data, held)
         workers = config.data.workers if len(chunks) > 1 else 0
@@ -90,7 +90,7 @@ def check_rows(
 
 
 def open_files(config: Config, encoder: Encoder, path: Path, found: Findings) -> list[Conversations]:
-    """Open a data file as training does, or all sets of a mixture; a file that cannot be opened is one fault."""
+    """Open a data file as training does, or all sets of a mixture; a file that cannot be opened counts as one fault."""
     opened: list[Conversations] = []
     entries: Sequence[MetaEntry | None] = [None]
     try:
@@ -107,7 +107,7 @@ def open_files(config: Config, encoder: Encoder, path: Path, found: Findings) ->
 
 
 def open_file(path: Path, entry: MetaEntry | None, config: Config, encoder: Encoder) -> Conversations:
-    """Open one file of rows; where none of the first fits a dialect, let each row say so itself."""
+    """Open one file of rows; if none of the first fits a dialect, each row reports that itself."""
 
     def opened(config: Config) -> Conversations:
         return (open_data(path, config, encoder) if entry is None else open_set(path, entry, config, encoder)).sets[0]
@@ -117,11 +117,11 @@ def open_file(path: Path, entry: MetaEntry | None, config: Config, encoder: Enco
     except DataError:
         any_format = replace(config, data=replace(config.data, format="text"))
         entry = replace(entry, format="text") if entry is not None else None
-        data = opened(any_format)  # fails as before, where it was not for the dialect
+        data = opened(any_format)  # fails as before, unless the dialect was the reason
         data.format = "auto"
         return data
 
 
 def as_json(look: Look) -> dict[str, Any]:
-    """Write a row that was looked at in plain values, its pictures left out."""
+    """Return a row that was looked at as plain values, without its pictures."""
     return vars(look) | {"pictures": [told for told, _ in look.pictures], "runs": [list(run) for run in look.runs]}

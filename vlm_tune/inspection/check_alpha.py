@@ -1,7 +1,7 @@
-"""What `check` says of transparency: how many headers announce it, and how many pictures of a sample have it.
+"""What `check` reports on transparency: how many headers announce it, and how many pictures of a sample have it.
 
-Whether any pixel is transparent shows only when a picture is decoded, which `check` does for nothing else. So a few of
-each of some chunks of rows are, evenly spread over the file and the same whatever data.workers is.
+Whether any pixel is transparent shows only when a picture is decoded, which `check` does for nothing else. So a few
+pictures are decoded, from chunks of rows spread evenly over the file; the choice does not depend on data.workers.
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ CHUNKS, PER_CHUNK = 64, 8  # at most 512 pictures are decoded
 
 
 class AlphaCount:
-    """Count the pictures of the chunks of one file; a picture's header is read once in a process."""
+    """Counts the pictures in the chunks of one file; a picture's header is read once per process."""
 
     def __init__(self, reader: ImageReader, num_chunks: int) -> None:
         self._reader = reader
@@ -55,7 +55,7 @@ class AlphaCount:
 
 
 def alpha_fact(counts: dict[str, Any], alpha: str) -> str:
-    """Say what was counted, and what to set."""
+    """Describe what was counted, and what to set."""
     have = f"{counted(counts['alpha'], 'picture')} {'has' if counts['alpha'] == 1 else 'have'} an alpha channel"
     told = f"{have}; of {counts['decoded']:,} of them that were decoded, "
     if not counts["transparent"]:

@@ -1,4 +1,4 @@
-"""The findings of `check` as one HTML page, in the words of the terminal."""
+"""The findings of `check` as one HTML page, worded as in the terminal."""
 
 from pathlib import Path
 from typing import Any

@@ -70,7 +70,7 @@ def summarise(found: Findings, config: Config, settings: EncoderSettings) -> dic
 
 
 def place(where: str) -> dict[str, Any]:
-    """Part "train.jsonl:17" into file and line; a row of a tar file has a name instead of a line."""
+    """Split "train.jsonl:17" into file and line; a row of a tar file has a name instead of a line."""
     found = re.fullmatch(r"(.+):(\d+)( row \d+)?", where, re.DOTALL)
     if found is None or ".tar" in found[1] or found[1].endswith(".tgz"):
         return {"file": where.rpartition(":")[0] or where, "line": None}
@@ -78,7 +78,7 @@ def place(where: str) -> dict[str, Any]:
 
 
 def spread(counts: Counter[int], ranges: Sequence[tuple[int, int]]) -> dict[str, Any] | None:
-    """Describe how a number is spread over the rows: quantiles, and a histogram [first, last, rows]."""
+    """Describe how a number is distributed over the rows: quantiles, and a histogram [first, last, rows]."""
     if not counts:
         return None
     total = sum(counts.values())
@@ -107,7 +107,7 @@ def quantile(counts: Counter[int], share: float) -> int:
 
 
 def bins(counters: Sequence[Counter[int]]) -> list[tuple[int, int]]:
-    """Choose some NUM_BINS ranges (first, last) of a round width; what few rows exceed is all in the last one."""
+    """Choose some NUM_BINS ranges (first, last) of a round width; the last one takes the long tail."""
     filled = [counter for counter in counters if counter]
     if not filled:
         return []
@@ -121,7 +121,7 @@ def bins(counters: Sequence[Counter[int]]) -> list[tuple[int, int]]:
 
 
 def verdict(report: dict[str, Any]) -> str:
-    """Say in one line whether the data can be trained on."""
+    """Return one line on whether the data can be trained on."""
     rows = counted(report["rows"], "row")
     if not report["errors"]:
         return f"{rows}, no errors"
@@ -132,7 +132,7 @@ def verdict(report: dict[str, Any]) -> str:
 
 
 def facts(report: dict[str, Any]) -> dict[str, str]:
-    """Say the counts in words: name -> value."""
+    """Describe the counts in words: name -> value."""
     images, trained, tokens, tiles = (report[name] for name in ("images", "trained", "tokens", "tiles"))
     settings = report["settings"]
     told = {"rows": ", ".join(f"{count:,} {name}" for name, count in report["dialects"].items()) or "none"}
@@ -168,23 +168,23 @@ def facts(report: dict[str, Any]) -> dict[str, str]:
 
 
 def answers_in_words(answers: dict[str, Any]) -> str:
-    """Say how many short answers there are, and which are most frequent: '300, 12 longer; "yes" 71.0%, "no" 29.0%'."""
+    """Describe how many short answers there are, and the most frequent: '300, 12 longer; "yes" 71.0%, "no" 29.0%'."""
     longer = f" and {answers['long']:,} longer ones" if answers["long"] else ""
     return f"{answers['short']:,}{longer}; {shares(answers['most'][:3], answers['short'])}"
 
 
 def shares(answers: list[list[Any]], total: int) -> str:
-    """Say how often each answer comes: '"yes" 71.0%, "no" 29.0%'."""
+    """Describe how often each answer occurs: '"yes" 71.0%, "no" 29.0%'."""
     return ", ".join(f"{quoted(text)} {times / total:.1%}" for text, times in answers)
 
 
 def quoted(text: str) -> str:
-    """Put text of the data into quotation marks, on one line."""
+    """Quote text from the data, on one line."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def shared_in_words(held: dict[str, Any]) -> str:
-    """Say what the rows to train on share with a held-out file."""
+    """Describe what the training rows share with a held-out file."""
     if held["error"]:
         return f"cannot be compared: {held['error']}"
     parts = []
@@ -200,12 +200,12 @@ def shared_in_words(held: dict[str, Any]) -> str:
 
 
 def in_words(numbers: dict[str, Any]) -> str:
-    """Say how a number is spread: 'median 40, 95% up to 52, at most 71'."""
+    """Describe how a number is distributed: 'median 40, 95% up to 52, at most 71'."""
     return f"median {numbers['median']:,}, 95% up to {numbers['p95']:,}, at most {numbers['max']:,}"
 
 
 def print_report(report: dict[str, Any], console: Console, folder: Path) -> None:
-    """Print the tables, the first bad rows, and where the whole report is."""
+    """Print the tables, the first bad rows, and where the full report is."""
     style = "bold red" if report["errors"] else "bold green"
     console.print(Text.assemble((f"{report['path']}: {verdict(report)}", style)))
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
@@ -224,7 +224,7 @@ def print_report(report: dict[str, Any], console: Console, folder: Path) -> None
 
 
 def question_table(questions: list[dict[str, Any]]) -> Table:
-    """List the questions that are asked most, with the shares of their answers."""
+    """List the most frequent questions, with the shares of their answers."""
     table = Table(
         "question", "times", "answers", title="\nmost asked", title_justify="left", title_style="bold", box=None
     )
@@ -247,7 +247,7 @@ def shared_lines(files: list[dict[str, Any]], limit: int = 3) -> Iterator[str]:
 
 
 def print_faults(report: dict[str, Any], console: Console) -> None:
-    """Print how many faults of each kind there are, and the first bad rows as errors are written everywhere."""
+    """Print how many faults of each kind there are, and the first bad rows, formatted like all errors."""
     table = Table("fault", "rows", title="\nfaults", title_justify="left", title_style="bold", box=None)
     table.columns[1].justify = "right"
     for kind, count in report["faults"].items():
@@ -263,7 +263,7 @@ def print_faults(report: dict[str, Any], console: Console) -> None:
 
 
 def first_of_each(bad_rows: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
-    """Keep up to `limit` faults of each kind, so that one that is everywhere hides no other."""
+    """Keep up to `limit` faults of each kind, so that a very frequent kind does not hide the others."""
     seen: Counter[str] = Counter()
     kept = []
     for fault in bad_rows:
@@ -273,7 +273,7 @@ def first_of_each(bad_rows: list[dict[str, Any]], limit: int) -> list[dict[str, 
 
 
 def histograms(report: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Choose what is drawn: title -> name -> numbers. The two tile rules stand side by side where they differ."""
+    """Choose what is drawn: title -> name -> numbers. The two tile rules are drawn side by side where they differ."""
     drawn: dict[str, dict[str, dict[str, Any]]] = {}
     rules = report["tokens_by_rule"]
     if len(rules) > 1 and len({str(numbers) for numbers in rules.values()}) > 1:
@@ -295,7 +295,7 @@ def rule_note(report: dict[str, Any]) -> str:
 
 
 def setting_texts(settings: dict[str, Any]) -> dict[str, str]:
-    """Write the settings that decide what was found as the command line takes them."""
+    """Format the settings that affect the findings as the command line takes them."""
     return {
         "model": str(settings["model"]),
         "model.template": str(settings["template"]),
@@ -309,7 +309,7 @@ def setting_texts(settings: dict[str, Any]) -> dict[str, str]:
 
 
 def histogram_table(title: str, series: dict[str, dict[str, Any]]) -> Table:
-    """Draw histograms over the same bins beside one another."""
+    """Draw histograms over the same bins side by side."""
     table = Table(title.partition(" ")[0], title=f"\n{title}", title_justify="left", title_style="bold", box=None)
     table.columns[0].justify = "right"
     for name in series:
@@ -327,5 +327,5 @@ def histogram_table(title: str, series: dict[str, dict[str, Any]]) -> Table:
 
 
 def range_text(first: int, last: int) -> str:
-    """Write the range of a bin."""
+    """Format the range of a bin."""
     return f"{first:,}" if first == last else f"{first:,} to {last:,}"

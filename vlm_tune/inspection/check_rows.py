@@ -1,4 +1,4 @@
-"""What `check` does with the rows: each is read, parsed, its pictures looked at, and measured; every fault is kept."""
+"""Check the rows: read, parse and measure each one, look at its pictures, and record every fault."""
 
 import re
 from collections import Counter
@@ -27,14 +27,14 @@ from vlm_tune.inspection.check_answers import Answers
 from vlm_tune.inspection.check_shared import Contents, HeldOut, Shared
 
 CHUNK = 256  # rows that a worker checks at once: their texts are tokenized together
-ENDLESS = 1 << 40  # tokens: nothing is too long for this limit
+ENDLESS = 1 << 40  # tokens: a limit that nothing exceeds
 UNREADABLE, UNKNOWN = "unreadable", "unknown"  # in the count of rows per dialect
 UNKNOWN_DIALECT, REPEATED_ID, OTHER = "unknown dialect", "repeated id", "other"
 
 Hashes = npt.NDArray[np.uint64]
 GoodRow = tuple[int, Sample, Tiling]
 
-# What the words of an error mean, for counts; the first that fits. A fault that fits none is of the kind "other".
+# The kind of fault that the words of an error stand for; the first match counts, and "other" if there is none.
 ROW_KINDS = {
     "not JSON": r"^not JSON",
     "bad encoding": r"^not UTF-8|holds a broken character",
@@ -62,12 +62,12 @@ PICTURE_KINDS = {
     "unreadable image": r"",
 }
 STATES = {"missing image": "missing", "wrong size declared": "found"}  # of a picture; any other fault: broken
-RULES = (TileRule.dynamic, TileRule.area)  # compared with one another
+RULES = (TileRule.dynamic, TileRule.area)  # compared with each other
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Say what is wrong with one row."""
+    """What is wrong with one row."""
 
     kind: str
     where: str  # "train.jsonl:17"
@@ -78,7 +78,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class LongRow:
-    """Say what becomes of one row that is longer than a limit."""
+    """What happens to one row that is longer than a limit."""
 
     where: str
     row: int
@@ -89,7 +89,7 @@ class LongRow:
 
 @dataclass
 class Findings:
-    """Hold what is known of some rows; counts only, so that ten million rows cost no more than their faults."""
+    """What was found in some rows; only counts, so that ten million rows cost no more memory than their faults."""
 
     num_rows: int = 0
     dialects: Counter[str] = field(default_factory=Counter)
@@ -101,17 +101,17 @@ class Findings:
     faults: list[Fault] = field(default_factory=list)
     long_rows: list[LongRow] = field(default_factory=list)
     stretched_rows: list[LongRow] = field(default_factory=list)  # beyond max_position_embeddings, by rope scaling
-    same_id: list[tuple[str, str]] = field(default_factory=list)  # (where, where the same id stood before)
+    same_id: list[tuple[str, str]] = field(default_factory=list)  # (where, where the same id occurred first)
     same_content: list[tuple[str, str]] = field(default_factory=list)  # the same for whole conversations
     markup: Counter[str] = field(default_factory=Counter)  # tokens that belong to the texts (<box>) -> how often
     answers: Answers = field(default_factory=Answers)
-    shared: dict[str, Shared] = field(default_factory=dict)  # "val", "test" -> what stands in that file too
-    ids: list[Hashes] = field(default_factory=list)  # one a row, 0 = none
-    contents: list[Hashes] = field(default_factory=list)  # one a row, 0 = not readable
-    pictures: list[Hashes] = field(default_factory=list)  # of the pictures' paths, each once a chunk
+    shared: dict[str, Shared] = field(default_factory=dict)  # "val", "test" -> what is in that file too
+    ids: list[Hashes] = field(default_factory=list)  # one per row, 0 = none
+    contents: list[Hashes] = field(default_factory=list)  # one per row, 0 = not readable
+    pictures: list[Hashes] = field(default_factory=list)  # of the pictures' paths, each once per chunk
 
     def merge(self, other: "Findings") -> None:
-        """Add what was found in later rows."""
+        """Add the findings of later rows."""
         self.num_rows += other.num_rows
         for name in ("dialects", "images", "tiles", "tokens", "trained", "markup"):
             getattr(self, name).update(getattr(other, name))
@@ -124,7 +124,7 @@ class Findings:
             getattr(self, name).extend(getattr(other, name))
 
     def renumber(self, start: int) -> None:
-        """Number the rows of a set through a mixture."""
+        """Shift the row numbers of a set to those of its mixture."""
         if start:
             self.faults = [replace(fault, row=fault.row + start) for fault in self.faults]
             for rows in (self.long_rows, self.stretched_rows):
@@ -132,13 +132,13 @@ class Findings:
 
 
 class RowCheck(Dataset[Findings]):
-    """Check the rows of one data file, a chunk at a time; `torch.utils.data.DataLoader` spreads the chunks."""
+    """Checks the rows of one data file, a chunk at a time; `torch.utils.data.DataLoader` spreads the chunks."""
 
     def __init__(self, data: Conversations, held: Sequence[HeldOut] = ()) -> None:
         self.data = data
         self.held = held
         self.contents = Contents(data.reader)
-        # Measured without a limit first, so that the histogram holds the rows that are too long as well.
+        # Measured without a limit first, so that the histogram also covers rows that are too long.
         self.endless = with_settings(data.encoder, max_length=ENDLESS, positions=UNLIMITED)
         markup = sorted(data.encoder.markup, key=len, reverse=True)
         self.markup = re.compile("|".join(map(re.escape, markup))) if markup else None
@@ -181,7 +181,7 @@ class RowCheck(Dataset[Findings]):
         return found
 
     def _read(self, row: int, found: Findings) -> tuple[Sample | None, str | None]:
-        """Parse one row; also return its own id, where it names one."""
+        """Parse one row; also return its own id, if it has one."""
         data = self.data
         try:
             record = data.rows[row]
@@ -237,7 +237,7 @@ class RowCheck(Dataset[Findings]):
                 found.trained.update(rows=1, tokens=kept.num_tokens, supervised=kept.num_supervised)
 
     def _shorten(self, good: GoodRow, num_tokens: int, found: Findings) -> Lengths | None:
-        """Note what becomes of a row that is too long."""
+        """Record what happens to a row that is too long."""
         row, sample, tiling = good
         lengths = self.data.encoder.encode_lengths([sample], [tiling])[0]
         if isinstance(lengths, Lengths):
@@ -262,7 +262,7 @@ class RowCheck(Dataset[Findings]):
 
 
 def add_fault(found: Findings, row: int, error: DataError, kinds: dict[str, str]) -> str:
-    """Keep a fault; return its kind."""
+    """Record a fault; return its kind."""
     kind = next((name for name, words in kinds.items() if re.search(words, error.reason)), OTHER)
     found.faults.append(Fault(kind, error.where, row, error.sample_id, error.reason))
     return kind
@@ -277,13 +277,13 @@ def dialect_of(record: Mapping[str, object]) -> str:
 
 
 def name_of(picture: Picture) -> bytes:
-    """Return what tells a picture from others."""
+    """Return what identifies a picture."""
     frame = "" if picture.frame is None else f" frame {picture.frame}"
     return picture.content or f"{picture.path}{frame}".encode("utf-8", "surrogatepass")
 
 
 def add_repeats(found: Findings, data: Conversations, are_ids_unique: bool) -> None:
-    """Find rows whose id, or whose whole conversation, stood in the file before; the first are faults if so wished."""
+    """Find rows whose id, or whose whole conversation, occurred earlier; repeated ids are faults if so configured."""
     same_id, where = repeats(found.ids), data.rows.where
     found.same_id = [(where(row), where(first)) for row, first in same_id]
     found.same_content = [(where(row), where(first)) for row, first in repeats(found.contents)]
@@ -295,7 +295,7 @@ def add_repeats(found: Findings, data: Conversations, are_ids_unique: bool) -> N
 
 
 def repeats(chunks: list[Hashes]) -> list[tuple[int, int]]:
-    """List the rows whose hash another row before them has: (row, first row of that hash)."""
+    """List the rows whose hash an earlier row already has: (row, first row of that hash)."""
     hashes = np.concatenate([*chunks, np.zeros(0, np.uint64)])
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     first_row = first[inverse]

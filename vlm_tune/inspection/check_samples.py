@@ -1,4 +1,4 @@
-"""A few good rows of a data set as the model sees them, for the page of `check`: pictures small, text by its kind."""
+"""A few good rows of a data set as the model sees them, for the page of `check`: small pictures, and text by kind."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 NUM_ROWS = 6
 NUM_PICTURES = 4  # of one row
-MAX_SIDE = 240  # pixels of a picture as it is kept
+MAX_SIDE = 240  # pixels of a picture as it is stored
 MAX_TEXT = 800  # characters of one stretch of text
-TRIES = 50  # rows in whose place the next one is taken, where they are faulty
+TRIES = 50  # how many faulty rows may be replaced by the next one
 
 
 @dataclass(frozen=True)
 class Look:
-    """Hold one row as the model sees it."""
+    """One row as the model sees it."""
 
     where: str
     row: int  # from 0, as `inspect row=` takes it
@@ -35,12 +35,12 @@ class Look:
     tokens: int
     supervised: int
     num_pictures: int
-    pictures: list[tuple[str, Image.Image]]  # the first ones, what they are called and small
+    pictures: list[tuple[str, Image.Image]]  # the first ones: name, small picture
     runs: list[tuple[str, str]]  # kind, text; neighbouring tiles are one run
 
 
 def look_at_some(sets: Sequence[Conversations], tokenizer: "PreTrainedTokenizerBase") -> list[Look]:
-    """Look at rows from the first to the last, evenly apart; a good one beside it stands in for one that is faulty."""
+    """Look at evenly spaced rows from the first to the last; a faulty one is replaced by a good one nearby."""
     ends = np.cumsum([len(data) for data in sets])
     total = int(ends[-1]) if len(ends) else 0
     looks: dict[int, Look] = {}

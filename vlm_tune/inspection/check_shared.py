@@ -1,6 +1,6 @@
-"""What the rows to train on share with the validation and the test file: pictures by their content, and whole rows.
+"""What the training rows share with the validation and the test file: pictures by content, and whole rows.
 
-Pictures are compared by their size in bytes first; only where that is the same are both ends of both files read.
+Pictures are first compared by size in bytes; only if the sizes match are both ends of both files read.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -22,14 +22,14 @@ from vlm_tune.errors import DataError
 MAX_ROWS = 50_000  # of a held-out file that are compared
 MAX_KEPT = 1 << 16  # pictures whose size one process remembers
 EDGE = 1 << 16  # bytes read at either end of a picture
-LISTED = 500  # shared rows, and pictures, that are named; all are counted
+LISTED = 500  # shared rows, and pictures, that are listed; all are counted
 
 Content = tuple[int, bytes]
 """Size in bytes and digest of a picture's file."""
 
 
 class Contents:
-    """Know the sizes and digests of pictures' files; each is opened once."""
+    """The sizes and digests of picture files; each file is opened once."""
 
     def __init__(self, reader: ImageReader) -> None:
         self._reader = reader
@@ -37,7 +37,7 @@ class Contents:
         self._digests: dict[str, bytes] = {}
 
     def size(self, picture: Picture) -> int:
-        """Return the bytes of a picture's file (of its video). Raise DataError."""
+        """Return the size in bytes of a picture's file (or of its video). Raise DataError."""
         if picture.content is not None:
             return len(picture.content)
         if picture.path not in self._sizes:
@@ -48,7 +48,7 @@ class Contents:
         return self._sizes[picture.path]
 
     def digest(self, picture: Picture) -> bytes:
-        """Hash both ends of a picture's file: compressed pictures that agree there and in size are the same."""
+        """Hash both ends of a picture's file: compressed pictures that agree there and in size count as the same."""
         if picture.content is None and picture.path in self._digests:
             return self._digests[picture.path]
         with self._reader.open_encoded(picture) as file:
@@ -65,7 +65,7 @@ class Contents:
 
 
 class HeldPicture(NamedTuple):
-    """Know a picture of a held-out file by its digest, which is made when it is asked for; no pixels are kept."""
+    """A picture of a held-out file, known by its digest, which is computed on demand; no pixels are kept."""
 
     name: str
     where: str
@@ -73,7 +73,7 @@ class HeldPicture(NamedTuple):
 
     @classmethod
     def of(cls, picture: Picture, where: str, contents: Contents) -> "HeldPicture":
-        """Take a picture of a file to be looked at later, one inside the row at once."""
+        """Take a picture file to be digested later, or a picture inside the row, digested now."""
         if picture.content is not None:
             return cls(picture_name(picture), where, partial(bytes, contents.digest(picture)))
         return cls(picture_name(picture), where, partial(contents.digest, picture))
@@ -81,15 +81,15 @@ class HeldPicture(NamedTuple):
 
 @dataclass
 class Shared:
-    """Hold what some rows share with one held-out file."""
+    """What some rows share with one held-out file."""
 
-    num_rows: int = 0  # rows that stand in both
+    num_rows: int = 0  # rows that are in both
     num_showing: int = 0  # rows that show a picture of the held-out file
     pictures: dict[Content, dict[str, str]] = field(default_factory=dict)  # no more than the held-out file has
     rows: list[dict[str, str]] = field(default_factory=list)  # the first LISTED
 
     def merge(self, other: "Shared") -> None:
-        """Add what was found in later rows."""
+        """Add the findings of later rows."""
         self.num_rows += other.num_rows
         self.num_showing += other.num_showing
         self.pictures = other.pictures | self.pictures
@@ -97,7 +97,7 @@ class Shared:
 
 
 class HeldOut:
-    """Hold the rows of one validation or test file by their text, and its pictures by their size."""
+    """The rows of one validation or test file by their text, and its pictures by their size."""
 
     def __init__(self, part: str, path: Path) -> None:
         self.part = part
@@ -107,7 +107,7 @@ class HeldOut:
         self.error = ""  # why the file cannot be opened
         self._rows: dict[tuple[bytes, tuple[int, ...]], list[tuple[list[HeldPicture], str]]] = {}  # text, sizes -> rows
         self._pictures: dict[int, dict[tuple[int, str], HeldPicture]] = {}  # size -> root and path -> picture
-        self._digests: dict[int, dict[bytes, HeldPicture]] = {}  # of the sizes that were asked for
+        self._digests: dict[int, dict[bytes, HeldPicture]] = {}  # only for sizes that were looked up
 
     def read(self, sets: Iterable[Conversations]) -> None:
         """Read the rows; those that cannot be read are counted."""
@@ -127,7 +127,7 @@ class HeldOut:
         sizes = tuple(map(contents.size, sample.pictures))
         held = []
         for number, (size, picture) in enumerate(zip(sizes, sample.pictures, strict=True)):
-            key = id(contents), picture.path or f"{sample.where} {number}"  # two roots may hold one path
+            key = id(contents), picture.path or f"{sample.where} {number}"  # two roots may contain the same path
             same_size = self._pictures.setdefault(size, {})
             if key not in same_size:
                 same_size[key] = HeldPicture.of(picture, sample.where, contents)
@@ -135,7 +135,7 @@ class HeldOut:
         self._rows.setdefault((text_digest(sample), sizes), []).append((held, sample.where))
 
     def compare(self, sample: Sample, contents: Contents, shared: Shared) -> None:
-        """Note what a row to train on shares with these. Raise DataError for a picture that cannot be read."""
+        """Record what a training row shares with these. Raise DataError for a picture that cannot be read."""
         sizes = tuple(map(contents.size, sample.pictures))
         shows = False
         for size, picture in zip(sizes, sample.pictures, strict=True):
@@ -159,7 +159,7 @@ class HeldOut:
         return self._digests[size]
 
     def summary(self, shared: Shared) -> dict[str, Any]:
-        """Return what check.json says of this file."""
+        """Return the entry of this file in check.json."""
         return {
             "part": self.part,
             "path": str(self.path),
@@ -176,7 +176,7 @@ class HeldOut:
 
 
 def open_held(config: Config, encoder: Encoder, path: Path) -> Iterator[HeldOut]:
-    """Read the validation and the test file that a run on `path` would use; a file may be one that cannot be opened."""
+    """Read the validation and test files that a run on `path` would use; one that cannot be opened has its error."""
     for part, named in (("val", config.data.val), ("test", config.data.test)):
         if named in ("none", ""):
             continue
@@ -192,7 +192,7 @@ def open_held(config: Config, encoder: Encoder, path: Path) -> Iterator[HeldOut]
 
 
 def text_digest(sample: Sample) -> bytes:
-    """Hash the turns of a row, pictures as marks: spaces and line ends do not count."""
+    """Hash the turns of a row, with marks for pictures: spaces and line ends do not count."""
     digest = blake2b(digest_size=16)
     for message in sample.messages:
         parts = (part if isinstance(part, str) else "\0" for part in message.parts)

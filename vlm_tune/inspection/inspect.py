@@ -28,7 +28,7 @@ def inspect(
 ) -> None:
     """Show one row of data.path as a page, or with `as_text` in the terminal (and as a page at `out`).
 
-    `row` is its number, counted from 0, or its place as messages name it: "train.jsonl:17".
+    `row` is its number, counted from 0, or its location as messages name it: "train.jsonl:17".
 
     Raise ConfigError for a row that is not there, DataError for one that is faulty.
     """

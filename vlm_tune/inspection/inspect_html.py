@@ -12,9 +12,9 @@ from vlm_tune.inspection.inspect_row import SUPERVISED, Seen, Token, runs_of
 from vlm_tune.pages.page import picture_url, write_page
 
 MAX_SIDE = 1200  # pixels of a picture in the page
-TILE_SIDE = 224  # pixels of a tile in the page, for dense screens
+TILE_SIDE = 224  # pixels of a tile in the page, for high-density screens
 MAX_TILES = 64  # of one row in the page
-MAX_TOKENS = 3000  # lines of the table of all tokens; image tokens are one line a tile
+MAX_TOKENS = 3000  # lines of the table of all tokens; image tokens take one line per tile
 
 Run = tuple[int, str, int, list[Token]]  # position of the first token, kind, tile (0 = none), tokens
 
@@ -37,7 +37,7 @@ def small_url(picture: Image.Image | npt.NDArray[np.uint8]) -> str:
 
 
 def placed_runs(tokens: list[Token]) -> Iterator[Run]:
-    """Say of each run of tokens where it begins."""
+    """Yield each run of tokens with the position where it begins."""
     position = 0
     for kind, tile, run in runs_of(tokens):
         yield position, kind, tile, run

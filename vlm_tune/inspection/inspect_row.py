@@ -28,25 +28,25 @@ from vlm_tune.words import counted
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IMAGE, SUPERVISED, CONTEXT = "image", "supervised", "context"  # what a token is; all but supervised carry no loss
-HIDDEN_PART = "\ufffd"  # how a tokenizer writes a token that holds a part of a character only
+IMAGE, SUPERVISED, CONTEXT = "image", "supervised", "context"  # what a token is; only supervised ones carry a loss
+HIDDEN_PART = "\ufffd"  # how a tokenizer writes a token that holds only part of a character
 
 Box = tuple[float, float, float, float]  # left, top, width, height
 
 
 @dataclass(frozen=True)
 class Token:
-    """Hold one token of the sequence."""
+    """One token of the sequence."""
 
     id: int
-    text: str  # "" where the character goes on into the next token
+    text: str  # "" where the character continues in the next token
     kind: str
-    tile: int = 0  # which tile of the row it stands for, from 1; 0 = none
+    tile: int = 0  # which tile of the row it belongs to, from 1; 0 = none
 
 
 @dataclass(frozen=True)
 class SeenPicture:
-    """Hold a picture of the row, and what is made of it."""
+    """A picture of the row, and how it is cut."""
 
     name: str
     image: Image.Image  # as it is read: RGB, whole
@@ -54,12 +54,12 @@ class SeenPicture:
     grid: tuple[int, int]  # columns, rows
     tiles: npt.NDArray[np.uint8]  # (T, H, W, 3)
     first: int  # number of its first tile in the row, from 1
-    overview: int | None  # which of its tiles shows the whole picture, from 0; None where the grid is all
+    overview: int | None  # which of its tiles shows the whole picture, from 0; None where there is only the grid
 
 
 @dataclass(frozen=True)
 class PackedRow:
-    """Hold the sizes of one row of a pack."""
+    """The sizes of one row of a pack."""
 
     where: str
     tokens: int  # of its own: without those that it shares
@@ -71,7 +71,7 @@ class PackedRow:
 
 @dataclass(frozen=True)
 class Pack:
-    """Hold the forward pass that the row takes part in."""
+    """The forward pass that the row takes part in."""
 
     rows: list[PackedRow]
     budget: tuple[int, int]  # tokens and tiles
@@ -86,20 +86,20 @@ class Pack:
 
 @dataclass(frozen=True)
 class Seen:
-    """Hold all that is shown of one row."""
+    """Everything that is shown about one row."""
 
     row: int
     sample: Sample
     example: Example
     tokens: list[Token]
-    markup: dict[str, int]  # tokens of the tokenizer that the texts write (<box>), how often each
+    markup: dict[str, int]  # tokens of the tokenizer that the texts contain (<box>), and how often
     pictures: list[SeenPicture]
     pack: Pack | None  # None where the run sees the row neither in training nor in validation
     settings: dict[str, str]
 
 
 def look(config: Config, encoder: Encoder, tokenizer: "PreTrainedTokenizerBase", row: int | str) -> Seen:
-    """Collect what the model sees of one row of data.path: by its number from 0 (through all sets), or by its place.
+    """Collect what the model sees of one row of data.path: by its number from 0 (across all sets), or by its location.
 
     Raise ConfigError for a row that is not there, DataError for one that is faulty.
     """
@@ -144,7 +144,7 @@ def _place(rows: Conversations | Mixture, row: int) -> str:
 
 
 def read_tokens(example: Example, encoder: Encoder, tokenizer: "PreTrainedTokenizerBase") -> Iterator[Token]:
-    """Give each token its text and say what it is."""
+    """Yield each token with its text and its kind."""
     settings = encoder.settings
     names = (settings.image_start, settings.image_context, settings.image_end)
     start, context, end = (tokenizer.convert_tokens_to_ids(name) if name else None for name in names)
@@ -160,18 +160,18 @@ def read_tokens(example: Example, encoder: Encoder, tokenizer: "PreTrainedTokeni
 
 
 def count_markup(example: Example, encoder: Encoder) -> dict[str, int]:
-    """Count the tokens that belong to content, those that occur."""
+    """Count the markup tokens that occur in the texts."""
     counts = {name: int(np.count_nonzero(example.input_ids == token)) for name, token in encoder.markup.items()}
     return {name: count for name, count in counts.items() if count}
 
 
 def tokens_each(settings: EncoderSettings) -> str:
-    """Say how many tokens a tile has; of an any-resolution picture, some are left out and newlines added."""
+    """Describe how many tokens a tile has; an any-resolution picture drops some and adds newlines."""
     return f"about {settings.tokens_per_tile}" if settings.newline else str(settings.tokens_per_tile)
 
 
 def tile_numbers(example: Example, per_tile: int) -> Iterator[int]:
-    """Give the tile of each image token, counted from 1; a newline belongs to the tile before it."""
+    """Yield the tile of each image token, counted from 1; a newline belongs to the tile before it."""
     if not example.spreads:
         yield from (number // per_tile + 1 for number in range(per_tile * sum(example.num_tiles)))
     before = 0
@@ -184,7 +184,7 @@ def tile_numbers(example: Example, per_tile: int) -> Iterator[int]:
 
 
 def texts_of(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
-    """Give the text of each token; where a character takes several, the last of them has it."""
+    """Yield the text of each token; a character that takes several tokens is given to the last of them."""
     waiting: list[int] = []
     for token_id in ids:
         waiting.append(token_id)
@@ -198,7 +198,7 @@ def texts_of(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> Iterator[s
 
 
 def runs_of(tokens: list[Token]) -> Iterator[tuple[str, int, list[Token]]]:
-    """Part the sequence where the kind of token or the tile changes: (kind, tile, tokens)."""
+    """Split the sequence where the kind of token or the tile changes: (kind, tile, tokens)."""
     for (kind, tile), run in groupby(tokens, key=lambda token: (token.kind, token.tile)):
         yield kind, tile, list(run)
 
@@ -220,7 +220,7 @@ def cut_pictures(data: Conversations, sample: Sample, example: Example) -> Itera
 
 
 def canvas_of(size: tuple[int, int], grid: tuple[int, int], tiles: TilesConfig) -> Box:
-    """Return what the grid of tiles covers, in pixels of the picture: it is stretched over it, or padded around it."""
+    """Return what the grid of tiles covers, in pixels of the picture: the picture is stretched to it, or padded."""
     width, height = size
     if tiles.rule not in (TileRule.pad, TileRule.anyres) or (tiles.rule is TileRule.anyres and grid == (1, 1)):
         return 0.0, 0.0, float(width), float(height)
@@ -232,7 +232,7 @@ def canvas_of(size: tuple[int, int], grid: tuple[int, int], tiles: TilesConfig) 
 def find_pack(config: Config, encoder: Encoder, row: int) -> Pack | None:
     """Find which rows share a forward pass with a row, in the first epoch, or in validation.
 
-    All rows are measured for that, or read from the index where that has happened before.
+    This measures all rows, or reads their sizes from the index if that exists.
     """
     has_own_val = config.data.val != "auto" or sibling(config.data.path, "val") is not None
     # Other rows may be faulty, and another file for validation need not be measured.
@@ -259,7 +259,7 @@ def find_pack(config: Config, encoder: Encoder, row: int) -> Pack | None:
 
 
 def entry_of(part: Part, row: int) -> int | None:
-    """Return the place of a row in an index; None where it is not there."""
+    """Return the position of a row in an index; None where it is not there."""
     places = np.flatnonzero(part.index.rows == row)
     return int(places[0]) if len(places) else None
 

@@ -28,7 +28,7 @@ def print_text(seen: Seen, console: Console) -> None:
 
 
 def facts(seen: Seen) -> dict[str, str]:
-    """Say the sizes of the row in words."""
+    """Describe the sizes of the row in words."""
     example, num_tiles = seen.example, sum(seen.example.num_tiles)
     told = {"tokens": f"{len(example.input_ids):,} of {seen.settings['limit']}"}
     told["supervised"] = f"{example.num_supervised:,}, {example.num_supervised / len(example.input_ids):.1%}"
@@ -43,7 +43,7 @@ def facts(seen: Seen) -> dict[str, str]:
 
 
 def describe(picture: SeenPicture) -> str:
-    """Say how a picture is cut."""
+    """Describe how a picture is cut."""
     width, height = picture.image.size
     columns, rows = picture.grid
     pad = ", padded" if max(picture.canvas[2] - width, picture.canvas[3] - height) > 0.5 else ""
@@ -52,7 +52,7 @@ def describe(picture: SeenPicture) -> str:
 
 
 def grid_numbers(picture: SeenPicture) -> list[int]:
-    """Number the tiles of the grid, row by row, as they stand in the sequence."""
+    """Number the tiles of the grid, row by row, in the order of the sequence."""
     return [picture.first + place for place in range(len(picture.tiles)) if place != picture.overview]
 
 
@@ -68,7 +68,7 @@ def draw_grid(picture: SeenPicture) -> list[str]:
 
 
 def token_table(seen: Seen) -> Table:
-    """List the runs of tokens of one kind: where they are, what they are, and what they say."""
+    """List the runs of tokens of one kind: position, kind and text."""
     table = Table("position", "tokens", "kind", "text", title="\ntokens", title_justify="left", box=None)
     table.columns[0].justify = table.columns[1].justify = "right"
     position = 0
@@ -81,7 +81,7 @@ def token_table(seen: Seen) -> Table:
 
 
 def pack_title(pack: Pack) -> str:
-    """Say which forward pass it is and how full."""
+    """Describe which forward pass it is and how full it is."""
     part = f"optimizer step {pack.step} of the first epoch" if pack.step else "validation"
     tokens, tiles = (sum(getattr(row, name) for row in pack.rows) for name in ("tokens", "tiles"))
     num = counted(len(pack.rows), "row")

@@ -22,7 +22,7 @@ from vlm_tune.model.vlm import VisionLanguageModel
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 
-LOADERS = {  # by what `layout_of` says of a folder
+LOADERS = {  # by the result of `layout_of`
     "parts": parts.load,
     **dict.fromkeys(native.CLASSES, native.load),
     "internvl_chat": internvl_official.load,
@@ -41,11 +41,11 @@ class Model:
     tokenizer: PreTrainedTokenizerBase
     encoder: Encoder
     config: Config
-    notes: tuple[str, ...] = ()  # what a user should know of how it was read
+    notes: tuple[str, ...] = ()  # what the user should know about how it was read
 
 
 def build_model(config: Config) -> Model:
-    """Load a whole checkpoint, or join a vision encoder and a language model that never met by a new projector."""
+    """Load a whole checkpoint, or join a vision encoder and a language model with a new projector."""
     dtype = DTYPES[resolve_precision(config.trainer.precision)]
     vlm, tokenizer, found, told = load_weights(config.model, dtype, config.stage.quantize)
     config = replace(config, model=found.over(config.model))
@@ -60,8 +60,8 @@ def build_model(config: Config) -> Model:
 def answer_settings(stop_ids: tuple[int, ...]) -> GenerationConfig:
     """Describe how the model answers, here and from an exported folder: greedily, until a token that ends an answer.
 
-    Nothing of the settings that a folder came with is left: transformers would lay a repetition penalty, beams or a
-    least length over a greedy answer too.
+    The settings that a folder came with are dropped: transformers would apply a repetition penalty, beams or a
+    minimum length to greedy answers too.
     """
     ends = list(stop_ids) or None
     return GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=ends and ends[0], use_cache=True)
@@ -82,7 +82,7 @@ def load_weights(model: ModelConfig, dtype: torch.dtype, quantize: Quantize) -> 
 
 
 def resolve_precision(precision: Precision) -> Precision:
-    """Choose bf16 where the machine computes in it, else float32."""
+    """Choose bf16 if the hardware supports it, else float32."""
     if precision is not Precision.auto:
         return precision
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""A run's folder and its checkpoints: where they are, what is in them, and how their weights get into a model.
+"""A run's folder and its checkpoints: locations, contents, and loading the weights into a model.
 
 Both training and everything that reads a finished run (chat, evaluate, export) use this file.
 """
@@ -13,12 +13,12 @@ from vlm_tune.config.schema import Config
 from vlm_tune.errors import CheckpointError, ConfigError
 from vlm_tune.model.seal import find_damage, is_zip
 
-if TYPE_CHECKING:  # torch takes seconds to import, and a run that is not there is said before
+if TYPE_CHECKING:  # torch takes seconds to import, and a missing run is reported before
     from torch import Tensor, nn
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
-BEST = "best.ckpt"  # in it, beside those of single steps
+BEST = "best.ckpt"  # in it, next to those of single steps
 START = "starts_from.txt"  # the earlier stage's checkpoint; empty = the base weights
 
 
@@ -33,7 +33,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def newest_whole(run: Path, before: str = "~") -> Path | None:
-    """Find the newest checkpoint that is as it was written, among those whose names come before a given one."""
+    """Find the newest undamaged checkpoint among those whose names come before a given one."""
     return next((path for path in reversed(checkpoints(run)) if path.name < before and not find_damage(path)), None)
 
 
@@ -58,7 +58,7 @@ def find_stopped(runs: Path, stage: str, model: str, after: Path) -> Path | None
 
 
 def is_of(run: Path, stage: str, model: str) -> bool:
-    """Tell whether a run is of a stage and a model; one that an older version wrote is of none."""
+    """Return whether a run is of a stage and a model; False for one that an older version wrote."""
     try:
         config = read_config(run / CONFIG)
     except ConfigError:
@@ -94,7 +94,7 @@ def run_config(checkpoint: Path, overrides: list[str] | None = None) -> Config:
 
 
 def start_of(checkpoint: Path) -> Path | None:
-    """Read which earlier checkpoint a run had started from: its own leave out parts that it keeps frozen."""
+    """Read which earlier checkpoint a run had started from: its own checkpoints leave out frozen parts."""
     run = run_of(checkpoint)
     text = (run / START).read_text(encoding="utf-8").strip() if (run / START).exists() else ""
     if not text:
@@ -111,7 +111,7 @@ def start_of(checkpoint: Path) -> Path | None:
 
 
 def refuse_damaged(path: Path, damage: str) -> CheckpointError:
-    """Make the error for a damaged checkpoint: it names the newest whole one before it."""
+    """Make the error for a damaged checkpoint: it names the newest undamaged one before it."""
     whole = newest_whole(path.parent.parent, path.name)
     return CheckpointError(
         f"{path}: not a readable checkpoint ({damage}). Take an older one of the run{f': {whole}' if whole else ''}"
@@ -119,7 +119,7 @@ def refuse_damaged(path: Path, damage: str) -> CheckpointError:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint, if it is as it was written, without running any code that it might hold."""
+    """Read a checkpoint, if it is undamaged, without running any code that it might contain."""
     import torch
 
     try:

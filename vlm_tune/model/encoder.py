@@ -1,4 +1,4 @@
-"""The encoder of conversations that belongs to a model; without reading its weights, where only rows are counted."""
+"""Make the encoder of conversations for a model, without reading its weights if only rows are counted."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +29,7 @@ def make_encoder(
 ) -> Encoder:
     """Make the encoder of a model whose vision encoder sees `num_patches` patches in a tile.
 
-    Raise ConfigError where the tile settings do not fit one another, or one large picture could never fit a sample.
+    Raise ConfigError if the tile settings contradict each other, or one large picture could never fit a sample.
     """
     model, data = config.model, config.data
     shuffle = model.projector.shuffle
@@ -87,7 +87,7 @@ def joined(config: Config) -> Config:
 
 
 def look_up(model: ModelConfig) -> tuple[tuple[Path, Path], Found]:
-    """Find the folders of both parts, where no weights need to be, and what they say."""
+    """Find the folders of both parts, which need no weights, and what they say."""
     require_weights(model)
     if model.path is None:
         vision = find_folder(str(model.vision.path), "model.vision.path", with_weights=False)
@@ -100,7 +100,7 @@ def look_up(model: ModelConfig) -> tuple[tuple[Path, Path], Found]:
 
 
 def read_positions(folder: Path) -> Positions:
-    """Read where the positions of a folder's language model end, whatever the folder's layout."""
+    """Read how many positions a folder's language model has, whatever the folder's layout."""
     kind, config = model_kind(folder), read_json(folder)
     if kind == LLAVA_ORIGINAL:
         text = llava_original.text_config(config, folder)
@@ -114,7 +114,7 @@ def read_positions(folder: Path) -> Positions:
 
 
 def count_patches(folder: Path, tile_size: int) -> int:
-    """Count the patches of a tile from the encoder's config.json; a network of timm is run dry, on shapes alone."""
+    """Count the patches of a tile from the encoder's config.json; a timm network is run on shapes only."""
     config = read_json(folder)
     if "architecture" in config:
         import timm

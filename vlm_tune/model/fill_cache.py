@@ -20,7 +20,7 @@ GIB = 1024**3
 
 
 class CachePlan(NamedTuple):
-    """Where features are kept, and whether they fit."""
+    """Where features are cached, and whether they fit."""
 
     folder: Path
     fits: bool
@@ -29,9 +29,9 @@ class CachePlan(NamedTuple):
 
 
 def plan_cache(vlm: VisionLanguageModel, data: DataModule, config: Config) -> CachePlan | None:
-    """Decide by the arithmetic; None where no features can or shall be kept.
+    """Decide by the arithmetic; None if features cannot or should not be cached.
 
-    Raise ConfigError where data.feature_cache=on cannot be.
+    Raise ConfigError if data.feature_cache=on is impossible.
     """
     num_tiles = sum(int(part.index.tiles.sum()) for part in data.parts)
     wanted = config.data.feature_cache
@@ -49,7 +49,7 @@ def plan_cache(vlm: VisionLanguageModel, data: DataModule, config: Config) -> Ca
     tile_bytes = num_patches * vlm.vision.width * vlm.vision.dtype.itemsize
     folder.mkdir(parents=True, exist_ok=True)
     allowed = min(config.data.feature_cache_gib, shutil.disk_usage(folder).free / GIB / 2)
-    need = num_tiles * tile_bytes / GIB  # an upper bound: a picture that stands in several rows is kept once
+    need = num_tiles * tile_bytes / GIB  # an upper bound: a picture that occurs in several rows is cached once
     fits = need <= allowed
     if not fits and wanted is FeatureCaching.on:
         raise ConfigError(
@@ -63,13 +63,13 @@ def plan_cache(vlm: VisionLanguageModel, data: DataModule, config: Config) -> Ca
 def fill_cache(
     plan: CachePlan, vlm: VisionLanguageModel, data: DataModule, device: torch.device, follow: Follow = unseen
 ) -> None:
-    """Keep the features that are missing, and let the rows be read with them.
+    """Compute the missing features, and make the rows use them.
 
-    Each picture is encoded by itself, so that its features do not depend on what happened to share a batch with it:
+    Each picture is encoded on its own, so that its features do not depend on what shared its batch:
     a resumed run sees the same bits.
     """
     cache = FeatureCache(plan.folder)
-    with FileLock(plan.folder / ".lock"):  # of several ranks one works, the others find everything done
+    with FileLock(plan.folder / ".lock"):  # one rank does the work, the others find it done
         vlm.vision.to(device)
         for part in data.parts:
             rows = part.index.rows[part.index.tiles > 0].tolist()
@@ -81,7 +81,7 @@ def fill_cache(
 
 
 def obstacle(config: Config) -> str | None:
-    """Say why features may not be kept."""
+    """Return why features may not be cached, if so."""
     if config.stage.train.vision is not Train.frozen:
         return f"stage.train.vision={config.stage.train.vision.value} changes the encoder"
     if config.data.augment != AugmentConfig():

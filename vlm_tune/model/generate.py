@@ -19,7 +19,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Prompt:
-    """Hold an encoded conversation that waits for an answer, with its tiles (T, H, W, 3)."""
+    """An encoded conversation that waits for an answer, with its tiles (T, H, W, 3)."""
 
     example: Example
     tiles: npt.NDArray[np.uint8]
@@ -49,7 +49,7 @@ def answer(model: Model, prompts: list[Prompt], max_new_tokens: int = 64) -> lis
 
 
 def answer_text(model: Model, ids: list[int]) -> str:
-    """Read an answer's tokens as text: without those of control, with those that belong to it (`<box>`).
+    """Decode an answer's tokens: without control tokens, with its markup (`<box>`).
 
     A tokenizer's own `skip_special_tokens` would drop both kinds: InternVL's marks every added token as special.
     """
@@ -68,7 +68,7 @@ def answer_ids(model: Model, prompts: list[Prompt], max_new_tokens: int) -> Tens
             inputs_embeds=embeddings,
             attention_mask=mask,
             generation_config=greedy(model, prompts, max_new_tokens),
-            synced_gpus=model.vlm.is_split,  # devices that hold the weights together stop together
+            synced_gpus=model.vlm.is_split,  # devices that share sharded weights stop together
         )
     return ids
 
@@ -77,7 +77,7 @@ def greedy(model: Model, prompts: list[Prompt], max_new_tokens: int) -> Generati
     """Describe greedy answers that end where the conversations of the model do, or where its positions end."""
     settings = answer_settings(model.encoder.stop_ids)
     last = model.encoder.settings.positions.end
-    if last is not None:  # the last token that is said needs no position: nothing reads it
+    if last is not None:  # the last generated token needs no position: nothing reads it
         longest = max(len(prompt.example.input_ids) for prompt in prompts)
         max_new_tokens = max(1, min(max_new_tokens, last - longest + 1))
     settings.max_new_tokens = max_new_tokens

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW with a rate for each part, linear warmup, then a cosine, by optimizer step."""
+"""The optimizer: AdamW with a learning rate for each part, linear warmup, then a cosine, by optimizer step."""
 
 import math
 from typing import Any
@@ -13,7 +13,7 @@ from vlm_tune.model.parts.vision import layer_list
 from vlm_tune.model.vlm import VisionLanguageModel
 
 BETAS = (0.9, 0.999)
-FUSED = ("cpu", "cuda", "mps", "xpu")  # where torch has AdamW as one kernel
+FUSED = ("cpu", "cuda", "mps", "xpu")  # where torch has a fused AdamW kernel
 BITSANDBYTES = {
     Optimizer.adamw8bit: "AdamW8bit",
     Optimizer.paged_adamw32bit: "PagedAdamW32bit",
@@ -24,12 +24,12 @@ BITSANDBYTES = {
 def make_optimizer(model: VisionLanguageModel, stage: StageConfig, may_fuse: bool = True) -> torch.optim.Optimizer:
     """Make the stage's optimizer.
 
-    Without `may_fuse` gradients can be clipped under fp16's loss scale, which the fused kernel takes off itself.
+    Without `may_fuse` gradients can be clipped under fp16's loss scale, which the fused kernel removes itself.
     """
     groups = make_groups(model, stage)
     if stage.optimizer is Optimizer.adamw:
         adamw = AdamW(groups, betas=BETAS, fused=may_fuse and model.device.type in FUSED)
-        # outside fp16 there is no loss scale to take off, for which Lightning would refuse to clip a fused optimizer
+        # outside fp16 there is no loss scale to remove, because of which Lightning refuses to clip a fused optimizer
         adamw._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         return adamw
     import bitsandbytes  # late: it takes seconds to import
@@ -40,7 +40,7 @@ def make_optimizer(model: VisionLanguageModel, stage: StageConfig, may_fuse: boo
 
 
 def make_groups(model: VisionLanguageModel, stage: StageConfig) -> list[dict[str, Any]]:
-    """Group trained parameters by part, by whether they decay, and the encoder's by layer where its rates differ.
+    """Group trained parameters by part, by whether they decay, and the encoder's by layer if its rates differ.
 
     Norms, biases and other vectors do not decay.
     """
@@ -59,19 +59,19 @@ def make_groups(model: VisionLanguageModel, stage: StageConfig) -> list[dict[str
 def layer_shares(model: VisionLanguageModel, decay: float) -> dict[int, float]:
     """Map the id of each of the encoder's n layers' weights to decay**(n-i), i = 1 for the first layer.
 
-    The embeddings have decay**n, what follows the layers 1. Source: Clark et al. 2020 (ELECTRA); BEiT's fine-tuning.
+    The embeddings have decay**n, weights after the layers 1. Source: Clark et al. 2020 (ELECTRA); BEiT's fine-tuning.
     """
     layers = layer_list(model.vision.tower, "stage.layer_decay")
     numbers = {id(weight): number for number, layer in enumerate(layers, 1) for weight in layer.parameters()}
     shares, last = {}, 0
-    for weight in model.vision.parameters():  # in order: embeddings, layers, the norm behind them
+    for weight in model.vision.parameters():  # in order: embeddings, layers, the norm after them
         last = numbers.get(id(weight), len(layers) + 1 if last else 0)
         shares[id(weight)] = decay ** max(0, len(layers) - last)
     return shares
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, stage: StageConfig, max_steps: int) -> LambdaLR:
-    """Warm up linearly over a share of the steps, then follow a cosine down to `stage.min_lr` of the rate."""
+    """Warm up linearly over a share of the steps, then follow a cosine down to `stage.min_lr` times the peak rate."""
     warmup = round(stage.warmup * max_steps)
 
     def factor(step: int) -> float:

@@ -1,6 +1,6 @@
-"""What is there and what is not, seen before torch is imported: that takes seconds, and a typing error should not.
+"""Check what exists before torch is imported: that takes seconds, and finding a typing error should not.
 
-Each is looked at again where it is used; nothing here imports torch, lightning or transformers.
+Each is checked again where it is used; nothing here imports torch, lightning or transformers.
 """
 
 from importlib.util import find_spec
@@ -23,7 +23,7 @@ RECIPE = "recipe:"
 
 
 def require_rows(config: Config) -> None:
-    """Raise DataError or ConfigError for files of rows that are not there, and for an unknown dialect.
+    """Raise DataError or ConfigError for files of rows that do not exist, and for an unknown dialect.
 
     A recipe is not run: its name alone is looked at.
     """
@@ -37,7 +37,7 @@ def require_rows(config: Config) -> None:
 
 
 def require_model(config: Config) -> None:
-    """Raise ConfigError for a model without weights, or whose folder is not there; the hub is not asked."""
+    """Raise ConfigError for a model without weights, or whose folder does not exist; the hub is not asked."""
     model = config.model
     require_weights(model)
     for key, path in (

@@ -1,7 +1,7 @@
-"""A checkpoint's seal: its size and SHA-256, written behind it; a file that was cut off or altered is known by it.
+"""A checkpoint's seal: its size and SHA-256, appended to it, so that a truncated or altered file is recognised.
 
-torch.load checks neither: one flipped bit would be other weights without a word. The seal stands in the zip file's own
-comment, so it comes and goes with the file, and every reader of zip files still takes it.
+torch.load checks neither: one flipped bit would silently change the weights. The seal is in the zip file's own
+comment, so it stays with the file, and every reader of zip files still takes it.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ FIELDS = re.compile(rb"vlm_tune size=(\d{20}) sha256=([0-9a-f]{64})\n")
 
 
 def seal(path: Path) -> None:
-    """Write size and SHA-256 behind a file of torch.save: 0.7 to 2 GB a second."""
+    """Append size and SHA-256 to a file of torch.save: 0.7 to 2 GB a second."""
     with path.open("r+b") as file:
         file.seek(-2, os.SEEK_END)
         file.write(NOTE_BYTES.to_bytes(2, "little"))
@@ -29,18 +29,18 @@ def seal(path: Path) -> None:
 
 
 def is_sealed(path: Path) -> bool:
-    """Tell whether a file bears a seal; those of older versions bear none, and cannot be looked at so closely."""
+    """Return whether a file has a seal; those of older versions have none, and are checked less closely."""
     return FIELDS.fullmatch(_tail(path, NOTE_BYTES)) is not None
 
 
 def is_zip(path: Path) -> bool:
-    """Tell whether a file begins as those of torch.save do."""
+    """Return whether a file begins as those of torch.save do."""
     with path.open("rb") as file:
         return file.read(2) == END[:2]
 
 
 def find_damage(path: Path) -> str | None:
-    """Say how a file differs from what was written; None where it does not, as far as an unsealed one shows."""
+    """Return how a file differs from what was written; None if it does not, as far as an unsealed one shows."""
     stat = path.stat()
     return _find_damage(path, stat.st_size, stat.st_mtime_ns)
 

@@ -1,4 +1,4 @@
-"""Open a finished run: the base model of its configuration, with what the run trained put in place."""
+"""Open a finished run: the base model of its configuration, with the trained weights loaded."""
 
 from dataclasses import replace
 from pathlib import Path

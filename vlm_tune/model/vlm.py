@@ -1,4 +1,4 @@
-"""(5) The model: embed the text, put the image features in their places, run the language model."""
+"""(5) The model: embed the text, insert the image features, run the language model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class ImageTokens:
 
 @dataclass(frozen=True)
 class View:
-    """What the encoder is shown: tiles of this many pixels a side, normalised this way."""
+    """The encoder's input: tiles of this many pixels a side, normalised this way."""
 
     tile_size: int
     normalization: str
@@ -75,7 +75,7 @@ class VisionLanguageModel(nn.Module):
         return next(self.projector.parameters()).device
 
     def gather(self) -> None:
-        """Do nothing by itself: FSDP2 takes this for a forward pass, and gathers the weights that are in no layer."""
+        """Do nothing on its own: FSDP2 takes this for a forward pass, and gathers the weights that are in no layer."""
 
     def see(self, tiles: Tensor) -> Tensor:
         """Run the vision encoder: tiles (T, H, W, 3) uint8 -> features (T, P, C)."""

@@ -1,1 +1,1 @@
-"""Every page that a verb or a run writes: one frame, one stylesheet, charts."""
+"""Every page that a verb or a run writes: one base page, one stylesheet, charts."""

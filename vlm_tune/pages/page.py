@@ -1,4 +1,4 @@
-"""Write a page: one HTML file by a template, no scripts, nothing from the network, all text of the data escaped."""
+"""Write a page: one HTML file from a template, no scripts, nothing from the network, all data escaped."""
 
 import base64
 import io
@@ -14,19 +14,19 @@ from vlm_tune import __version__, words
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:
-    """Write a page by its template in this folder; `values` are what the template names."""
+    """Write a page from its template in this folder; `values` are what the template names."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(render(template, **values), encoding="utf-8", errors="replace")  # half a surrogate has no UTF-8
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill a template: what is put in is escaped, and a value that it names and nobody gave is an error."""
+    """Fill a template: values are escaped, and a value that it names but was not given is an error."""
     return templates().get_template(template).render(values)
 
 
 @cache
 def templates() -> Environment:
-    """Open the templates of this folder, with the functions that they write values by."""
+    """Open the templates of this folder, with the functions that format their values."""
     found = Environment(
         loader=PackageLoader("vlm_tune", "pages"),
         autoescape=True,
@@ -49,5 +49,5 @@ def picture_url(picture: Image.Image, quality: int = 85) -> str:
 
 
 def data_name(path: Path) -> str:
-    """Name a data file in the name of its report, together with its folder: most are called train.jsonl."""
+    """Return a data file's name for its report, including its folder: most are called train.jsonl."""
     return "_".join(re.findall(r"\w+", f"{path.resolve().parent.name} {path.name.partition('.')[0]}"))

@@ -11,7 +11,7 @@ from vlm_tune.pages.page import render
 
 Point = tuple[float, float]  # (optimizer step, value)
 
-MAX_DOTS = 40  # validation losses; more are drawn as a line alone
+MAX_DOTS = 40  # validation losses; more are drawn as a line without dots
 MAX_POINTS = 600  # of a drawn line: more than a screen's pixels would only make the file larger
 LOG_FROM = 8.0  # largest loss / smallest: from here on a linear axis shows the first steps and nothing else
 NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
@@ -34,7 +34,7 @@ class Axis:
     is_log: bool = False
 
     def place(self, value: float) -> float:
-        """Return the pixel of a value; what lies beyond the axis is drawn at its end."""
+        """Return the pixel of a value; values beyond the axis are drawn at its end."""
         scale = math.log if self.is_log else float
         value = min(max(value, self.low), self.high)
         share = (scale(value) - scale(self.low)) / (scale(self.high) - scale(self.low))
@@ -58,8 +58,8 @@ class Axis:
 def chart(report: dict[str, Any], size: tuple[int, int] = SIZE) -> dict[str, Any] | None:
     """Lay out the loss curve for its template; None when no finite loss was logged.
 
-    Training loss as logged (faint) and smoothed, validation losses as dots, the best one named; below it the
-    learning rate of each part. The loss axis is logarithmic where the losses span more than LOG_FROM times.
+    Training loss as logged (faint) and smoothed, validation losses as dots, the best one labelled; below it the
+    learning rate of each part. The loss axis is logarithmic if the largest is over LOG_FROM times the smallest.
     """
     width, height = size
     train, val, rates = curve(report, "loss_curve"), curve(report, "val_curve"), rate_curves(report)
@@ -97,7 +97,7 @@ def chart(report: dict[str, Any], size: tuple[int, int] = SIZE) -> dict[str, Any
 def panel(
     title: str, lines: list[tuple[str, str, list[Point]]], axis: Axis, ticks: list[tuple[float, str]]
 ) -> dict[str, Any]:
-    """Hold one panel: its lines (class, name, points) over an axis of values; a line without points is left out."""
+    """Lay out one panel: its lines (class, name, points) over an axis of values, without those that have no points."""
     named = [(kind, NOT_XML.sub("", name), points) for kind, name, points in lines if points]
     return {"title": title, "lines": named, "axis": axis, "ticks": ticks}
 
@@ -117,7 +117,7 @@ def write_loss_svg(report: dict[str, Any], path: Path) -> bool:
 
 
 def curve(report: dict[str, Any], key: str) -> list[Point]:
-    """Return the (step, loss) points whose loss is a finite number, in order; of a step logged twice, the later one."""
+    """Return the (step, loss) points whose loss is finite, in order; for a step logged twice, the later one."""
     found = {float(entry["step"]): entry.get("loss") for entry in report.get(key) or []}
     return [(step, float(loss)) for step, loss in sorted(found.items()) if loss is not None and math.isfinite(loss)]
 
@@ -132,9 +132,9 @@ def rate_curves(report: dict[str, Any]) -> dict[str, list[Point]]:
 
 
 def smoothed(points: list[Point]) -> list[Point]:
-    """Average each loss with its neighbours, 1/25 of the run wide: a centred mean, which does not lag as a running one.
+    """Average each loss with its neighbours, 1/25 of the run wide: a centred mean, which does not lag.
 
-    Toward the start the window shrinks on both sides, so that a steep first fall stays where it is.
+    Toward the start the window shrinks on both sides, so that a steep initial drop stays where it is.
     """
     reach = len(points) // 50
     result = []
@@ -158,7 +158,7 @@ def thinned(points: list[Point]) -> list[Point]:
 
 
 def loss_axis(train: list[Point], smooth: list[Point], val: list[Point], pixels: tuple[float, float]) -> Axis:
-    """Choose the range and the kind of the loss axis; the rarest 1% of single steps may leave it."""
+    """Choose the range and the kind of the loss axis; the most extreme 1% of single steps may lie outside."""
     single = sorted(loss for _, loss in train)
     cut = len(single) // 100
     shown = [loss for _, loss in smooth + val] + single[cut : len(single) - cut]
@@ -179,7 +179,7 @@ def round_step(step: float) -> float:
 
 
 def describe(train: list[Point], smooth: list[Point], val: list[Point]) -> str:
-    """Say the curve in words, for those who do not see it."""
+    """Describe the curve in words, for readers who cannot see it."""
     parts = []
     if train:
         first, last = words.loss(train[0][1]), words.loss(smooth[-1][1])
@@ -190,5 +190,5 @@ def describe(train: list[Point], smooth: list[Point], val: list[Point]) -> str:
 
 
 def number_text(value: float) -> str:
-    """Write a tick of the loss axis."""
+    """Format a tick of the loss axis."""
     return f"{value:,.10g}" if 0.001 <= abs(value) < 1e5 else words.rate(value)

@@ -1,4 +1,4 @@
-"""A run's report as one HTML page: report.json as the plain values that the page's template names."""
+"""A run's report as one HTML page: report.json turned into the values that the template names."""
 
 import math
 import os
@@ -75,7 +75,7 @@ def write_html(report: dict[str, Any], path: Path) -> None:
 
 
 def headline(evaluation: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Give the accuracy of up to two tasks, or the mean of more, against the best guess without the picture."""
+    """Yield the accuracy of up to two tasks, or the mean of more, against the best guess without the picture."""
     scores = {kind: dict(evaluation.get(kind) or {}) for kind in SCORES}
     tasks = list(scores["after"])
     if len(tasks) > 2:
@@ -91,7 +91,7 @@ def headline(evaluation: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 
 def scores(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """Put side by side, by task, the answers after training, those before, blind, and the most frequent one."""
+    """Collect, by task, the scores after training, before it, blind, and of the most frequent answer."""
     kinds = [kind for kind in SCORES if evaluation.get(kind)]
     asked = evaluation.get("num_questions") or {}
     tasks = []
@@ -103,7 +103,7 @@ def scores(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 
 def margin(share: float, count: int) -> float:
-    """Return half of the 95% interval of a share, after Agresti and Coull (1998): not 0 where all or none are right."""
+    """Return half of the 95% interval of a share, after Agresti and Coull (1998): not 0 when all or none are right."""
     adjusted = (share * count + 2) / (count + 4)
     return 1.96 * math.sqrt(adjusted * (1 - adjusted) / (count + 4))
 
@@ -141,7 +141,7 @@ def card(picture: str, asked: list[dict[str, Any]], look: ImageConfig) -> dict[s
 
 
 def is_right(answer: dict[str, Any], key: str) -> bool:
-    """Tell whether the answer before or after training is the expected one."""
+    """Return whether the answer before or after training is the expected one."""
     given, expected = answer.get(key), answer.get("expected")
     return key != "expected" and bool(given) and bool(expected) and is_match(str(given), str(expected))
 
@@ -162,7 +162,7 @@ def shorten(text: str) -> str:
 
 
 def data_facts(data: dict[str, Any]) -> dict[str, str]:
-    """Say what the model was trained on: name -> value."""
+    """Describe what the model was trained on: name -> value."""
     return {
         DATA_NAMES.get(key, key.replace("_", " ")): data_text(key, value)
         for key, value in data.items()
@@ -171,7 +171,7 @@ def data_facts(data: dict[str, Any]) -> dict[str, str]:
 
 
 def data_text(key: str, value: Any) -> str:
-    """Write one fact about the data: 2,000 / 97.0% / median 60, at most 120."""
+    """Format one fact about the data: 2,000 / 97.0% / median 60, at most 120."""
     if isinstance(value, dict):
         names = {"p50": "median", "max": "at most"}
         return ", ".join(f"{names.get(name, name)} {data_text('', number)}" for name, number in value.items())

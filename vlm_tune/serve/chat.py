@@ -23,7 +23,7 @@ HELP = "/image PATH shows a picture, /reset starts anew, /exit ends"
 
 
 class Chat:
-    """Hold one conversation."""
+    """One conversation."""
 
     def __init__(self, model: Model, config: Config) -> None:
         self.model = model
@@ -34,13 +34,13 @@ class Chat:
         self.pending: list[Picture] = []
 
     def show(self, path: str) -> None:
-        """Put a picture in front of the next question; raise DataError when it cannot be read."""
+        """Show a picture with the next question; raise DataError when it cannot be read."""
         picture = Picture(str(Path(path).expanduser().resolve()))
         self._reader(picture).open_picture(picture, path, None)
         self.pending.append(picture)
 
     def ask(self, question: str, max_new_tokens: int = 256) -> str:
-        """Answer a question in the light of the whole conversation."""
+        """Answer a question, given the whole conversation so far."""
         parts: list[Part] = [part for picture in self.pending for part in (picture, "\n")]
         asked = Message("user", (*parts, question))
         open_turn = Message("assistant", ("",), supervised=True)
@@ -51,7 +51,7 @@ class Chat:
         return text
 
     def reset(self) -> None:
-        """Forget everything that was said and shown."""
+        """Forget the conversation and its pictures."""
         self.messages, self.pending = [], []
 
     def _prompt(self, sample: Sample) -> Prompt:
@@ -73,7 +73,7 @@ def chat(ckpt: str, image: str, overrides: list[str], console: Console) -> None:
     """Read questions from the terminal (or a pipe) until /exit or the end of the input."""
     model, config = open_trained(ckpt, overrides)
     talk = Chat(model, config)
-    aside = make_console(stderr=True)  # what a pipe reads are the answers alone
+    aside = make_console(stderr=True)  # a pipe reads only the answers
     tell(aside, model.notes)
     aside.print(f"run: {find_checkpoint(ckpt)}", soft_wrap=True)
     if image:

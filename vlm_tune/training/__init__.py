@@ -1,1 +1,1 @@
-"""A training run: `run` is its table of contents."""
+"""A training run. Start with `run`."""

@@ -1,4 +1,4 @@
-"""What the run learned: the same questions before and after training, and answered blind."""
+"""Examine what a run learned: the same questions before and after training, and blind."""
 
 import json
 import time
@@ -46,11 +46,11 @@ class Examiner(L.Callback):
             if config.stage.evaluate:
                 self.scored = read_questions(self.test, config.trainer.max_test_rows)
         elif data.val is not None:
-            self.test, rows = data.val.data.sets[0], data.val.index.rows  # of a mixture, its first set is asked about
+            self.test, rows = data.val.data.sets[0], data.val.index.rows  # of a mixture, only its first set is used
             self.shown = read_questions(self.test, config.trainer.num_chats, rows[rows < len(self.test)])
 
     def enter(self, run: Path, max_steps: int) -> list[L.Callback]:
-        """Take up a run's folder; return what runs during training."""
+        """Set the run's folder; return the callbacks for training."""
         self.run = run
         self.chats = None
         if self.test is not None and self.shown:
@@ -59,7 +59,7 @@ class Examiner(L.Callback):
         return [self, self.chats] if self.chats else [self]
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Score the model as the run finds it; a resumed run reads the scores back."""
+        """Score the model as the run finds it; a resumed run reads its scores back."""
         path = self.run / "scores_before.json"
         if self.scored and not trainer.strategy.broadcast(path.exists()) and takes_part(trainer, self.model):
             scores = score(self._ask(trainer, "before training"))
@@ -67,7 +67,7 @@ class Examiner(L.Callback):
                 path.write_text(json.dumps(scores), encoding="utf-8")
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Score the trained model, with and without sight; keep its predictions."""
+        """Score the trained model, with and without pictures; keep its predictions."""
         if not self.scored or not takes_part(trainer, self.model):
             return
         self.predictions = self._ask(trainer, "after training")
@@ -75,7 +75,7 @@ class Examiner(L.Callback):
             self.unseeing = self._ask(trainer, "blind")
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Ask a finished run now: it has no step left, after which it would be asked."""
+        """Score a finished run now: it has no step left after which it would be scored."""
         if checkpoint["global_step"] < trainer.max_steps:
             return
         if not self.model.vlm.is_split:
@@ -83,7 +83,7 @@ class Examiner(L.Callback):
         self.on_train_end(trainer, module)
 
     def tell(self, report: RunReport) -> None:
-        """Write down and show what was answered."""
+        """Record and print the results."""
         if self.scored:
             write_predictions(self.predictions, self.run / "predictions.jsonl")
             report.evaluation = {

@@ -1,4 +1,4 @@
-"""How often a run validates, saves and answers, where the user left that open."""
+"""Default intervals: how often a run validates, saves and answers if the user does not say."""
 
 from vlm_tune.config.schema import TrainerConfig
 
@@ -6,12 +6,12 @@ SHARE, MOST = 5, 200
 
 
 def every(given: int | None, max_steps: int) -> int:
-    """Return an interval in optimizer steps: the given one, else a fifth of the run, and 200 steps of a long one."""
+    """Return an interval in optimizer steps: the given one, else a fifth of the run, at most 200."""
     return min(MOST, -(-max_steps // SHARE)) if given is None else given
 
 
 def describe(trainer: TrainerConfig, max_steps: int) -> str:
-    """Say how long the run is and how often what happens in it, and which of that follows from its length."""
+    """Describe the run's length and its intervals, and which of them follow from the length."""
     intervals = {"val_every": trainer.val_every, "save_every": trainer.save_every, "chat_every": trainer.chat_every}
     named = {name: every(given, max_steps) for name, given in intervals.items()}
     derived = ", ".join(f"trainer.{name}={named[name]}" for name, given in intervals.items() if given is None)

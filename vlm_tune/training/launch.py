@@ -1,6 +1,6 @@
-"""Processes that torchrun or SLURM started: they meet before the run has a folder, and share the first one's.
+"""Processes started by torchrun or SLURM: they connect before the run has a folder, and share the first one's.
 
-Where Lightning starts the processes itself, the first has made the folder by then, and hands its name on.
+Where Lightning starts the processes itself, the first has made the folder by then, and passes its name on.
 """
 
 import os
@@ -15,9 +15,9 @@ from vlm_tune.errors import ConfigError
 
 
 def meet(trainer: TrainerConfig, has_gpu: bool) -> None:
-    """Join the processes of a run that was started from outside; Lightning's strategies find them joined.
+    """Connect the processes of a run that was started from outside; Lightning's strategies use that process group.
 
-    Raise ConfigError where their number is not the configuration's.
+    Raise ConfigError if their number differs from the configuration's.
     """
     found = next((kind() for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()), None)
     if found is None or torch.distributed.is_initialized():
@@ -37,7 +37,7 @@ def meet(trainer: TrainerConfig, has_gpu: bool) -> None:
 
 
 def from_the_first(make: Callable[[], str]) -> str:
-    """Return what the first of the processes that have met makes; alone, make it."""
+    """Return what `make` returns on the first of the connected processes; without others, call it here."""
     if not torch.distributed.is_initialized():
         return make()
     made = [make() if torch.distributed.get_rank() == 0 else ""]

@@ -19,7 +19,7 @@ from vlm_tune.training.resume import count_anew
 
 
 class VlmModule(L.LightningModule):
-    """Train a VisionLanguageModel. Its checkpoints hold what the stage trains, and no frozen weight."""
+    """Train a VisionLanguageModel. Its checkpoints hold what the stage trains, and no frozen weights."""
 
     strict_loading = False  # frozen weights are not in the checkpoint; `resume.go_on_from` checks the trained ones
 
@@ -33,7 +33,7 @@ class VlmModule(L.LightningModule):
         self.step_loss = torch.zeros(())  # of the optimizer step so far
         self.step_ids: list[str] = []
         self.is_in_step = False  # between the micro-batches of one
-        self.train_seconds = 0.0  # wall, of the run so far, interruptions left out
+        self.train_seconds = 0.0  # wall time of the run so far, without interruptions
 
     def configure_model(self) -> None:
         """Split the weights where the strategy is FSDP2."""
@@ -46,7 +46,7 @@ class VlmModule(L.LightningModule):
         self.clock = time.perf_counter()
 
     def on_train_start(self) -> None:
-        """Set train and eval mode for each part."""
+        """Set train or eval mode for each part."""
         set_modes(self.vlm, self.config.stage)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -54,7 +54,7 @@ class VlmModule(L.LightningModule):
         self.seed_micro_batch(batch_idx)
 
     def seed_micro_batch(self, batch_idx: int) -> None:
-        """Seed what is random in a micro-batch by its position.
+        """Seed the randomness of a micro-batch by its position.
 
         The position in the step is counted over all devices, so that it does not depend on their number.
         """
@@ -88,7 +88,7 @@ class VlmModule(L.LightningModule):
             self.log(f"lr/{group['name']}", group["lr"])
 
     def require_finite_weights(self) -> None:
-        """Raise TrainingError where a trained weight is no number: no step can mend that."""
+        """Raise TrainingError if a trained weight is not finite: no step can repair that."""
         broken = [name for name, weight in trained_parameters(self.vlm) if not torch.isfinite(held(weight)).all()]
         if broken:
             raise TrainingError(
@@ -98,7 +98,7 @@ class VlmModule(L.LightningModule):
             )
 
     def on_validation_epoch_start(self) -> None:
-        """Begin a new sum over the validation rows; dropout is off."""
+        """Reset the sums over the validation rows; dropout is off."""
         self.vlm.eval()
         self.val_sums = torch.zeros(2, device=self.device)
 
@@ -114,7 +114,7 @@ class VlmModule(L.LightningModule):
         set_modes(self.vlm, self.config.stage)
 
     def configure_optimizers(self) -> Any:
-        """AdamW by part, warmup and cosine by optimizer step."""
+        """Return AdamW by part, with warmup and cosine by optimizer step."""
         is_scaled = resolve_precision(self.config.trainer.precision) is Precision.fp16
         optimizer = make_optimizer(self.vlm, self.config.stage, may_fuse=not is_scaled)
         schedule = make_schedule(optimizer, self.config.stage, self.max_steps)
@@ -125,11 +125,11 @@ class VlmModule(L.LightningModule):
         return batch.to(device)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Only what is trained: a checkpoint of LoRA and projector weighs megabytes, not gigabytes."""
+        """Return only trained weights: a checkpoint of LoRA and projector takes megabytes, not gigabytes."""
         return {f"vlm.{name}": parameter.data for name, parameter in trained_parameters(self.vlm)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the counts of the run; raise TrainingError rather than save weights that are no numbers."""
+        """Keep the counts of the run; raise TrainingError rather than save weights that are not finite."""
         self.require_finite_weights()
         now = time.perf_counter()
         self.train_seconds, self.clock = self.train_seconds + now - self.clock, now
@@ -145,5 +145,5 @@ class VlmModule(L.LightningModule):
 
 
 def dropout_seed(*position: int) -> int:
-    """Mix the numbers of a position (seed, step, place in it) to 64 bits: the same in every version of Python."""
+    """Hash the numbers of a position (seed, step, place in it) to 64 bits, the same in every version of Python."""
     return int(np.random.SeedSequence(position).generate_state(1, np.uint64)[0])

@@ -1,4 +1,4 @@
-"""What a run leaves behind: report.json, and the same as one HTML page."""
+"""Write a run's report: report.json, and the same as one HTML page."""
 
 import json
 import os
@@ -33,7 +33,7 @@ Scores = dict[str, float]
 
 @dataclass
 class RunReport:
-    """Collect a run's facts while it goes on; `write` leaves report.json and report.html in its folder."""
+    """Collects a run's facts while it runs; `write` leaves report.json and report.html in its folder."""
 
     config: Config
     run: Path
@@ -96,13 +96,13 @@ class RunReport:
 
 
 def point(row: dict[str, float]) -> dict[str, Any]:
-    """One point of the loss curve, with the learning rate of each part."""
+    """Return one point of the loss curve, with the learning rate of each part."""
     rates = {name.removeprefix("lr/"): value for name, value in row.items() if name.startswith("lr/")}
     return {"step": row["step"], "loss": row["train/loss"], "lr": rates}
 
 
 def previous_seconds(start: Path | None) -> float:
-    """Training seconds of the stages before this one."""
+    """Return the training seconds of the stages before this one."""
     path = run_of(start) / "report.json" if start else None
     if path is None or not path.exists():
         return 0.0

@@ -1,4 +1,4 @@
-"""Where a run starts: anew, from an earlier stage's weights, or exactly where an interrupted run stopped."""
+"""Where a run starts: from scratch, from an earlier stage's weights, or exactly where an interrupted run stopped."""
 
 from dataclasses import asdict
 from enum import Enum
@@ -27,10 +27,10 @@ from vlm_tune.model.checkpoint import (
 from vlm_tune.model.seal import find_damage, is_sealed
 from vlm_tune.words import counted
 
-if TYPE_CHECKING:  # settings that cannot be resumed are said before torch is imported, which takes seconds
+if TYPE_CHECKING:  # settings that cannot be resumed are reported before torch is imported, which takes seconds
     from vlm_tune.model.vlm import VisionLanguageModel
 
-# keys that do not touch what is computed: they may differ from the interrupted run's
+# keys that do not affect what is computed: they may differ from the interrupted run's
 FREE = (
     "resume",
     "resume_allow",
@@ -50,11 +50,11 @@ FREE = (
     "strategy.",
 )
 NEEDED = ("global_step", "loops", "optimizer_states", "lr_schedulers", "counts", "DataModule")
-RAISED = ("stage.max_steps", "stage.epochs")  # they may grow: the run then goes on beyond its old end
+RAISED = ("stage.max_steps", "stage.epochs")  # they may grow: the run then continues beyond its old end
 
 
 def find_resume(config: Config) -> Path | None:
-    """Find the checkpoint to go on from; raise when the run's settings are not the interrupted run's."""
+    """Find the checkpoint to continue from; raise if the settings differ from the interrupted run's."""
     if config.resume is None:
         return None
     if config.resume == "last":
@@ -91,7 +91,7 @@ def find_resume(config: Config) -> Path | None:
 
 
 def take_whole(run: Path) -> Path:
-    """Return a run's newest checkpoint that is as it was written; raise CheckpointError where none is."""
+    """Return a run's newest undamaged checkpoint; raise CheckpointError if there is none."""
     newest = find_checkpoint(str(run))
     whole = newest_whole(run)
     if whole is None:
@@ -102,7 +102,7 @@ def take_whole(run: Path) -> Path:
 
 
 def remarks_on(checkpoint: Path) -> list[str]:
-    """Say which newer checkpoints of a run are passed over as damaged, and that one of an older version has no seal."""
+    """Return notes on newer checkpoints skipped as damaged, and on one of an older version that has no seal."""
     newer = [path for path in checkpoints(run_of(checkpoint)) if path.name > checkpoint.name]
     damaged = [(path, damage) for path in newer if (damage := find_damage(path))]
     said = [f"{path.name} is damaged ({damage}): the run goes on from {checkpoint.name}" for path, damage in damaged]
@@ -125,7 +125,7 @@ def differences(before: Config, now: Config) -> dict[str, str]:
 
 
 def longer(before: Config, now: Config) -> str | None:
-    """Say what a longer run than the interrupted one does to the learning rate; None where it is as long."""
+    """Describe what running longer than the interrupted run does to the learning rate; None if it is not longer."""
     for key, old, new in (
         ("stage.max_steps", before.stage.max_steps, now.stage.max_steps),
         ("stage.epochs", before.stage.epochs, now.stage.epochs),
@@ -139,7 +139,7 @@ def longer(before: Config, now: Config) -> str | None:
 
 
 def moved(before: Config, now: Config) -> str | None:
-    """Say what other devices or another strategy than the interrupted run's mean; None where both are the same."""
+    """Describe the effect of different devices or another strategy on a resumed run; None if both are the same."""
     then, here = (f"{each.trainer.devices}x{each.trainer.nodes} {each.strategy.name.value}" for each in (before, now))
     if then == here:
         return None
@@ -150,7 +150,7 @@ def moved(before: Config, now: Config) -> str | None:
 
 
 def count_anew(checkpoint: dict[str, Any], batches_per_step: int) -> None:
-    """Let Lightning's count of micro-batches be that of this number of devices, up to the checkpoint's step."""
+    """Recompute Lightning's count of micro-batches for this number of devices, up to the checkpoint's step."""
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     missing = checkpoint["global_step"] * batches_per_step - progress["current"]["ready"]
     for counts in (progress["total"], progress["current"]):
@@ -174,7 +174,7 @@ def initial_checkpoint(config: Config) -> Path | None:
     if stage.init_from != "auto":
         return find_checkpoint(stage.init_from)
     if config.model.path is not None and config.model.vision.path is None:
-        return None  # a whole checkpoint brings its own trained projector
+        return None  # a whole checkpoint has its own trained projector
     run = find_run(Path(config.runs), str(stage.init_stage), config.model.name)
     if run is None:
         raise CheckpointError(
@@ -186,7 +186,7 @@ def initial_checkpoint(config: Config) -> Path | None:
 
 
 def require_resumable(checkpoint: Path) -> None:
-    """Raise CheckpointError for a file that lacks what a run goes on with, or is of another step than its name says."""
+    """Raise CheckpointError for a file that lacks what a run needs to continue, or whose step differs from its name."""
     state = read_checkpoint(checkpoint)
     missing = [key for key in NEEDED if key not in state]
     if missing:
@@ -205,7 +205,7 @@ def require_resumable(checkpoint: Path) -> None:
 def go_on_from(vlm: "VisionLanguageModel", checkpoint: Path) -> None:
     """Load an interrupted run's weights; raise CheckpointError unless they are exactly those that this run trains.
 
-    Lightning loads them once more with the optimizer's state, but passes over names that do not fit.
+    Lightning loads them once more with the optimizer's state, but ignores names that do not match.
     """
     require_resumable(checkpoint)
     load_weights(vlm, trained_weights(checkpoint), checkpoint, complete=True)

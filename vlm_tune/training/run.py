@@ -1,4 +1,4 @@
-"""A run's table of contents: where it starts, model, stage, data, trainer, fit, report."""
+"""A training run from start to end: starting point, model, stage, data, trainer, fit, report."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -91,14 +91,14 @@ def train(config: Config, console: Console | None = None) -> Path:
 
 
 def fit(trainer: L.Trainer, module: VlmModule, data: DataModule, checkpoint: Path | None) -> None:
-    """Train; raise KeyboardInterrupt for a stop at once, and our own errors for what ends a run from outside."""
+    """Train; raise KeyboardInterrupt for an immediate stop, and our own errors for what ends a run from outside."""
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except Stopped as stopped:
         if trainer.global_rank and isinstance(trainer.strategy.cluster_environment, LightningEnvironment):  # type: ignore[attr-defined]
-            stopped.code = 0  # Lightning would take any other for a crash, and kill the first process at once
+            stopped.code = 0  # Lightning would take any other code for a crash, and kill the first process at once
         raise
-    except SystemExit as stopped:  # what Lightning makes of a KeyboardInterrupt
+    except SystemExit as stopped:  # Lightning turns a KeyboardInterrupt into this
         raise KeyboardInterrupt from stopped
     except (RuntimeError, MemoryError) as error:
         ours = explain(error, trainer, data.config)
@@ -108,7 +108,7 @@ def fit(trainer: L.Trainer, module: VlmModule, data: DataModule, checkpoint: Pat
 
 
 def fill_ahead(config: Config, console: Console) -> None:
-    """Keep what the frozen encoder sees in a run's pictures, as the run itself would before its first step."""
+    """Cache the frozen encoder's features of a run's pictures, as the run itself would before its first step."""
     model = build_model(config)
     tell(console, model.notes)
     config = model.config
@@ -128,7 +128,7 @@ def fill_ahead(config: Config, console: Console) -> None:
 def keep_features(
     vlm: VisionLanguageModel, data: DataModule, config: Config, device: torch.device, console: Console
 ) -> None:
-    """Keep what a frozen encoder sees in the run's pictures, where that is wanted and fits."""
+    """Cache a frozen encoder's features of the run's pictures, if that is enabled and fits."""
     plan = plan_cache(vlm, data, config)
     if plan is not None:
         console.print(plan.summary)
@@ -137,7 +137,7 @@ def keep_features(
 
 
 def earlier_stage(config: Config) -> Path | None:
-    """Find what the run would start from; None where that stage has not run yet: most leave the encoder as it is."""
+    """Find what the run would start from; None if that stage has not run yet: most leave the encoder unchanged."""
     try:
         return initial_checkpoint(config)
     except CheckpointError:

@@ -1,4 +1,4 @@
-"""A run's folder: a unique name, and everything that is needed to read or repeat the run."""
+"""A run's folder: a unique name, and everything needed to read or repeat the run."""
 
 import json
 import os
@@ -18,12 +18,12 @@ from vlm_tune.config.schema import Config
 from vlm_tune.errors import ConfigError, TrainingError
 from vlm_tune.model.checkpoint import CHECKPOINTS, CONFIG, START, write_atomically
 
-FOLDER_VARIABLE = "VLM_TUNE_RUN_FOLDER"  # hands the first process's folder to those it starts
+FOLDER_VARIABLE = "VLM_TUNE_RUN_FOLDER"  # passes the first process's folder to those it starts
 PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "pillow", "timm", "deepspeed", "hydra-core")
 
 
 def make_run_folder(config: Config, start: Path | None) -> Path:
-    """Make runs/DATE_TIME_STAGE_MODEL, with a counter where that name is taken."""
+    """Make runs/DATE_TIME_STAGE_MODEL, with a counter if that name is taken."""
     handed = os.environ.get(FOLDER_VARIABLE)
     if handed and os.environ.get("LOCAL_RANK", "0") != "0":  # a later run of the first process has a folder of its own
         return Path(handed)
@@ -34,7 +34,7 @@ def make_run_folder(config: Config, start: Path | None) -> Path:
         for counter in range(1, 1000):
             folder = runs / (name if counter == 1 else f"{name}_{counter}")
             try:
-                folder.mkdir()  # fails when another run of this second was first
+                folder.mkdir()  # fails if another run took the name in the same second
                 break
             except FileExistsError:
                 continue
@@ -53,7 +53,7 @@ def make_run_folder(config: Config, start: Path | None) -> Path:
 
 @contextmanager
 def only_here(run: Path) -> Iterator[None]:
-    """Keep other processes from training in a run folder; raise TrainingError where one does."""
+    """Keep other processes from training in a run folder; raise TrainingError if one does."""
     lock = FileLock(run / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -69,7 +69,7 @@ def only_here(run: Path) -> Iterator[None]:
 
 
 def link_latest(run: Path) -> str:
-    """Point runs/latest at a run that has its first checkpoint; return a note on a disk without links, or ""."""
+    """Point runs/latest at a run that has its first checkpoint; return a note if the disk has no links, else ""."""
     link = run.parent / f".latest-{os.getpid()}"
     try:
         link.unlink(missing_ok=True)
@@ -83,7 +83,7 @@ def link_latest(run: Path) -> str:
 
 
 def append(path: Path, text: str) -> None:
-    """Append a text whole or not at all; an OSError of a full disk names the file."""
+    """Append a text completely or not at all; an OSError of a full disk names the file."""
     size = path.stat().st_size if path.exists() else 0
     try:
         with path.open("a", newline="", encoding="utf-8") as file:
@@ -95,7 +95,7 @@ def append(path: Path, text: str) -> None:
 
 
 def drop_lines_after(path: Path, step: float) -> None:
-    """Keep the lines of a JSON Lines file whose "step" is not after the one that a run goes on from."""
+    """Keep the lines of a JSON Lines file whose "step" is not after the one that a run continues from."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -105,7 +105,7 @@ def drop_lines_after(path: Path, step: float) -> None:
 
 
 def is_up_to(line: str, step: float) -> bool:
-    """Tell whether a line is of a step that is done; one that a kill left unfinished is of none."""
+    """Return whether a line belongs to a step up to `step`; one cut off by a kill does not."""
     try:
         return bool(json.loads(line)["step"] <= step)
     except ValueError:

@@ -1,7 +1,7 @@
 """How devices share the work: Lightning's strategies, with one kind of checkpoint for all of them.
 
 A checkpoint is one file, whatever wrote it: the trained weights in float32 and the optimizer's state by parameter, as
-one device would hold them. Any strategy goes on from it, with any number of devices.
+one device would hold them. Any strategy can continue from it, with any number of devices.
 """
 
 import os
@@ -20,7 +20,7 @@ from vlm_tune.model.parts.shards import whole
 from vlm_tune.model.parts.stage import trained_parameters
 
 ZERO = {Strategy.zero1: 1, Strategy.zero2: 2, Strategy.zero3: 3, Strategy.zero3_offload: 3}
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, beside its number of steps
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, besides its step count
 
 
 def make_strategy(config: Config, has_gpu: bool) -> Any:
@@ -37,7 +37,7 @@ def make_strategy(config: Config, has_gpu: bool) -> Any:
 
 
 class WholeCheckpoints(ParallelStrategy):
-    """Gather what devices hold in parts into an ordinary checkpoint, and take such a one apart again."""
+    """Gathers what devices hold in shards into an ordinary checkpoint, and splits one again."""
 
     restore_checkpoint_after_setup = True
     lightning_restore_optimizer = True
@@ -54,7 +54,7 @@ class WholeCheckpoints(ParallelStrategy):
         """Do nothing: `resume.go_on_from` loads the weights before they are split."""
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Gather the trained weights, one after the other; the first process keeps them."""
+        """Gather the trained weights one by one; the first process keeps them."""
         assert self.lightning_module is not None
         gathered = {}
         for name, parameter in trained_parameters(self.lightning_module.vlm):  # type: ignore[arg-type]
@@ -69,7 +69,7 @@ class WholeCheckpoints(ParallelStrategy):
 
 
 class FullySharded(WholeCheckpoints, ModelParallelStrategy):
-    """FSDP2: weights, gradients and optimizer are split; `VlmModule.configure_model` says along which units."""
+    """FSDP2: weights, gradients and optimizer are sharded; `VlmModule.configure_model` chooses the units."""
 
     def __init__(self, devices: int, backend: str) -> None:
         sizes = {"data_parallel_size": devices, "tensor_parallel_size": 1}
@@ -87,7 +87,7 @@ class FullySharded(WholeCheckpoints, ModelParallelStrategy):
         return {"state": gathered, "param_groups": state["param_groups"]} if self.is_global_zero else {}
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
-        """Keep this device's part of each moment."""
+        """Keep this device's shard of each moment."""
         (saved,), (optimizer,) = checkpoint["optimizer_states"], self.optimizers
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         state = {
@@ -98,16 +98,16 @@ class FullySharded(WholeCheckpoints, ModelParallelStrategy):
 
 
 def part_of(value: Tensor, parameter: DTensor) -> Tensor:
-    """Split a whole tensor as a parameter is split; every process has the whole, so that nothing is sent."""
+    """Shard a whole tensor as a parameter is sharded; every process has the whole, so nothing is sent."""
     placed = value.to(parameter.device)
     return distribute_tensor(placed, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 class Zero(WholeCheckpoints, DeepSpeedStrategy):
-    """DeepSpeed's ZeRO: optimizer (1), gradients (2) and weights (3) are split. It runs on CPUs as on GPUs.
+    """DeepSpeed's ZeRO: optimizer (1), gradients (2) and weights (3) are sharded. It runs on CPUs and GPUs.
 
     DeepSpeed's own mixed precision would keep trained weights in 16 bit. They are float32 here, as under every other
-    strategy, and products are left to autocast.
+    strategy, and autocast handles matrix products.
     """
 
     def __init__(self, config: Config, has_gpu: bool) -> None:
@@ -121,11 +121,11 @@ class Zero(WholeCheckpoints, DeepSpeedStrategy):
 
     @property
     def root_device(self) -> torch.device:
-        """DeepSpeed asks for a device with a number, on CPUs too."""
+        """Return a device with an index, which DeepSpeed needs on CPUs too."""
         return super().root_device if self.is_on_gpu else torch.device("cpu", self.local_rank)
 
     def setup_environment(self) -> None:
-        """Join the processes; Lightning's own would refuse a CPU."""
+        """Connect the processes; Lightning's own version refuses a CPU."""
         DDPStrategy.setup_environment(self)
 
     def setup_distributed(self) -> None:
@@ -135,23 +135,23 @@ class Zero(WholeCheckpoints, DeepSpeedStrategy):
             return
         import deepspeed  # late: it takes seconds to import
 
-        # of all that DeepSpeed would compile at its first use this is what a CPU run asks for; gloo does the same
+        # of what DeepSpeed compiles at first use, a CPU run needs only this; gloo does the same
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 
     def _format_config(self) -> None:
-        """Leave the precision as `zero_settings` wrote it: Lightning would ask for 16-bit weights."""
+        """Leave the precision as `zero_settings` wrote it: Lightning would request 16-bit weights."""
         self._format_batch_size_and_grad_accum_config()
 
     def setup(self, trainer: Any) -> None:
-        """Let all processes run the same layers where they hold the weights together."""
+        """Make all processes run the same layers if the weights are sharded."""
         assert self.lightning_module is not None
         self.lightning_module.vlm.is_split = self.zero_stage_3  # type: ignore[union-attr]
         super().setup(trainer)
 
     def _init_optimizers(self) -> Any:
-        """Remember the order of the parameters: DeepSpeed puts flat pieces of many in their places."""
+        """Remember the order of the parameters: DeepSpeed replaces them with flat pieces of many."""
         optimizer, schedule = super()._init_optimizers()
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.counts = [len(group["params"]) for group in optimizer.param_groups]
@@ -160,7 +160,7 @@ class Zero(WholeCheckpoints, DeepSpeedStrategy):
     def init_deepspeed(self) -> None:
         """Start the engine, and lay out AdamW's state by parameter.
 
-        DeepSpeed does so after the first step of the first group of parameters, and finds no state of the others.
+        DeepSpeed does so after the first step of the first parameter group, and finds no state for the others.
         """
         super().init_deepspeed()
         (zero,) = self.optimizers
@@ -201,7 +201,7 @@ class Zero(WholeCheckpoints, DeepSpeedStrategy):
         return {"state": gathered, "param_groups": groups}
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
-        """Keep this device's part of each moment, in DeepSpeed's flat pieces."""
+        """Keep this device's shard of each moment, in DeepSpeed's flat pieces."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
         (saved,) = checkpoint["optimizer_states"]
@@ -215,7 +215,7 @@ class Zero(WholeCheckpoints, DeepSpeedStrategy):
 
 
 def settings_of(group: dict[str, Any]) -> dict[str, Any]:
-    """Return what a group of parameters is trained with: rate, decay, name."""
+    """Return the settings of a parameter group: learning rate, decay, name."""
     return {key: value for key, value in group.items() if key != "params"}
 
 
@@ -223,16 +223,16 @@ class ZeroPrecision(DeepSpeedPrecision):
     """Leave batches and gradients as they are."""
 
     def convert_input(self, data: Any) -> Any:
-        """Return a batch: Lightning's own would round the weights of its tokens to 16 bit."""
+        """Return a batch unchanged: Lightning would round its token weights to 16 bit."""
         return data
 
     def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        """Run a backward pass; the loss is divided by the accumulated batches once, which Lightning has done."""
+        """Run a backward pass without dividing the loss by the accumulated batches: Lightning has done that."""
         super().backward(tensor, model, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
 
 def zero_settings(config: Config, has_gpu: bool) -> dict[str, Any]:
-    """Write DeepSpeed's configuration: the stage, where weights wait, and autocast in the run's precision."""
+    """Write DeepSpeed's configuration: the stage, where weights are offloaded, and autocast in the run's precision."""
     name, precision = config.strategy.name, resolve_precision(config.trainer.precision)
     zero: dict[str, Any] = {"stage": ZERO[name], "overlap_comm": has_gpu, "contiguous_gradients": True}
     if ZERO[name] == 3:
@@ -242,8 +242,8 @@ def zero_settings(config: Config, has_gpu: bool) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on a CPU, without a compiler
-        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed's logs alone read it
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on a CPU without a compiler
+        "train_micro_batch_size_per_gpu": 1,  # only used in DeepSpeed's logs
     }
     if precision is not Precision.fp32:
         dtype = str(DTYPES[precision]).removeprefix("torch.")

@@ -31,7 +31,7 @@ LOGGERS: dict[str, Any] = {
 
 
 def make_trainer(config: Config, max_steps: int, run: Path, callbacks: list[L.Callback], console: Console) -> L.Trainer:
-    """Set up the loop. Its steps end the run; epochs are the data stream's affair."""
+    """Set up the loop. It ends by steps; the data stream handles epochs."""
     trainer = config.trainer
     if not has_gpu(config):
         keep_freed_memory()
@@ -58,24 +58,24 @@ def make_trainer(config: Config, max_steps: int, run: Path, callbacks: list[L.Ca
         callbacks=[
             ProgressLine(trainer.log_every, console),
             MetricsFile(run, trainer.log_every, console),
-            *callbacks,  # before the checkpoint of a step, so that a kill between the two loses no answers
+            *callbacks,  # before a step's checkpoint, so that a kill between the two loses no answers
             SaveCheckpoints(run, every(trainer.save_every, max_steps), trainer.keep, watch, console),
             watch,
             stop,
             LastBatch(),
-            WatchRanks(),  # the last, so that it knows when the others have done what a step asks of them
+            WatchRanks(),  # last, so that it knows when the others have finished their work for a step
         ],
         plugins=[AtomicCheckpoints(), *([ZeroPrecision(precision)] if is_zero else [])],  # type: ignore[arg-type]
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        inference_mode=False,  # FSDP2 keeps what a validation gathered, and training goes on with it
+        inference_mode=False,  # FSDP2 keeps what a validation gathered, and training uses it
         default_root_dir=run,
     )
 
 
 def check_trainer(config: Config) -> None:
-    """Raise ConfigError for what is not on this machine, before a run folder is made."""
+    """Raise ConfigError for what this machine lacks, before a run folder is made."""
     trainer, precision = config.trainer, resolve_precision(config.trainer.precision)
     if precision is Precision.fp16 and config.strategy.name is Strategy.fsdp:
         raise ConfigError(
@@ -93,10 +93,10 @@ def check_trainer(config: Config) -> None:
 
 
 def has_gpu(config: Config) -> bool:
-    """Tell whether a run has a GPU."""
+    """Return whether a run uses a GPU."""
     return torch.cuda.is_available() and config.trainer.accelerator != "cpu"
 
 
 def find_loggers(config: Config, run: Path) -> list[Logger] | bool:
-    """Make the loggers by name; a visible dict, so that a configuration can call no other code."""
+    """Make the loggers by name; an explicit dict, so that a configuration cannot call other code."""
     return [LOGGERS[name](run) for name in config.logger.names] or False

@@ -1,4 +1,4 @@
-"""Whether a model answers better than one that does not look: in words, by the standard error."""
+"""Describe whether a model answers better than a guess without the picture, by the standard error."""
 
 import math
 from typing import Any
@@ -14,9 +14,9 @@ RIVALS = {
 
 
 def verdicts(evaluation: dict[str, Any]) -> list[str]:
-    """Say of each task whose accuracy after training is not clearly above a guess which guess that is.
+    """Name, for each task whose accuracy after training is not clearly above a guess, that guess.
 
-    Clearly is two standard errors of the difference, both shares taken as drawn by themselves: 30 of 50 right beside
+    Clearly is two standard errors of the difference, with both shares taken as independent: 30 of 50 right against
     25 of 50 is a difference of 10 points with a standard error of 9.8.
     """
     said = []

@@ -1,1 +1,1 @@
-"""Functions that stand in for plain code, faster or smaller, and equal to it; each is tested so."""
+"""Faster or smaller replacements for plain code, tested to give equal results."""

@@ -37,12 +37,12 @@ class Segments:
 
 
 def uses_products(tensor: Tensor) -> bool:
-    """Tell whether attention is by products: SDPA's 16-bit kernel on a CPU is slower."""
+    """Return whether to use matrix products for attention: SDPA's 16-bit kernel on a CPU is slower."""
     return tensor.device.type == "cpu" and tensor.dtype is torch.bfloat16
 
 
 def has_kernel(tensor: Tensor) -> bool:
-    """Tell whether torch has a kernel for packs: in 16 bit, on NVIDIA GPUs of the Ampere generation or later."""
+    """Return whether torch has a kernel for packs: in 16 bit, on NVIDIA GPUs of the Ampere generation or later."""
     is_half = tensor.dtype in (torch.bfloat16, torch.float16)
     return tensor.is_cuda and is_half and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
 

@@ -1,6 +1,6 @@
 """Attention in 16 bit on a CPU, by matrix products over samples and blocks: faster than SDPA's kernel there.
 
-SDPA reaches a quarter of the rate of a bf16 matrix product on a CPU. Here samples of like length are multiplied
+SDPA reaches a quarter of the rate of a bf16 matrix product on a CPU. Here samples of similar length are multiplied
 together, long ones in blocks of queries whose scores stay in the processor's cache, and later keys are skipped. Very
 long samples keep no scores for the backward pass. Scores are rounded to 16 bit before the softmax, as in transformers'
 eager attention. Figures: benchmarks/README.md.
@@ -24,7 +24,7 @@ TOGETHER = 2048  # and have about so many tokens in all
 
 @dataclass(frozen=True)
 class Block:
-    """The same queries of samples of like length, and the keys that they may see.
+    """The same queries of samples of similar length, and the keys that they may see.
 
     queries  rows of the gathered queries: (batch, heads/kv_heads, num_queries), batch = samples * kv_heads
     keys     rows of the gathered keys: (batch, places of a sample), of which the first `stop` are seen

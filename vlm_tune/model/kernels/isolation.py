@@ -1,4 +1,4 @@
-"""Refuse a language model that packing, or a loss taken from its head alone, would get wrong without a word."""
+"""Refuse a language model for which packing, or a loss from its head alone, would be silently wrong."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from vlm_tune.model.kernels.attention import Segments
 
 # Tested against plain transformers (tests/model/test_language_models.py); any other kind proves itself when it loads.
 TESTED = ("llama", "internlm3", "qwen2", "qwen3", "phi3", "mistral", "gemma", "gemma3_text", "smollm3")
-# What a layer or the head does beside a product with its weights; each is off where it is None, 0 or 1.
+# What a layer or the head does besides a product with its weights; each is off if it is None, 0 or 1.
 UNKNOWN_TO_US = {
     "attn_logit_softcapping": "caps its attention scores",
     "final_logit_softcapping": "caps its logits",

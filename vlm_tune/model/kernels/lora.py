@@ -34,7 +34,7 @@ def spare_casts(part: nn.Module) -> None:
 
 
 def _is_plain(layer: Any) -> bool:
-    """Tell a LoRA layer beside a frozen linear layer from one beside packed weights, whose product is a library's."""
+    """Return whether a LoRA layer is on a plain frozen linear layer, and not on quantized weights."""
     return type(layer.base_layer) is nn.Linear and not layer.base_layer.weight.requires_grad
 
 
@@ -46,7 +46,7 @@ def _forward(layer: Any, answer: Any, x: Tensor) -> Tensor:
 
 
 class Readers:
-    """Layers that read the same input. The first that is asked computes for all; the others hand over their output."""
+    """Layers that read the same input. The first one called computes for all; the others return their output."""
 
     def __init__(self, layers: list[Any]) -> None:
         self.layers = layers
@@ -60,7 +60,7 @@ class Readers:
         output, self.outputs[number] = self.outputs[number], None
         assert output is not None
         if all(rest is None for rest in self.outputs):
-            self.input = None  # nothing is held between two steps
+            self.input = None  # nothing is kept between steps
         return output
 
     def _compute(self, x: Tensor) -> tuple[Tensor, ...]:

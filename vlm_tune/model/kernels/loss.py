@@ -1,4 +1,4 @@
-"""Cross entropy at the supervised positions only: no logits that no loss needs."""
+"""Cross entropy at the supervised positions only: no logits are computed that the loss does not need."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ CACHE = 2**18  # logits that are worked on at one time on a CPU: in float32 they
 def supervised_loss(hidden: Tensor, head: nn.Module, targets: Tensor, weights: Tensor) -> Tensor:
     """Sum of weighted cross entropies: hidden (N, D), targets (N,), weights (N,) -> scalar, float32.
 
-    Rows are taken in chunks, so that memory does not grow with N times V. Beside a frozen head the gradient is made
-    with the loss, while a chunk's logits are there; a head that is trained computes each chunk again.
+    Rows are taken in chunks, so that memory does not grow with N times V. With a frozen head the gradient is computed
+    with the loss, while a chunk's logits exist; a trained head recomputes each chunk.
     """
     is_plain = isinstance(head, nn.Linear) and head.bias is None and not head.weight.requires_grad
     is_plain = is_plain and not hasattr(head.weight, "ds_id")  # ZeRO-3 gathers a layer's weights when it is called

@@ -1,4 +1,4 @@
-"""RMS norm as one function: transformers' arithmetic, without its float32 copies being kept and passed over again.
+"""RMS norm as one function: transformers' arithmetic, without keeping its float32 copies.
 
 transformers writes the norm as six operations on float32 tensors, and autograd keeps their results: more memory than a
 layer's linear inputs, and on a CPU a sixth of a step at the widths of small models.

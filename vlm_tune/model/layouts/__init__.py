@@ -1,1 +1,1 @@
-"""Public checkpoint layouts <-> the model: one file a layout."""
+"""Public checkpoint layouts <-> the model: one file per layout."""

@@ -1,4 +1,4 @@
-"""Small files of a model's folder: read as JSON objects whose sizes can be true, or an error that names the file."""
+"""Small files of a model's folder: read as JSON objects with plausible sizes, or an error that names the file."""
 
 import json
 from pathlib import Path

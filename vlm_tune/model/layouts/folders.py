@@ -11,7 +11,7 @@ from vlm_tune.recipes.recipe import run_recipe
 
 LLAVA_ORIGINAL = "llava_original"  # haotian-liu/LLaVA's layout
 ADAPTER_SETTINGS = "adapter_config.json"  # of peft
-PARTS_SETTINGS = "vlm_tune.json"  # stands in a folder of parts side by side: what joins them
+PARTS_SETTINGS = "vlm_tune.json"  # in a folder of separate parts: what joins them
 
 
 def find_folder(path: str, key: str, with_weights: bool = True) -> Path:

@@ -1,4 +1,4 @@
-"""What the small files of a model's folder say about it: this counts over the configuration. No weight is read."""
+"""What the small files of a model's folder say about it; this overrides the configuration. No weights are read."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,16 +31,16 @@ class Found:
 
     @classmethod
     def given(cls, model: ModelConfig) -> "Found":
-        """Take the user's own settings: two parts that never met decide nothing."""
+        """Take the user's own settings: two separate parts decide nothing."""
         return cls(model.projector, model.vision.select_layer, model.vision.normalize)
 
     @property
     def tokens(self) -> ImageTokens:
-        """How pictures stand in the text: as in LLaVA behind LLaVA's projectors, else as in InternVL."""
+        """How pictures are written in the text: as in LLaVA behind LLaVA's projectors, else as in InternVL."""
         return LLAVA_TOKENS if self.projector.kind in ("linear", "mlp2x_gelu") else ImageTokens()
 
     def over(self, model: ModelConfig) -> ModelConfig:
-        """Lay it over a user's settings."""
+        """Override a user's settings with it."""
         vision = replace(model.vision, select_layer=self.select_layer, normalize=self.normalize)
         return replace(model, projector=self.projector, vision=vision)
 
@@ -170,7 +170,7 @@ READERS = {  # by what `model_kind` says of a folder
 
 
 def vision_folder(folder: Path, config: dict[str, Any], model: ModelConfig, with_weights: bool = True) -> Path:
-    """Find the encoder that an original LLaVA names: model.vision.path, a folder inside or beside it, a hub id."""
+    """Find the encoder that an original LLaVA names: model.vision.path, a folder inside or next to it, a hub id."""
     if model.vision.path is not None:
         return find_folder(model.vision.path, "model.vision.path", with_weights)
     name = str(config.get("mm_vision_tower"))
@@ -180,6 +180,6 @@ def vision_folder(folder: Path, config: dict[str, Any], model: ModelConfig, with
 
 
 def tower_config(folder: Path) -> Any:
-    """Read the configuration of an encoder, which may stand beside a text tower."""
+    """Read the configuration of an encoder, which may be stored together with a text tower."""
     config: Any = read_settings(AutoConfig, folder)
     return getattr(config, "vision_config", config)

@@ -1,4 +1,4 @@
-"""Names of stored weights <-> ours, in tables: one mechanism for reading and writing, with shapes and fused weights."""
+"""Tables of stored weight names <-> ours: one mechanism for reading and writing, with shapes and fused weights."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ HEAD = "llm.lm_head.weight"
 
 @dataclass(frozen=True)
 class Heads:
-    """InternLM2's attention, whose fused rows stand by key head: its query heads, then the key, then the value."""
+    """InternLM2's attention, whose fused rows are grouped by key head: query heads, then the key, then the value."""
 
     num_kv: int
     groups: int  # query heads a key head
@@ -34,10 +34,10 @@ class Heads:
 
 @dataclass(frozen=True)
 class Names:
-    """What a layout calls the weights of one part: another prefix, and other words behind it.
+    """What a layout calls the weights of one part: another prefix, and other words after it.
 
-    Weights of ours that get one name, a query, a key and a value, are fused where they are stored: one below the other,
-    or by `heads`.
+    Weights of ours that get one name, a query, a key and a value, are stored fused: concatenated,
+    or grouped by `heads`.
     """
 
     ours: str
@@ -53,10 +53,10 @@ class Entry:
     stored: str
     ours: tuple[str, ...]
     shape: Shape  # of the stored one
-    heads: Heads | None = None  # None: three parts stand one below the other
+    heads: Heads | None = None  # None: three parts are concatenated
 
     def split(self, tensor: Tensor) -> list[Tensor]:
-        """Take a stored tensor apart: views of it, in the order of `ours`."""
+        """Split a stored tensor: views of it, in the order of `ours`."""
         if len(self.ours) == 1:
             return [tensor]
         if self.heads is None:
@@ -67,7 +67,7 @@ class Entry:
         return [part.reshape(-1, *rest) for part in parts]
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """Put a stored tensor together: the inverse of `split`."""
+        """Join parts into a stored tensor: the inverse of `split`."""
         if len(parts) == 1:
             return parts[0]
         if self.heads is None:
@@ -119,7 +119,7 @@ def fill(
 ) -> None:
     """Read the weights of a model that was made empty, tensor by tensor, and compute what no file holds.
 
-    `storage` is the dtype, and how the language model is packed; what is no empty weight keeps its own dtype. The
+    `storage` is the dtype, and how the language model is packed; weights that are not empty keep their own dtype. The
     encoder's layers after `select_layer` are cut off: their weights are known, but not read. So are those of `known`.
     Raises CheckpointError that lists every missing, unexpected and misshapen weight.
     """
@@ -157,7 +157,7 @@ def _read(model: nn.Module, shards: Shards, table: list[Entry], dtype: torch.dty
 
 
 def _tie_head(llm: Any, shards: Shards, key: str) -> None:
-    """Let a tied head be the embedding; some folders store it all the same, and then it must be equal."""
+    """Tie the head to the embedding; some folders store it anyway, and then it must be equal."""
     embedding = llm.get_input_embeddings().weight
     llm.get_output_embeddings().weight = embedding
     for _, head in shards.read({key} & shards.shapes.keys()):
@@ -169,7 +169,7 @@ def _tie_head(llm: Any, shards: Shards, key: str) -> None:
 
 
 def all_weights(vlm: VisionLanguageModel, table: Sequence[Names], tied_too: bool = False) -> dict[str, Tensor]:
-    """Name all weights as they are stored, the encoder's unused layers among them; a tied head if asked for."""
+    """Return all weights under their stored names, with the encoder's unused layers, and a tied head if asked for."""
     parts = {
         "vision.tower.": whole_weights(vlm.vision),
         "projector.": vlm.projector.state_dict(),

@@ -1,4 +1,4 @@
-"""What transformers' own vision-language classes load, InternVL, LLaVA 1.5 and LLaVA-NeXT -> the model."""
+"""transformers' own vision-language classes (InternVL, LLaVA 1.5, LLaVA-NeXT) -> the model."""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ OTHER_PARTS = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]  
 
 
 def load(folder: Path, model: ModelConfig, dtype: torch.dtype, quantize: Quantize) -> Loaded:
-    """Take a folder of transformers apart into vision encoder, projector and language model."""
+    """Split a transformers folder into vision encoder, projector and language model."""
     found = read_found(folder, model)
     kind, options = CLASSES[model_kind(folder)], packing(quantize, dtype, OTHER_PARTS)
     native = load_pretrained(kind, folder, dtype=dtype, attn_implementation=attention.NAME, **options)
@@ -58,13 +58,13 @@ def load(folder: Path, model: ModelConfig, dtype: torch.dtype, quantize: Quantiz
 
 
 def as_causal_lm(native: PreTrainedModel) -> PreTrainedModel:
-    """Give the native model's text part the class of a language model of its own."""
+    """Return the native model's text part as a causal language model."""
     config = native.config.text_config
     config.tie_word_embeddings = native.config.tie_word_embeddings
     llm: PreTrainedModel = empty_llm(config)
     llm.model = native.model.language_model
     llm.lm_head = native.lm_head
-    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):  # peft puts another layer beside a packed one
+    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):  # peft uses a different layer for a quantized one
         setattr(llm, flag, getattr(native, flag, False))
     check_language_model(llm)
     return llm

@@ -1,7 +1,7 @@
-"""Parts side by side: an encoder's folder, a language model's folder, and a projector between them.
+"""Separate parts: an encoder's folder, a language model's folder, and a projector between them.
 
-`join` makes a model of two parts that never met. `save` writes a trained model the same way (vision/, llm/,
-projector.safetensors), for models that no class of transformers describes: each part still loads by itself.
+`join` makes a model of two separate parts. `save` writes a trained model the same way (vision/, llm/,
+projector.safetensors), for models that no class of transformers describes: each part still loads on its own.
 """
 
 import json
@@ -30,7 +30,7 @@ PROJECTOR = "projector.safetensors"
 def join(
     vision_folder: Path, llm_folder: Path, found: Found, tile_size: int, storage: tuple[torch.dtype, Quantize]
 ) -> Loaded:
-    """Join an encoder and a language model by a new projector, whose first weights are the same in every run.
+    """Join an encoder and a language model with a new projector, whose initial weights are the same in every run.
 
     `storage` is the dtype of the weights, and how those of the language model are packed.
     """
@@ -40,7 +40,7 @@ def join(
     tokenizer, llm = load_tokenizer(llm_folder), load_language_model(llm_folder, *storage)
     add_tokens(tokenizer, llm, found.tokens.all)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # the projector's first weights belong to the model, not to the run's seed
+        torch.manual_seed(0)  # the projector's initial weights belong to the model, not to the run's seed
         projector = Projector(found.projector, vision.width, llm.config.hidden_size)
     projector.match_scale(spoken(llm))
     context_id = tokenizer.convert_tokens_to_ids(found.tokens.context)

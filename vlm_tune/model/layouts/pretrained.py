@@ -1,4 +1,4 @@
-"""The one door to folders that transformers reads: no code comes out of them, a fault of theirs is a CheckpointError.
+"""The only way to load folders with transformers: their code is never run, and their faults are CheckpointErrors.
 
 Every `from_pretrained` and `from_config` of the project is here; a test looks.
 """
@@ -90,13 +90,13 @@ def refuse_code(folder: Path) -> None:
 
 @contextmanager
 def reading(folder: Path) -> Iterator[None]:
-    """Turn what a library says about a folder's files into a CheckpointError that names the folder."""
+    """Turn a library's error about a folder's files into a CheckpointError that names the folder."""
     try:
         yield
     except OURS:
         raise
     except Exception as error:
-        if getattr(error, "errno", None) in FULL or "No space left" in str(error):  # what is written beside is no fault
+        if getattr(error, "errno", None) in FULL or "No space left" in str(error):  # a full disk is no fault of it
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         reason = " ".join(str(error).split())[:400]
         raise CheckpointError(
@@ -106,7 +106,7 @@ def reading(folder: Path) -> Iterator[None]:
 
 
 def load_peft(model: Any, folder: Path) -> Any:
-    """Put an adapter over a model as a stranger does: `PeftModel.from_pretrained(model, folder)`."""
+    """Load an adapter onto a model as any user would: `PeftModel.from_pretrained(model, folder)`."""
     from peft import PeftModel  # late: it takes seconds to import
 
     with reading(folder):

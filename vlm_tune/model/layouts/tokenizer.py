@@ -1,4 +1,4 @@
-"""Tokenizers of folders that would bring code along: read by the files alone, the sentencepiece kind rebuilt exactly.
+"""Tokenizers of folders with custom code: read from their files only, the sentencepiece kind rebuilt exactly.
 
 InternLM2's tokenizer is such code around a sentencepiece model. Text between added tokens is sentencepiece's, id by id.
 """
@@ -39,12 +39,12 @@ PROBES = (
 
 
 def brings_code(folder: Path) -> bool:
-    """Say whether transformers' automatic classes would offer to run code of this folder."""
+    """Return whether transformers' automatic classes would offer to run code of this folder."""
     return any("auto_map" in _json(folder / name) for name in ("tokenizer_config.json", "config.json"))
 
 
 def needs_building(folder: Path) -> bool:
-    """Say whether a sentencepiece model is all there is: transformers 5 would split text by rules of its own."""
+    """Return whether a sentencepiece model is all there is: transformers 5 would split text by rules of its own."""
     return (folder / MODEL).is_file() and not (folder / "tokenizer.json").is_file()
 
 
@@ -152,7 +152,7 @@ def _pre_tokenizers(proto: Any, opens_only: bool) -> list[pre_tokenizers.PreToke
         steps.append(pre_tokenizers.Metaspace(" ", prepend_scheme="first", split=False))
         steps.append(pre_tokenizers.Metaspace(SPACE, prepend_scheme="never", split=False))
     defined = sorted((piece.piece for piece in proto.pieces if piece.type == USER_DEFINED), key=len, reverse=True)
-    if defined:  # they stand by themselves, the longest first
+    if defined:  # each is a token of its own, and longer ones match first
         steps.append(pre_tokenizers.Split(Regex("|".join(map(_escaped, defined))), behavior="isolated"))
     return steps
 

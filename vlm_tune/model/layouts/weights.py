@@ -1,4 +1,4 @@
-"""Weights on disk: read tensor by tensor, with little memory beside the model, and written shard by shard."""
+"""Weights on disk: read tensor by tensor, with little extra memory, and written shard by shard."""
 
 import json
 import zipfile
@@ -17,7 +17,7 @@ from transformers.utils.hub import convert_file_size_to_int
 from vlm_tune.errors import CheckpointError
 from vlm_tune.model.layouts.folder_files import read_object
 
-MAPPED_BYTES = 64 * 1024**2  # a shard's pages that were read stay in memory until its file is opened anew
+MAPPED_BYTES = 64 * 1024**2  # a shard's pages that were read stay in memory until its file is opened again
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
 SUFFIXES = (".safetensors", ".bin")
@@ -111,7 +111,7 @@ def write_shards(shapes: Mapping[str, Shape], read: Callable[[str], Tensor], fol
 
 
 def listed(problems: list[str], most: int = 10) -> str:
-    """Write problems one a line, the first ten of many."""
+    """Write problems one per line, the first ten of many."""
     rest = [f"... and {len(problems) - most} more"] if len(problems) > most else []
     return "\n  ".join(problems[:most] + rest)
 
@@ -125,7 +125,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def notes(folder: Path) -> list[str]:
-    """Say what a user should know about the weight files of a folder."""
+    """Return what a user should know about the weight files of a folder."""
     if any(name.endswith(".bin") for name in _weight_files(folder)[2]):
         return [f"{folder}: weights from .bin files, read as tensors only; no code in them is run"]
     return []
@@ -162,7 +162,7 @@ def _shapes_of(path: Path) -> dict[str, Shape]:
 
 
 def _is_packed(folder: Path) -> bool:
-    """Tell whether a folder says that its weights are codes of fewer bits."""
+    """Return whether a folder declares quantized weights."""
     config = folder / "config.json"
     return config.is_file() and "quantization_config" in read_object(config)
 

@@ -1,4 +1,4 @@
-"""A part's layers while it trains: recomputed in the backward pass, or skipped at random.
+"""A part's layers during training: recomputed in the backward pass, or skipped at random.
 
 Neither touches names or weights, and neither does anything while the model answers.
 """
@@ -32,7 +32,7 @@ def _recomputed(forward: Callable[..., Any], *inputs: Any, **options: Any) -> An
 
 
 def drop_paths(tower: nn.Module, rate: float) -> None:
-    """Skip each branch of layer i of n with the chance rate*i/(n-1), tile by tile, while the encoder is in train mode.
+    """Skip each branch of layer i of n with probability rate*i/(n-1), tile by tile, while the encoder is in train mode.
 
     Source: Huang et al. 2016, "Deep networks with stochastic depth"; InternVL `modeling_intern_vit.py` (drop_path1, 2).
     Raises ConfigError for an encoder whose layers have no such branches.
@@ -47,7 +47,7 @@ def drop_paths(tower: nn.Module, rate: float) -> None:
 
 
 def _drop(rate: float, branch: nn.Module, inputs: Any, output: Any) -> Any:
-    """Set a branch's output (T, P, C) to zero for some tiles, and scale up the others so that the mean stays."""
+    """Set a branch's output (T, P, C) to zero for some tiles, and scale up the others so that the mean is unchanged."""
     if not branch.training or rate == 0:
         return output
     values: Tensor = output[0] if isinstance(output, tuple) else output

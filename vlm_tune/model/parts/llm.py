@@ -1,4 +1,4 @@
-"""The language model: any causal LM of transformers, read with packed attention, grown by the image tokens."""
+"""The language model: any causal LM of transformers, loaded with packed attention and extended by the image tokens."""
 
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def packing(quantize: Quantize, dtype: torch.dtype, skip: list[str] | None = Non
 def guard_4bit(llm: Any) -> None:
     """Keep bitsandbytes from repacking 4-bit weights in place on AVX512 CPUs.
 
-    It does so at the first forward pass in eval mode and never undoes it: gradients are silently wrong ever after.
+    It does so at the first forward pass in eval mode and never undoes it: gradients are silently wrong from then on.
     """
     for module in llm.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

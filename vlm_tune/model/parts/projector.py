@@ -39,7 +39,7 @@ def tokens_per_tile(config: ProjectorConfig, num_patches: int) -> int:
 
 
 class QFormer(nn.Module):
-    """Read the features of a tile by learned queries: (T, P, C) -> (T, S, width), whatever P is.
+    """Read the features of a tile with learned queries: (T, P, C) -> (T, S, width), whatever P is.
 
     Source: Li et al. 2023, "BLIP-2", with transformers' own Q-Former; every other layer looks at the features. They are
     normed first, as BLIP-2 norms them behind its encoder (`ln_vision`).

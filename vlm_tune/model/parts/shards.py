@@ -1,6 +1,6 @@
-"""Weights that are split over the devices: FSDP2's units, and what a device holds of a parameter.
+"""Sharded weights: FSDP2's units, and what a device holds of a parameter.
 
-Where a split weight is used it is whole. FSDP2 gathers the weights of a unit before the unit's forward pass and before
+A sharded weight is whole where it is used. FSDP2 gathers a unit's weights before the unit's forward pass and before
 its backward pass, and those that belong to no layer (embeddings, head, projector) for the model's whole step, so that
 functions that read several layers' weights at once (`kernels/lora.py`, `kernels/loss.py`) find plain tensors. ZeRO-3
 gathers a layer's weights while that layer is called, and then alone: there such functions leave the work to
@@ -45,7 +45,7 @@ def encoder_layers(vlm: VisionLanguageModel) -> list[nn.Module]:
 
 
 def release(vlm: VisionLanguageModel) -> None:
-    """Give up the weights that `VisionLanguageModel.gather` gathered."""
+    """Free the weights that `VisionLanguageModel.gather` gathered."""
     if isinstance(vlm, FSDPModule):
         vlm.reshard()
 

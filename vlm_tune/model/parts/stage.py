@@ -1,4 +1,4 @@
-"""Apply a stage to a model: each part frozen, full, or through LoRA; and the table that says so."""
+"""Apply a stage to a model: each part frozen, full, or through LoRA; and the table that shows it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class PartSummary:
 
 
 def apply_stage(model: VisionLanguageModel, config: Config) -> list[PartSummary]:
-    """Freeze everything, then open what the stage trains. Trained weights are kept in float32.
+    """Freeze everything, then unfreeze what the stage trains. Trained weights are kept in float32.
 
     Raises ConfigError for a LoRA target that matches no layer, and for a stage that trains nothing.
     """
@@ -60,7 +60,7 @@ def apply_stage(model: VisionLanguageModel, config: Config) -> list[PartSummary]
 
 
 def add_lora(part: nn.Module, lora: LoraConfig, targets: list[str], key: str) -> None:
-    """Put peft's adapters beside every linear layer whose name ends in one of the targets."""
+    """Add peft's adapters to every linear layer whose name ends in one of the targets."""
     names = [name for name, module in part.named_modules() if isinstance(module, nn.Linear)]
     unmatched = [target for target in targets if not any(name.split(".")[-1] == target for name in names)]
     if unmatched or not targets:
@@ -68,13 +68,13 @@ def add_lora(part: nn.Module, lora: LoraConfig, targets: list[str], key: str) ->
         raise ConfigError(f"{key}={unmatched or targets} matches no linear layer. There are: {', '.join(known)}")
     adapter = peft_config(lora, target_modules=list(targets))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # an adapter's first weights belong to the stage: equal on every rank and after a resume
+        torch.manual_seed(0)  # an adapter's initial weights belong to the stage: equal on every rank and after a resume
         inject_adapter_in_model(adapter, part)
     spare_casts(part)
 
 
 def peft_config(lora: LoraConfig, **more: Any) -> PeftLoraConfig:
-    """Say a stage's LoRA settings in peft's words."""
+    """Return a stage's LoRA settings as a peft config."""
     return PeftLoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
@@ -86,7 +86,7 @@ def peft_config(lora: LoraConfig, **more: Any) -> PeftLoraConfig:
 
 
 def set_aids(model: VisionLanguageModel, stage: StageConfig) -> None:
-    """Set what acts in training alone: noise, skipped layers, and activations that are computed twice, not kept.
+    """Set what acts only in training: noise, skipped layers, and activations that are recomputed, not kept.
 
     A frozen encoder is outside autograd: there is nothing to recompute.
     """

@@ -41,7 +41,7 @@ class VisionEncoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The arithmetic of the tower."""
+        """The dtype in which the tower computes."""
         return next(self.tower.parameters()).dtype
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def patchify(pixels: Tensor, patch: int) -> dict[str, Tensor]:
 
 
 def drop_head(tower: Any) -> dict[str, Tensor]:
-    """Take off the head that pools a tile to one vector, which nothing here uses; return its weights by name."""
+    """Remove the head that pools a tile to one vector, which nothing here uses; return its weights by name."""
     if not getattr(tower, "use_head", False):
         return {}
     removed = {f"head.{name}": weight for name, weight in tower.head.state_dict().items()}

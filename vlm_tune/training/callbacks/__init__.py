@@ -1,1 +1,1 @@
-"""What happens around the steps: progress, sample answers, checkpoints, the report."""
+"""Callbacks around the steps: progress, sample answers, checkpoints, metrics, and failures."""

@@ -17,7 +17,7 @@ from vlm_tune.training.run_folder import append, drop_lines_after
 
 
 class SampleAnswers(L.Callback):
-    """Ask fixed questions every `chat_every` optimizer steps; keep all answers in sample_answers.jsonl."""
+    """Ask fixed questions every `chat_every` optimizer steps; write all answers to sample_answers.jsonl."""
 
     def __init__(
         self, model: Model, test: Conversations, questions: list[Question], every: int, run: Path, console: Console
@@ -30,13 +30,13 @@ class SampleAnswers(L.Callback):
         self.console = console
         self.before: list[str] = []
         self.now: list[str] = []
-        self.last_step = -1  # whose answers are in the file
+        self.last_step = -1  # the last step whose answers are in the file
         self.is_finished = False
 
     def on_fit_start(self, trainer: L.Trainer, module: Any) -> None:
         """Answer before the first step; a resumed run reads its answers back."""
         if trainer.is_global_zero:
-            drop_lines_after(self.path, math.inf)  # a line that a crash left without its end
+            drop_lines_after(self.path, math.inf)  # a line that a crash cut off
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         answers = trainer.strategy.broadcast([json.loads(line)["answer"] for line in lines])
         self.last_step = trainer.strategy.broadcast(json.loads(lines[-1])["step"] if lines else -1)
@@ -47,12 +47,12 @@ class SampleAnswers(L.Callback):
             self._ask(trainer, trainer.max_steps)
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
-        """Drop the answers after the step that the run goes on from: they are asked for again."""
+        """Drop the answers after the step that the run continues from: they are generated again."""
         if trainer.is_global_zero:
             drop_lines_after(self.path, trainer.global_step)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Answer every so many steps."""
+        """Answer every `chat_every` steps."""
         step = trainer.global_step
         is_whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         is_due = self.every and step % self.every == 0 and step < trainer.max_steps
@@ -69,7 +69,7 @@ class SampleAnswers(L.Callback):
             self._print(title, answers)
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
-        """Notice a finished run: it has no step left, after which it would answer."""
+        """Note whether the run is finished: it has no step left after which it would answer."""
         self.is_finished = checkpoint["global_step"] >= trainer.max_steps
 
     def _ask(self, trainer: L.Trainer, step: int) -> list[str]:
@@ -95,5 +95,5 @@ class SampleAnswers(L.Callback):
 
 
 def takes_part(trainer: L.Trainer, model: Model) -> bool:
-    """Tell whether this process answers questions: the first one does, and all that hold the weights together."""
+    """Return whether this process answers questions: the first one does, and all do if the weights are sharded."""
     return trainer.is_global_zero or model.vlm.is_split

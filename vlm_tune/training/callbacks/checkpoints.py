@@ -1,4 +1,4 @@
-"""Save checkpoints: every so many steps, at the best validation loss, and at the end."""
+"""Save checkpoints: at intervals, at the best validation loss, and at the end."""
 
 import os
 import time
@@ -32,7 +32,7 @@ from vlm_tune.words import counted
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Write a checkpoint whole or not at all, and read it without running code that it might hold."""
+    """Writes a checkpoint completely or not at all, and reads it without running code that it might contain."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write under a temporary name, seal it, then rename."""
@@ -44,7 +44,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
         write_atomically(Path(path), write)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
-        """Read weights, numbers and text only, of a file that is as it was written."""
+        """Read only weights, numbers and text, and only from an undamaged file."""
         if damage := find_damage(Path(path)):
             raise refuse_damaged(Path(path), damage)
         return super().load_checkpoint(path, map_location, weights_only=True)
@@ -60,17 +60,17 @@ class SaveCheckpoints(L.Callback):
         self.save_every = save_every
         self.keep = keep
         self.watch = watch
-        self.place: tuple[dict[str, Any], int, int, Cursor] | None = None  # after the last whole step
-        self.is_between = False  # weights and optimizer are those of that step
+        self.place: tuple[dict[str, Any], int, int, Cursor] | None = None  # after the last complete step
+        self.is_between = False  # whether weights and optimizer still belong to that step
         self.best = float("inf")
         self.best_step = -1
         self.saved_step = -1
         self.validated_step = -1
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Run the validation of the step that the run goes on from: a kill may have come before its end.
+        """Run the validation of the step that the run continues from: a kill may have come before its end.
 
-        Lightning would leave it out. Checkpoints are written before the validation, so that such a kill costs no steps.
+        Lightning would skip it. Checkpoints are written before the validation, so that such a kill costs no steps.
         """
         if trainer.is_global_zero:
             self._tell(put_newer_aside(self.run, trainer.global_step))
@@ -80,12 +80,12 @@ class SaveCheckpoints(L.Callback):
             validate(trainer)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Validate after the last step, unless that was just done: a short run may be over before its first time."""
+        """Validate after the last step, unless that was just done: a short run may end before its first validation."""
         if self.validated_step != trainer.global_step:
             validate(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Save at the end of an optimizer step, never between the micro-batches of one; stop there when that is due."""
+        """Save at the end of an optimizer step, never between the micro-batches of one; stop there if asked to."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         watch, step = self.watch, trainer.global_step
@@ -101,16 +101,16 @@ class SaveCheckpoints(L.Callback):
             raise Stopped(step, watch.stop.asked or "a signal to another process")
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: Any) -> None:
-        """Note that from here to the end of the step weights and optimizer belong to no step."""
+        """Note that until the end of the step, weights and optimizer belong to no step."""
         self.is_between = module.is_in_step and self.is_between
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Stop in the middle of a validation, which a resumed run does anew; ranks that share one end it first."""
+        """Stop in the middle of a validation, which a resumed run repeats; ranks that share one finish it first."""
         if self.watch.stop.asked and trainer.world_size == 1:
             raise Stopped(trainer.global_step, self.watch.stop.asked)
 
     def on_exception(self, trainer: L.Trainer, module: Any, exception: BaseException) -> None:
-        """Save the last whole step where something else ends the run; who asks twice to stop is not kept waiting."""
+        """Save the last complete step if something else ends the run; a second request to stop is not delayed."""
         is_alone = trainer.world_size == 1 or (type(trainer.strategy) is DDPStrategy and trainer.is_global_zero)
         if isinstance(exception, KeyboardInterrupt) or not (is_alone and self.is_between):
             return
@@ -120,7 +120,7 @@ class SaveCheckpoints(L.Callback):
             self._tell(f"the state after step {trainer.global_step} could not be saved: {error}")
 
     def _save_last_whole(self, trainer: L.Trainer) -> None:
-        """Write a checkpoint as it would have been at the end of the last whole step, by this process alone."""
+        """Write a checkpoint as it would have been at the end of the last complete step, from this process alone."""
         step = trainer.global_step
         if step == self.saved_step:
             return
@@ -133,7 +133,7 @@ class SaveCheckpoints(L.Callback):
         self._tell(f"the state after step {step} is saved")
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Keep the weights of the lowest validation loss as best.ckpt."""
+        """Save the weights with the lowest validation loss as best.ckpt."""
         if trainer.sanity_checking or "val/loss" not in trainer.callback_metrics:
             return
         self.validated_step = trainer.global_step
@@ -170,7 +170,7 @@ class SaveCheckpoints(L.Callback):
 
 
 def validate(trainer: L.Trainer) -> None:
-    """Run the validation where Lightning would not."""
+    """Run a validation that Lightning would skip."""
     loop = trainer.fit_loop.epoch_loop.val_loop
     loop.restarting = False
     trainer.validating = True
@@ -186,7 +186,7 @@ def catch_up(trainer: L.Trainer, module: Any, data: DataModule, run: Path) -> No
 
 
 def put_newer_aside(run: Path, step: int) -> str:
-    """Rename the checkpoints after the step that a run goes back to: they would pass for its newest. Return a note."""
+    """Rename checkpoints after the step that a run returns to: they would look like its newest. Return a note."""
     kept = checkpoints(run)
     newer = [path for path in kept if path.name > checkpoint_name(step)]
     if not newer:
@@ -194,7 +194,7 @@ def put_newer_aside(run: Path, step: int) -> str:
     best = run / CHECKPOINTS / BEST
     best_step = step_of(best)
     if best_step == step and newer == kept:
-        os.link(best, best.with_name(checkpoint_name(step)))  # or nothing would be left for resume=last to find
+        os.link(best, best.with_name(checkpoint_name(step)))  # else resume=last would find nothing
     if best_step > step:
         newer.insert(0, best)
     for path in newer:

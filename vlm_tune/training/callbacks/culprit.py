@@ -1,4 +1,4 @@
-"""Which rows and which module made a value that is no number: the step's forward passes are run again and watched."""
+"""Find the rows and the module that produced a value that is not finite, by rerunning the step's forward passes."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,14 +17,14 @@ from vlm_tune.model.parts.stage import trained_parameters
 
 @dataclass(frozen=True)
 class Culprit:
-    """The rows of the micro-batches that failed (of the whole step, where none stands out), and the first module."""
+    """The rows of the micro-batches that failed (of the whole step, if none stands out), and the first module."""
 
     rows: list[str]
     module: str | None
 
 
 def find_culprit(trainer: L.Trainer, module: Any, cursor: Cursor) -> Culprit:
-    """Find out on every rank, and tell all: the batches are made again from the place in the data and their seeds."""
+    """Search on every rank and share the result: batches are rebuilt from the cursor and their seeds."""
     found = find_here(trainer, module, cursor)
     if trainer.world_size == 1:
         return found
@@ -35,7 +35,7 @@ def find_culprit(trainer: L.Trainer, module: Any, cursor: Cursor) -> Culprit:
 
 
 def find_here(trainer: L.Trainer, module: Any, cursor: Cursor) -> Culprit:
-    """Run this rank's micro-batches of the step again; see what fails in the forward pass, else in the gradients."""
+    """Rerun this rank's micro-batches of the step; find what fails in the forward pass, else in the gradients."""
     gradients = [
         name for name, each in trained_parameters(module.vlm) if each.grad is not None and not is_finite(each.grad)
     ]
@@ -47,13 +47,13 @@ def find_here(trainer: L.Trainer, module: Any, cursor: Cursor) -> Culprit:
         if seen or not is_finite(loss):
             rows += batch.sample_ids
             first = first or (seen[0] if seen else "the loss")
-    if first is None and gradients:  # a backward pass comes from the end
+    if first is None and gradients:  # a backward pass starts from the end
         first = f"the gradient of {gradients[-1]}"
     return Culprit(rows or module.step_ids, first)
 
 
 def batches_of_step(trainer: L.Trainer, cursor: Cursor) -> Iterator[Batch]:
-    """Make this rank's micro-batches of the optimizer step that begins at a cursor."""
+    """Rebuild this rank's micro-batches of the optimizer step that begins at a cursor."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     after, data.cursor = data.cursor, cursor
     stream = data.stream(trainer.global_rank, trainer.world_size)
@@ -65,7 +65,7 @@ def batches_of_step(trainer: L.Trainer, cursor: Cursor) -> Iterator[Batch]:
 
 @contextmanager
 def watched(model: nn.Module) -> Iterator[list[str]]:
-    """Collect the names of modules whose output is no number, the first one first: an inner one before its outer."""
+    """Collect the names of modules whose output is not finite, in order: inner modules before outer ones."""
     seen: list[str] = []
 
     def look(name: str) -> Callable[..., None]:
@@ -97,6 +97,6 @@ def tensors_of(output: Any) -> Iterator[Tensor]:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Tell whether all values are numbers; of a sharded tensor, those that are here."""
+    """Return whether all values are finite; of a sharded tensor, those of the local shard."""
     local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return bool(torch.isfinite(local).all())

@@ -1,4 +1,4 @@
-"""What ends a run from outside, said in our own words: memory that is full, a data worker or a rank that is gone."""
+"""Explain what ends a run from outside: memory that is full, a data worker or a rank that died."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ LIMITS = {"stage.pack_length": "tokens of a pack", "stage.pack_tiles": "tiles of
 
 
 class LastBatch(L.Callback):
-    """Remember the sizes of the batch that is worked on: what fills the memory of a device is mostly its size."""
+    """Remembers the sizes of the current batch, which mostly decide how much memory a device needs."""
 
     said = "before the first batch"
 
@@ -53,7 +53,7 @@ def explain(error: BaseException, trainer: L.Trainer, config: Config) -> Excepti
         return TrainingError(out_of_memory(first, find(trainer, LastBatch).said, config))
     if "DataLoader worker" in text:
         asked = find(trainer, StopWhenAsked).asked
-        if asked:  # it was sent to the workers too, and ended them before the step could end
+        if asked:  # the signal reached the workers too, and ended them before the step could end
             return Stopped(trainer.global_step, asked)
         return TrainingError(
             f"a process that reads data was ended from outside ({first}): mostly the memory was "
@@ -64,14 +64,14 @@ def explain(error: BaseException, trainer: L.Trainer, config: Config) -> Excepti
 
 
 def is_full(error: BaseException) -> bool:
-    """Tell whether an error says that memory is full, of a GPU or of the machine."""
+    """Return whether an error means that the memory of a GPU or of the machine is full."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
 
 
 def out_of_memory(reason: str, batch: str, config: Config) -> str:
-    """Say which batch did not fit, and what makes it smaller."""
+    """Describe which batch did not fit, and how to make it smaller."""
     stage, trainer = config.stage, config.trainer
     settings = {"stage.pack_length": stage.pack_length, "stage.pack_tiles": stage.pack_tiles} if stage.packing else {}
     settings |= {"trainer.micro_batch": trainer.micro_batch} if trainer.micro_batch > 1 else {}

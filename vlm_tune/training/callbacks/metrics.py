@@ -1,4 +1,4 @@
-"""metrics.csv: one row a logged step. A resumed run continues the file where its checkpoint stands."""
+"""metrics.csv: one row per logged step. A resumed run continues the file from its checkpoint's step."""
 
 import csv
 import io
@@ -37,10 +37,10 @@ class MetricsFile(L.Callback):
         self.console = console
         self.path = run / "metrics.csv"
         self.log_every = log_every
-        self.pending: list[dict[str, float]] = []  # rows that a full disk did not take yet
+        self.pending: list[dict[str, float]] = []  # rows not yet written because the disk was full
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
-        """Keep the rows up to the step that the run goes on from; the validation of that step is run again."""
+        """Keep the rows up to the step that the run continues from; that step's validation is repeated."""
         if not trainer.is_global_zero:
             return
         step = trainer.global_step
@@ -83,7 +83,7 @@ class MetricsFile(L.Callback):
                 self.console.print(reason, soft_wrap=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Keep the rows that the file lacks."""
+        """Save the rows that the file lacks."""
         return {"pending": self.pending}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -92,20 +92,20 @@ class MetricsFile(L.Callback):
 
 
 class Curves(TensorBoardLogger):
-    """TensorBoard on a disk that may be full: metrics.csv holds the same numbers, so the run goes on without it."""
+    """TensorBoard on a disk that may be full: metrics.csv holds the same numbers, so the run continues without it."""
 
     has_failed = False
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        """Log, as long as that works."""
+        """Log, unless the disk is full."""
         self._try(super().log_metrics, metrics, step)
 
     def save(self) -> None:
-        """Flush, as long as that works."""
+        """Flush, unless the disk is full."""
         self._try(super().save)
 
     def finalize(self, status: str) -> None:
-        """Close, as long as that works."""
+        """Close, unless the disk is full."""
         self._try(super().finalize, status)
 
     def _try(self, write: Callable[..., None], *values: Any) -> None:
@@ -122,7 +122,7 @@ class Curves(TensorBoardLogger):
 
 
 def write_metrics(path: Path, rows: list[dict[str, float]]) -> None:
-    """Write the rows of a metrics file, below the names of its columns."""
+    """Write the rows of a metrics file, below its header."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -130,7 +130,7 @@ def write_metrics(path: Path, rows: list[dict[str, float]]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Read the rows of a metrics file; empty cells are left out, and a row that a crash left without its end."""
+    """Read the rows of a metrics file; empty cells, and a row that a crash cut off, are left out."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:

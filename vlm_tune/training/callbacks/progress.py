@@ -1,4 +1,4 @@
-"""One line that moves: step, loss, learning rate, tokens and samples a second, time left."""
+"""The progress line: step, loss, learning rate, tokens and samples per second, time left."""
 
 import time
 from typing import Any
@@ -13,7 +13,7 @@ from vlm_tune.training.module import VlmModule
 
 
 class ProgressLine(L.Callback):
-    """Show the run's progress in a terminal, or as a line now and then where the output is a file."""
+    """Show the run's progress in a terminal, or as an occasional line if the output is a file."""
 
     def __init__(self, log_every: int, console: Console) -> None:
         self.console = console
@@ -21,7 +21,7 @@ class ProgressLine(L.Callback):
         self.bar: Progress | None = None
 
     def on_train_start(self, trainer: L.Trainer, module: VlmModule) -> None:  # type: ignore[override]
-        """Begin to count."""
+        """Start counting."""
         self.started = time.perf_counter()
         self.start = (module.num_samples, module.num_tokens)
         self.estimate = Estimate(trainer.max_steps)
@@ -72,5 +72,5 @@ class ProgressLine(L.Callback):
             self.bar.stop()
 
     def on_exception(self, trainer: L.Trainer, module: Any, exception: BaseException) -> None:
-        """Give the terminal back."""
+        """Release the terminal."""
         self.on_train_end(trainer, module)

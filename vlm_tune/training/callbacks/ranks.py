@@ -1,7 +1,7 @@
-"""Processes of one run look after one another: where one is gone or hangs, the others say which, and end.
+"""Watch the ranks of a run: if one dies or hangs, the others report which, and exit.
 
-Each writes a sign of life into the store that the processes found one another by, and reads those of the others.
-torch's own time limits name nobody, and would be too short for the others of one that writes sample answers.
+Each rank writes a heartbeat to the store through which the processes connected, and reads those of the others.
+torch's own timeouts do not name the rank, and would be too short while one rank writes sample answers.
 """
 
 import json
@@ -16,14 +16,14 @@ from typing import Any
 import lightning as L
 import torch.distributed as dist
 
-BEAT, SILENCE = 1.0, 20.0  # seconds between signs of life; without any, until a rank is taken to be gone
+BEAT, SILENCE = 1.0, 20.0  # seconds between heartbeats; seconds without one until a rank counts as dead
 HANG, SLOWER = (
     45.0,
     10.0,
-)  # seconds in one place of a step that are a hang: at least, and by how much beyond the longest
-MANNERS = 5.0  # seconds for the main thread to speak itself
+)  # seconds in one place of a step that count as a hang: at least, and as a multiple of the longest
+MANNERS = 5.0  # seconds for the main thread to report the error itself
 PLACES = ("reads data", "computes", "computes gradients", "ends a step")
-READS, COMPUTES, BACKWARD, ENDS = range(4)  # the last, a validation, answers and checkpoints may take any time
+READS, COMPUTES, BACKWARD, ENDS = range(4)  # the last: validation, answers and checkpoints may take any time
 OF_OTHERS = (
     "Connection",
     "gloo",
@@ -31,28 +31,28 @@ OF_OTHERS = (
     "peer",
     "Timed out",
     "timeout",
-)  # in errors of a rank that another one leaves
+)  # in the errors of a rank whose peer has left
 
 
 @dataclass
 class Sign:
-    """Where a rank is."""
+    """A rank's heartbeat: where it is."""
 
-    number: int = 0  # of the sign
+    number: int = 0  # of the heartbeat
     step: int = 0  # steps done
     batch: int = -1  # number of the micro-batch, since the process started
     place: int = ENDS
     longest: float = 90.0  # seconds in one place so far; a guess until the first step is done
-    ended: str = ""  # why it has left
+    ended: str = ""  # why it ended
 
     @property
     def position(self) -> tuple[int, int]:
-        """What grows as a rank gets on."""
+        """Return what grows as a rank makes progress."""
         return self.batch, self.place
 
 
 class WatchRanks(L.Callback):
-    """Write and read the signs in a thread of its own; `lost` says what became of another rank."""
+    """Writes and reads heartbeats in a thread of its own; `lost` describes what happened to another rank."""
 
     def __init__(self) -> None:
         self.mine = Sign()
@@ -60,13 +60,13 @@ class WatchRanks(L.Callback):
         self.since = time.monotonic()
         self.lost = ""
         self.is_over = threading.Event()
-        self.has_raised = threading.Event()  # the main thread, which then speaks itself
+        self.has_raised = threading.Event()  # the main thread, which then reports the error itself
         self.found = threading.Event()
         self.thread: threading.Thread | None = None
         self.answered = time.monotonic()  # when the store last did
 
     def setup(self, trainer: L.Trainer, module: Any, stage: str) -> None:
-        """Begin, where there are other ranks."""
+        """Start, if there are other ranks."""
         if trainer.world_size > 1 and self.thread is None:
             self.is_over.clear()
             self.mine.ended = ""
@@ -109,15 +109,15 @@ class WatchRanks(L.Callback):
         self._mark(trainer, self.mine.batch, READS)
 
     def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
-        """Take leave: what follows is the first rank's alone."""
+        """Sign off: only the first rank has work left."""
         self._leave("has done its last step")
 
     def teardown(self, trainer: L.Trainer, module: Any, stage: str) -> None:
-        """Take leave of a run that had no step left too."""
+        """Sign off, also from a run that had no step left."""
         self._leave("has done its last step")
 
     def on_exception(self, trainer: L.Trainer, module: Any, exception: BaseException) -> None:
-        """Tell the others why this rank ends; where another one is the reason, wait until it is known which."""
+        """Return the others why this rank ends; if another one is the cause, wait until it is known which."""
         self.has_raised.set()
         said = f"{type(exception).__name__}: {first_line(exception)}"
         if self.thread is not None and isinstance(exception, RuntimeError) and any(each in said for each in OF_OTHERS):
@@ -178,7 +178,7 @@ class WatchRanks(L.Callback):
         return Sign(**json.loads(self.store.get(key))) if self.store.check([key]) else None
 
     def _judge(self, signs: dict[int, Sign], silent: dict[int, float], still: dict[int, float]) -> None:
-        """Look for a rank that has ended, is silent, or is the last one in its place of the data and stays there."""
+        """Look for a rank that has ended, is silent, or lags behind the others and stays there."""
         done = f"{max(sign.step for sign in [self.mine, *signs.values()])} steps were done"  # by all ranks, or by none
         for rank, sign in signs.items():
             if sign.ended.startswith("ended"):
@@ -202,9 +202,9 @@ class WatchRanks(L.Callback):
         if not self.has_raised.wait(MANNERS):
             sys.stderr.write(f"TrainingError: {lost}. Start all processes again with resume=last\n")
             sys.stderr.flush()
-            os._exit(2)  # the main thread waits in a library for the one that is lost, and hears nothing
+            os._exit(2)  # the main thread is blocked in a library, waiting for the lost rank
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says."""
+    """Return the first line of an error's message."""
     return (str(error) or type(error).__name__).splitlines()[0]

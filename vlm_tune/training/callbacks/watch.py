@@ -1,6 +1,6 @@
-"""What all ranks learn of an optimizer step before it is made: whether it may be, and whether to save or stop after it.
+"""Agree across ranks, before each optimizer step, whether to make it, and whether to save or stop after it.
 
-It takes one sum over the ranks and one wait for the device, which a check of the loss alone would take too.
+This costs one all-reduce and one device synchronisation, which a check of the loss alone would cost too.
 """
 
 import json
@@ -24,15 +24,15 @@ from vlm_tune.training.callbacks.culprit import Culprit, find_culprit
 from vlm_tune.training.callbacks.stop import StopWhenAsked
 from vlm_tune.training.run_folder import append, drop_lines_after
 
-REMEMBERED, LEAST = 50, 20  # losses that a new one is compared with, and how many there must be
-FAR = 10  # a spike is so many median deviations above their median, and half as much again as the median
+REMEMBERED, LEAST = 50, 20  # losses that a new one is compared with, and the fewest needed
+FAR = 10  # a spike is this many median deviations above their median, and at least 1.5 times the median
 
 
 class WatchSteps(L.Callback):
-    """Skip the optimizer step of a loss or gradient that is no number, and mark a loss that leaps, with their rows.
+    """Skips the step of a loss or gradient that is not finite, and records loss spikes, both with their rows.
 
     Both go into RUN/unusual_steps.jsonl. A skipped step changes neither weights nor moments; the schedule and the data
-    go on. After `max_bad_steps` of them in a row the run ends, its state saved.
+    continue. After `max_bad_steps` of them in a row the run ends, with its state saved.
     """
 
     def __init__(
@@ -44,25 +44,25 @@ class WatchSteps(L.Callback):
         self.stop = stop
         self.console = console
         self.losses: list[float] = []  # of the last steps
-        self.skipped = self.in_row = 0  # steps skipped so far, and since the last that was made
+        self.skipped = self.in_row = 0  # steps skipped so far, and since the last one made
         self.saved_at = time.monotonic()
         self.must_stop = self.must_save = False
         self.error: TrainingError | None = None
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
-        """Begin to count the minutes; drop what was noted after the step that the run goes on from."""
+        """Start counting the minutes; drop records after the step that the run continues from."""
         self.saved_at = time.monotonic()
         if trainer.is_global_zero:
             drop_lines_after(self.path, trainer.global_step)
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Batch, batch_idx: int) -> None:
-        """Remember where in the data a step begins: its batches are made again where one of them is to be found."""
+        """Remember where in the data a step begins, so that its batches can be rebuilt to find a bad one."""
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self.cursor = trainer.datamodule.cursor  # type: ignore[attr-defined]
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: torch.optim.Optimizer) -> None:
-        """Learn from all ranks how the step went; log its loss; drop its gradients if they are no numbers."""
-        if module.is_in_step:  # DeepSpeed comes here with each micro-batch
+        """Collect from all ranks how the step went; log its loss; drop its gradients if they are not finite."""
+        if module.is_in_step:  # DeepSpeed calls this for each micro-batch
             return
         is_due = trainer.is_global_zero and time.monotonic() - self.saved_at >= self.save_seconds
         wishes = module.step_loss.new_tensor([bool(self.stop.asked), is_due, *module.step_sizes])
@@ -85,10 +85,10 @@ class WatchSteps(L.Callback):
         said = f"the loss is {loss} at step {trainer.global_step}, rows {rows}"
         if math.isfinite(loss):
             said = f"a gradient is no number at step {trainer.global_step}, rows {rows}"
-        if trainer.strategy.handles_gradient_accumulation:  # DeepSpeed makes the step by itself
+        if trainer.strategy.handles_gradient_accumulation:  # DeepSpeed makes the step itself
             raise TrainingError(f"{said}: no weight was changed by it. {way_out(culprit)}")
         for _, parameter in trained_parameters(module.vlm):
-            parameter.grad = None  # the optimizer passes over it, its moments too
+            parameter.grad = None  # the optimizer skips it, and its moments
         self.skipped, self.in_row = self.skipped + 1, self.in_row + 1
         self._note(trainer, "skipped", loss, culprit)
         if self.in_row >= min(self.max_bad_steps, trainer.max_steps):
@@ -118,7 +118,7 @@ class WatchSteps(L.Callback):
         self.console.print(f"step {step} {what}{where}. Rows: {', '.join(culprit.rows)}", soft_wrap=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Remember the last losses and the counts, so that a resumed run judges as the straight one."""
+        """Remember the last losses and the counts, so that a resumed run judges as an uninterrupted one."""
         return {"losses": self.losses, "skipped": self.skipped, "in_row": self.in_row}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -128,9 +128,9 @@ class WatchSteps(L.Callback):
 
 
 def bad_gradients(trainer: L.Trainer, module: Any, optimizer: torch.optim.Optimizer) -> Tensor:
-    """Tell whether this rank holds a gradient that is no number: (1,), 0 or 1.
+    """Return whether this rank has a gradient that is not finite: (1,), 0 or 1.
 
-    In fp16 the scaler looks for them itself: while it seeks its scale they are no fault.
+    In fp16 the scaler checks for them itself: while it searches for its scale they are not a fault.
     """
     plugin = trainer.precision_plugin
     is_scaled = isinstance(plugin, MixedPrecision) and plugin.scaler is not None
@@ -144,7 +144,7 @@ def bad_gradients(trainer: L.Trainer, module: Any, optimizer: torch.optim.Optimi
 
 
 def all_ranks(trainer: L.Trainer, rows: list[str]) -> list[str]:
-    """Join the rows of all ranks."""
+    """Collect the rows of all ranks."""
     if trainer.world_size == 1:
         return rows
     gathered: list[Any] = [None] * trainer.world_size
@@ -153,6 +153,6 @@ def all_ranks(trainer: L.Trainer, rows: list[str]) -> list[str]:
 
 
 def way_out(culprit: Culprit) -> str:
-    """Say what to do."""
+    """Describe what to do."""
     where = f"It is first seen in {culprit.module}. " if culprit.module else ""
     return f"{where}Look at these rows, lower stage.lr, or set trainer.precision=bf16; then go on with resume=last"

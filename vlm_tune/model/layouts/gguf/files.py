@@ -55,7 +55,7 @@ def load_back(folder: Path, vlm: VisionLanguageModel) -> VisionLanguageModel:
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(folder / VISION).tensors}
     wanted = vision_tensors(copy)
     assert stored.keys() == wanted.keys(), "a tensor was written under a name that is not read"
-    fixed = "v.position_embd.weight"  # a table whose rows are ordered anew, so not a view of the weight
+    fixed = "v.position_embd.weight"  # a table whose rows are ordered again, so not a view of the weight
     with torch.no_grad():
         for name, weight in wanted.items():
             data = torch.from_numpy(gguf.dequantize(stored[name].data, stored[name].tensor_type).copy())
@@ -67,7 +67,7 @@ def load_back(folder: Path, vlm: VisionLanguageModel) -> VisionLanguageModel:
 
 
 def limits(model: ModelConfig) -> str:
-    """Say where the engines show a model another picture than training did."""
+    """Describe where the engines show a model a different picture than training did."""
     size = model.tiles.size
     if model.tiles.max == 1:
         cut = (

@@ -1,1 +1,1 @@
-"""The layouts of InternVL: transformers' own and the original, with the parts that the original brings."""
+"""The layouts of InternVL: transformers' own and the original, with the parts that the original includes."""

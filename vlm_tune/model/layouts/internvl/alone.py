@@ -1,4 +1,4 @@
-"""An encoder's or a language model's folder alone: of transformers, of timm, and InternVL's, whose code is not run."""
+"""Load a single encoder's or language model's folder: of transformers, timm or InternVL, whose code is not run."""
 
 from pathlib import Path
 from typing import Any

@@ -108,7 +108,7 @@ def projector_config(config: dict[str, Any]) -> ProjectorConfig:
 def written_config(
     vlm: VisionLanguageModel, template: Template, model: ModelConfig, base: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Describe a model as an InternVLChatModel: what it started from, brought up to date, or all of it anew."""
+    """Describe a model as an InternVLChatModel: what it started from, brought up to date, or all of it again."""
     side = model.tiles.size
     config: dict[str, Any] = deepcopy(base) if base is not None else _new_config(vlm)
     config["vision_config"]["image_size"] = side  # the table of positions was resized to it when it was loaded
@@ -128,7 +128,7 @@ def written_config(
 
 
 def official_template(template: Template) -> str:
-    """Name the template of InternVL's own that writes the same text; the system prompt is written beside it.
+    """Name the template of InternVL's own that writes the same text; the system prompt is written next to it.
 
     Raises ConfigError where there is none.
     """

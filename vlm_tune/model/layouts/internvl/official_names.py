@@ -1,4 +1,4 @@
-"""What InternVL's original layout calls its weights.
+"""The weight names of InternVL's original layout.
 
 Sources: InternVL `tools/internvl_custom2hf.py`, `modeling_internlm2.py` (wqkv), transformers'
 `convert_internvl_weights_to_hf.py`.

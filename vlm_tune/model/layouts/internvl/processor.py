@@ -1,4 +1,4 @@
-"""What lies beside exported weights: tokenizer, chat template and picture settings, as trained."""
+"""Files next to exported weights: tokenizer, chat template and picture settings, as trained."""
 
 from pathlib import Path
 
@@ -56,7 +56,7 @@ def save_processor(tokenizer: PreTrainedTokenizerBase, encoder: Encoder, model: 
 
 
 def show_content(context: str) -> str:
-    """Write the Jinja text that renders what a message says; `context` stands for a picture, a line break behind it."""
+    """Write the Jinja text that renders what a message says; `context` is a picture, followed by a line break."""
     return (
         "{%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}"
         "{%- for part in message['content'] -%}"
@@ -100,7 +100,7 @@ def jinja_template(
     default = system if system is not None else template.default_system or ""
     opening, _, closing = template.system.partition("{system}")
     unsaid = opening + default + closing if default else template.no_system
-    again = marks[BOS] if template.is_xtuner and template.end.endswith(EOS) else ""  # XTuner opens each turn anew
+    again = marks[BOS] if template.is_xtuner and template.end.endswith(EOS) else ""  # XTuner opens each turn again
     user = question(again + template.user)
     if template.first_user or again:
         first = question(template.first_user or template.user)

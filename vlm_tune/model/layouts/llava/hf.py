@@ -68,7 +68,7 @@ def native_config(vlm: VisionLanguageModel, tiles: TilesConfig) -> LlavaConfig |
 
 
 def feature_layer(vision: VisionEncoder) -> int:
-    """Name the layer that the projector reads as LLaVA does, counted from the end: -2 is the last but one."""
+    """Return the layer that the projector reads as LLaVA counts it, counted from the end: -2 is the second to last."""
     assert vision.whole_config is not None
     return vision.select_layer - (vision.whole_config.num_hidden_layers + 1) * (vision.select_layer > 0)
 

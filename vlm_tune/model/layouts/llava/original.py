@@ -37,7 +37,7 @@ TOWER = "vision_tower"  # folder of the encoder inside an exported one
 
 
 def load(folder: Path, model: ModelConfig, dtype: torch.dtype, quantize: Quantize) -> Loaded:
-    """Load an original folder; its language model grows by a token that stands for pictures.
+    """Load an original folder; its language model gains a token that stands for pictures.
 
     Raises CheckpointError that lists every missing, unexpected and misshapen weight.
     """
@@ -64,14 +64,14 @@ def load(folder: Path, model: ModelConfig, dtype: torch.dtype, quantize: Quantiz
 
 
 def names_of(projector: Projector, has_vision: bool = True) -> list[Names]:
-    """Name the weights as LLaVA does, where it has those of the encoder."""
+    """Return LLaVA's names of the weights, including the encoder's if it has them."""
     layers = [Names(f"projector.{ours}.", f"{theirs}.") for ours, theirs in PROJECTORS[projector.config.kind].items()]
     vision = [Names("vision.tower.", VISION)] if has_vision else []
     return [*vision, Names("projector.newline", "model.image_newline"), *layers, Names("llm.", "")]
 
 
 def text_config(config: dict[str, Any], folder: Path) -> Any:
-    """Make the language model's own configuration from that of LLaVA, which is laid over it."""
+    """Make the language model's own configuration from LLaVA's, which extends it."""
     known = {f"{name}ForCausalLM": kind for kind, name in TEXT_KINDS.items()}
     architecture = (config.get("architectures") or ["LlavaLlamaForCausalLM"])[0]
     if architecture not in known:
@@ -85,9 +85,9 @@ def text_config(config: dict[str, Any], folder: Path) -> Any:
 
 
 def save(vlm: VisionLanguageModel, tokenizer: PreTrainedTokenizerBase, model: ModelConfig, folder: Path) -> None:
-    """Write a merged model as an original folder, in the dtype that it has, the encoder's weights among the others.
+    """Write a merged model as an original folder, in the dtype that it has, including the encoder's weights.
 
-    The picture token has no row in LLaVA's tables: it is left out again. Raises ConfigError for a model that this
+    The picture token has no row in LLaVA's tables: it is removed again. Raises ConfigError for a model that this
     layout cannot hold.
     """
     refuse_misfit(vlm)
@@ -120,7 +120,7 @@ def refuse_misfit(vlm: VisionLanguageModel) -> None:
 
 
 def written_config(vlm: VisionLanguageModel, model: ModelConfig, folder: Path) -> dict[str, Any]:
-    """Write LLaVA's config.json: that of the folder that training started from, or a new one beside its encoder."""
+    """Write LLaVA's config.json: that of the folder that training started from, or a new one that names its encoder."""
     base = find_folder(model.path, "model.path") if model.path is not None else None
     if base is not None and model_kind(base) == LLAVA_ORIGINAL:
         return read_json(base) | {"unfreeze_mm_vision_tower": True, "torch_dtype": str(vlm.llm.dtype)[6:]}

@@ -1,4 +1,4 @@
-"""What lies beside the weights of a llava-hf folder: tokenizer, chat template and picture settings, as trained."""
+"""Files next to the weights of a llava-hf folder: tokenizer, chat template and picture settings, as trained."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from vlm_tune.model.layouts.internvl.processor import jinja_template, show_conte
 def save_llava_processor(
     tokenizer: PreTrainedTokenizerBase, encoder: Encoder, model: ModelConfig, folder: Path
 ) -> list[str]:
-    """Write a processor that makes the tokens and tiles of training, beside the config.json that is there.
+    """Write a processor that makes the tokens and tiles of training, next to the existing config.json.
 
     Returns notes on what it cannot do as training did. Raises ConfigError for a tile rule that transformers' processors
     do not know.
@@ -48,7 +48,7 @@ def save_llava_processor(
 
 
 def notes(model: ModelConfig, newline: bool) -> list[str]:
-    """Say where a processor of transformers differs from training."""
+    """Describe where a transformers processor differs from training."""
     told = [
         "a folder cannot name the library that resizes pictures. Training took Pillow: AutoProcessor.from_pretrained("
         'FOLDER, backend="pil"). The default, torchvision, moves pixels by up to 2/255'
