@@ -176,14 +176,15 @@ def test_rows_of_one_picture_are_shown_as_sharing_its_tokens(run_cli, file, part
     row = json.loads(file.read_text().splitlines()[0])
     asked = [row | {"id": str(n), "conversations": [TURNS[0], {"from": "gpt", "value": "Tofu." * n}]} for n in (1, 2)]
     file.write_text("".join(f"{json.dumps(each)}\n" for each in asked))
-    config = load_config([f"data.path={file}", "data.val=none", "model.tiles.max=4", *parts])
+    settings = (f"data.path={file}", "data.val=none", "model.tiles.max=4", "stage.share_prefix=on", *parts)
+    config = load_config(list(settings))
     pack = look(config, *build_encoder(config), 0).pack
     first, second = pack.rows
     assert (first.shared, first.tiles, second.tiles) == (0, 5, 0)
     whole = [len(look(config, *build_encoder(config), n).example.input_ids) for n in (0, 1)]
     assert first.tokens + second.tokens + second.shared == sum(whole)
     assert second.shared > second.tokens  # the picture and the question are the most of it
-    told = ("inspect", f"data.path={file}", "row=1", "data.val=none", "model.tiles.max=4", *parts)
+    told = ("inspect", "row=1", *settings)
     assert "share the tokens" in run_cli(*told, "--text").out
     run_cli(*told, f"out={tmp_path / 'row.html'}")
     assert '<th class="number">shared</th>' in (tmp_path / "row.html").read_text()

@@ -37,9 +37,8 @@ def staged(toys, tmp_path_factory):
         ]
         rows.append({"id": str(number), "images": shown, "conversations": conversation})
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return toys.staged(
-        "stage=finetune", f"data.path={folder}", "data.val=none", "stage.lora.dropout=0", "data.max_length=400"
-    )
+    shared = ("stage.share_prefix=on", "stage.lora.dropout=0")
+    return toys.staged("stage=finetune", *shared, f"data.path={folder}", "data.val=none", "data.max_length=400")
 
 
 def batch(staged: Staged, rows: list[int], share_prefix: bool):
@@ -115,4 +114,4 @@ def test_an_epoch_shares_and_forgets_no_row(staged):
 def test_sharing_where_each_row_is_its_own_is_refused_when_asked_for_and_off_by_itself(toys, setting):
     with pytest.raises(ConfigError, match="share_prefix=on"):
         toys.staged("stage=finetune", "stage.share_prefix=on", setting)
-    assert not toys.staged("stage=finetune", setting).data.settings(1).share_prefix
+    assert not toys.staged("stage=finetune", "stage.share_prefix=auto", setting).data.settings(1).share_prefix
