@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations import replace_with_bnb_linear
 
 from vlm_tune.config.schema import Quantize
 from vlm_tune.model.parts.llm import quantization
@@ -15,6 +14,8 @@ def use_quantized_layers(llm: PreTrainedModel, dtype: torch.dtype, quantize: Qua
     """Replace the linear layers of a model without weights by bitsandbytes', if asked for; the head stays as it is."""
     if quantize is Quantize.none:
         return
+    from transformers.integrations import replace_with_bnb_linear  # late: it takes seconds, and few ask for it
+
     config = quantization(quantize, dtype)
     replace_with_bnb_linear(llm, ["lm_head"], config)
     marked: Any = llm  # what from_pretrained leaves on a model, and peft and Lightning ask for
