@@ -125,9 +125,10 @@ class Encoder:
         try:
             fit = self._fit(sample, num_fixed, num_supervised, tiling)
             if not fit.is_long:
-                num_tokens = num_fixed + sum(fit.num_tokens)
-                place_features(items, fit.num_tokens)
-                return Lengths(num_tokens, num_supervised, fit.num_tiles, fit.max_tiles, fit.note, *head_of(items))
+                num_image = sum(fit.num_tokens)
+                head, num_head = head_of(items)
+                sizes = num_fixed + num_image, num_supervised, fit.num_tiles, fit.max_tiles, fit.note
+                return Lengths(*sizes, head, num_head + num_image)
             trimmed = self._trim(sample, fit)
         except DataError as error:
             return error

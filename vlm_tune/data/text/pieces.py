@@ -179,16 +179,14 @@ def count(items: Sequence[Item]) -> tuple[int, int]:
 
 
 def head_of(items: Sequence[Item]) -> tuple[str, int]:
-    """Return what the tokens up to the end of the last picture are made of, and their number; ("", 0) without pictures.
+    """Return what the tokens up to the end of the last picture are made of, and their number without its features.
 
-    Two samples of equal heads whose pictures are equal begin with the same tokens.
+    Two samples of equal heads whose pictures are equal begin with the same tokens. Without pictures: ("", 0).
     """
     last = max((number for number, item in enumerate(items) if isinstance(item, ImageSlot)), default=-1)
-    made_of, num_tokens = [], 0
-    for item in items[: last + 1]:
-        num_tokens += sum(number for number, _ in item.spans())
-        made_of.append((item.opens, item.text) if isinstance(item, TextPiece) else item.ids())
-    return (repr(made_of), num_tokens) if made_of else ("", 0)
+    head = items[: last + 1]
+    made_of = [(item.opens, item.text) if isinstance(item, TextPiece) else item.ids() for item in head]
+    return repr(made_of) if head else "", sum(number for item in head for number, _ in item.spans())
 
 
 def drop_last_space(items: list[Item]) -> None:
