@@ -4,7 +4,6 @@ import json
 import os
 import random
 import signal
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,12 +13,11 @@ from typing import Any
 
 import torch
 from compare import assert_same, metrics_of
-from processes import fork_cli
+from processes import fork_cli, start_ranks
 from toys import Toys, turns, write_jsonl
 
-from vlm_tune.model.checkpoint import CHECKPOINTS, CONFIG, checkpoints, find_runs
+from vlm_tune.model.checkpoint import CHECKPOINTS, checkpoints, find_runs
 from vlm_tune.training.module import VlmModule
-from vlm_tune.training.run_folder import FOLDER_VARIABLE
 
 ORDER = "VLM_TUNE_TEST_ORDER"  # names a file that each micro-batch writes its rows into
 ALL = (
@@ -91,21 +89,8 @@ def start(given: list[str], folder: Path, ranks: int, is_new: bool) -> list[Base
     """Start a run's processes, each in one thread."""
     if ranks == 1:
         return [fork_cli(given, folder / "0.log", **{ORDER: str(folder / "order")})]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
-    shared[ORDER] = str(folder / "order")
-    known = set((folder / "runs").glob(f"*/{CONFIG}"))
-    processes = [fork_cli(given, folder / "0.log", **shared, LOCAL_RANK="0")]
-    made = known
-    while is_new and made == known and processes[0].is_alive():
-        time.sleep(0.01)
-        made = set((folder / "runs").glob(f"*/{CONFIG}"))
-    handed = {FOLDER_VARIABLE: str(next(iter(made - known)).parent.resolve())} if made - known else {}
-    for rank in range(1, ranks):
-        processes.append(fork_cli(given, folder / f"{rank}.log", **shared, **handed, LOCAL_RANK=str(rank)))
-    return processes
+    logs = [folder / f"{rank}.log" for rank in range(ranks)]
+    return start_ranks(given, folder / "runs", logs, is_new, **{ORDER: str(folder / "order")})
 
 
 def run_to_its_end(given: list[str], folder: Path, ranks: int = 1) -> Path:

@@ -7,6 +7,8 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -39,27 +41,54 @@ def _run(arguments: list[str], log: Path, environment: dict[str, str]) -> None:
     os._exit(code)  # no pytest here: it would report the tests a second time
 
 
-def run_two(arguments: list[str], runs: Path, is_new: bool = True) -> Path:
-    """Run two ranks. The second starts when the first has made the run's folder, which it is handed."""
+def free_port() -> str:
+    """Find a port that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
+        return str(probe.getsockname()[1])
+
+
+def start_ranks(
+    arguments: list[str], runs: Path, logs: list[Path], is_new: bool = True, **environment: str
+) -> list[BaseProcess]:
+    """Start a rank for each log; the others follow when the first has made the run's folder, which they are handed."""
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    environment |= {"WORLD_SIZE": str(len(logs)), "NODE_RANK": "0"}
+    known = made = set(runs.glob(f"*/{CONFIG}"))
+    ranks = [fork_cli(arguments, logs[0], **environment, LOCAL_RANK="0")]
+    while is_new and made == known:
+        assert ranks[0].is_alive(), logs[0].read_text(encoding="utf-8")
+        time.sleep(0.01)
+        made = set(runs.glob(f"*/{CONFIG}"))
+    handed = {FOLDER_VARIABLE: str((made - known).pop().parent.resolve())} if is_new else {}
+    for rank, log in enumerate(logs[1:], 1):
+        ranks.append(fork_cli(arguments, log, **environment, **handed, LOCAL_RANK=str(rank)))
+    return ranks
+
+
+@contextmanager
+def two_ranks(
+    arguments: list[str], runs: Path, is_new: bool = True
+) -> Iterator[tuple[list[BaseProcess], Callable[[int], str]]]:
+    """Run two ranks, and end them in any case; yield both and a function that reads what each has said."""
     logs = [Path(f"{runs}.{rank}.log") for rank in range(2)]
-    ends = time.monotonic() + PATIENCE
-    ranks = [fork_cli(arguments, logs[0], **shared, LOCAL_RANK="0")]
+    ranks = start_ranks(arguments, runs, logs, is_new)
     try:
-        while is_new and not list(runs.glob(f"*/{CONFIG}")) and ranks[0].is_alive():
-            time.sleep(0.01)
-        handed = {FOLDER_VARIABLE: str(next(runs.glob(f"*/{CONFIG}")).parent.resolve())} if is_new else {}
-        ranks.append(fork_cli(arguments, logs[1], **shared, **handed, LOCAL_RANK="1"))
-        for rank in ranks:
-            rank.join(max(0, ends - time.monotonic()))
-        said = "\n".join(log.read_text(encoding="utf-8") for log in logs)
-        assert [rank.exitcode for rank in ranks] == [0, 0], f"a rank failed, or waits for the other:\n{said}"
+        yield ranks, lambda rank: logs[rank].read_text(encoding="utf-8")
     finally:
         for rank in ranks:
             rank.kill()
+            rank.join()
+
+
+def run_two(arguments: list[str], runs: Path, is_new: bool = True) -> Path:
+    """Run two ranks to their end."""
+    ends = time.monotonic() + PATIENCE
+    with two_ranks(arguments, runs, is_new) as (ranks, read):
+        for rank in ranks:
+            rank.join(max(0, ends - time.monotonic()))
+        said = "\n".join(map(read, range(2)))
+        assert [rank.exitcode for rank in ranks] == [0, 0], f"a rank failed, or waits for the other:\n{said}"
     return find_runs(runs)[-1]
 
 

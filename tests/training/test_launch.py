@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ import time
 import pytest
 from compare import assert_same, state_of
 from conftest import PARENTS_PROCESSES, ROOT
-from processes import PATIENCE, fork_cli, keep_figure
+from processes import PATIENCE, fork_cli, free_port, keep_figure
 
 from vlm_tune.model.checkpoint import find_runs
 from vlm_tune.training.callbacks import ranks
@@ -35,12 +34,6 @@ LAUNCHERS = {
     "torchrun": lambda rank: TORCHRUN | {"RANK": rank, "LOCAL_RANK": rank},
     "SLURM": lambda rank: SLURM | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank},
 }
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)

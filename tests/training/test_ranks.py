@@ -1,21 +1,18 @@
 """Where one of two ranks is gone, hangs or fails, the other one ends, with its number and its last step."""
 
-import contextlib
 import os
 import signal
-import socket
 import time
 
 import pytest
 from compare import assert_same, metrics_of, state_of
-from processes import fork_cli
+from processes import two_ranks
 
 from vlm_tune.errors import DataError
-from vlm_tune.model.checkpoint import CONFIG, checkpoints, find_runs
+from vlm_tune.model.checkpoint import checkpoints, find_runs
 from vlm_tune.training.callbacks import ranks
 from vlm_tune.training.callbacks.ranks import BACKWARD, COMPUTES, ENDS, READS, Sign, WatchRanks
 from vlm_tune.training.module import VlmModule
-from vlm_tune.training.run_folder import FOLDER_VARIABLE
 
 ALL = (
     "stage=finetune",
@@ -33,27 +30,6 @@ ALL = (
 
 
 KILL = pytest.mark.kill  # two processes start in seconds
-
-
-@contextlib.contextmanager
-def two(arguments, runs, is_new=True):
-    """Run two ranks; yield both and a function that reads what each has said."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    logs = [runs.parent / f"{runs.name}.{rank}.log" for rank in range(2)]
-    processes = [fork_cli(arguments, logs[0], **shared, LOCAL_RANK="0")]
-    try:
-        while is_new and not list(runs.glob(f"*/{CONFIG}")) and processes[0].is_alive():
-            time.sleep(0.01)
-        handed = {FOLDER_VARIABLE: str(next(runs.glob(f"*/{CONFIG}")).parent.resolve())} if is_new else {}
-        processes.append(fork_cli(arguments, logs[1], **shared, **handed, LOCAL_RANK="1"))
-        yield processes, lambda rank: logs[rank].read_text(encoding="utf-8")
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
 
 
 def strike(monkeypatch, act, step=3, rank="1"):
@@ -98,7 +74,7 @@ def test_the_other_rank_names_it_and_its_last_step(toys, tmp_path, monkeypatch, 
     hasten(monkeypatch)
     strike(monkeypatch, act)
     start = time.monotonic()
-    with two(toys.arguments(*ALL, runs=tmp_path / "runs"), tmp_path / "runs") as (processes, read):
+    with two_ranks(toys.arguments(*ALL, runs=tmp_path / "runs"), tmp_path / "runs") as (processes, read):
         processes[0].join(60)
         assert time.monotonic() - start < 60
         assert processes[0].exitcode == 2, read(0)
@@ -114,15 +90,15 @@ def test_the_first_rank_saves_what_was_done_when_the_other_is_killed(toys, tmp_p
     given = toys.arguments(*ALL, runs=tmp_path / "runs")
     with monkeypatch.context() as patch:
         strike(patch, lambda: os.kill(os.getpid(), signal.SIGKILL))
-        with two(given, tmp_path / "runs") as (processes, _):
+        with two_ranks(given, tmp_path / "runs") as (processes, _):
             processes[0].join(60)
     (run,) = find_runs(tmp_path / "runs")
     assert [path.name for path in checkpoints(run)] == ["step_00000003.ckpt"]
-    with two([*given, "resume=last"], tmp_path / "runs", is_new=False) as (processes, read):
+    with two_ranks([*given, "resume=last"], tmp_path / "runs", is_new=False) as (processes, read):
         for process in processes:
             process.join(60)
         assert [process.exitcode for process in processes] == [0, 0], read(0)
-    with two(toys.arguments(*ALL, runs=tmp_path / "straight"), tmp_path / "straight") as (processes, read):
+    with two_ranks(toys.arguments(*ALL, runs=tmp_path / "straight"), tmp_path / "straight") as (processes, read):
         for process in processes:
             process.join(60)
     (straight,) = find_runs(tmp_path / "straight")
@@ -134,7 +110,7 @@ def test_the_first_rank_saves_what_was_done_when_the_other_is_killed(toys, tmp_p
 def test_both_ranks_stop_at_the_same_step_whichever_is_asked(toys, tmp_path, monkeypatch, rank):
     strike(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGTERM), rank=rank)
     monkeypatch.setattr("vlm_tune.training.callbacks.stop.StopWhenAsked._note", once)
-    with two(toys.arguments(*ALL, runs=tmp_path / "runs"), tmp_path / "runs") as (processes, read):
+    with two_ranks(toys.arguments(*ALL, runs=tmp_path / "runs"), tmp_path / "runs") as (processes, read):
         for process in processes:
             process.join(60)
         assert processes[0].exitcode == 75, read(0) + read(1)
@@ -195,7 +171,7 @@ def test_a_finished_run_of_two_ranks_ends_though_one_is_done_before_the_other(to
     chosen = {key.partition("=")[0]: key for key in (*ALL, "trainer.num_chats=1")}
     given = toys.arguments(*chosen.values(), runs=tmp_path / "runs")
     for more, is_new in ((), True), (("resume=last",), False):
-        with two([*given, *more], tmp_path / "runs", is_new) as (processes, read):
+        with two_ranks([*given, *more], tmp_path / "runs", is_new) as (processes, read):
             for process in processes:
                 process.join(100)
             assert [process.exitcode for process in processes] == [0, 0], read(0) + read(1)

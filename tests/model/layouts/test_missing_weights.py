@@ -3,15 +3,13 @@
 import shutil
 
 import pytest
-from llava_toys import save_llava, write_original
-from official_toys import write_official
+from layout_toys import write_layouts
 from safetensors.torch import load_file, save_file
 from test_llava_hf import ANYRES, ONE
 
 from vlm_tune.config.parse import load_config
 from vlm_tune.errors import CheckpointError
 from vlm_tune.model.build import build_model
-from vlm_tune.model.layouts.internvl import hf as internvl_hf
 
 LLAVA = ("model.template=v1", "model.vision.normalize=openai_clip")
 KINDS = {  # the key that names the folder, and what is set beside it
@@ -31,14 +29,7 @@ def folders(toys, tmp_path_factory):
     root = tmp_path_factory.mktemp("layouts")
     shutil.copytree(toys.vision, root / "encoder")
     shutil.copytree(toys.llm, root / "language model")
-    plain = toys.model()
-    internvl_hf.save(plain.vlm, root / "internvl")
-    plain.tokenizer.save_pretrained(root / "internvl")
-    write_official(root / "internvl_chat", {"model_type": "qwen2"})
-    save_llava(root / "llava")
-    save_llava(root / "llava_next", is_next=True)
-    write_original(root / "both")
-    (root / "both" / "original").rename(root / "llava_original")
+    write_layouts(toys, root, "qwen2")
     return root
 
 

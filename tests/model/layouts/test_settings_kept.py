@@ -4,15 +4,13 @@ from copy import deepcopy
 from dataclasses import replace
 
 import pytest
-from llava_toys import save_llava, write_original
-from official_toys import write_official
+from layout_toys import write_layouts
 from test_llava_hf import ANYRES, ONE, PAD
 
 from vlm_tune.config.parse import load_config, read_config
 from vlm_tune.model.build import build_model
 from vlm_tune.model.encoder import build_encoder, joined
 from vlm_tune.model.layouts import parts
-from vlm_tune.model.layouts.internvl import hf as internvl_hf
 from vlm_tune.training.run import train
 
 WHOLE = ("model.vision.path=null", "model.llm.path=null")
@@ -32,15 +30,8 @@ KINDS = {  # what is set beside the folder
 @pytest.fixture(scope="module")
 def folders(toys, tmp_path_factory):
     root = tmp_path_factory.mktemp("layouts")
-    plain = toys.model()
-    internvl_hf.save(plain.vlm, root / "internvl")
-    plain.tokenizer.save_pretrained(root / "internvl")
+    plain = write_layouts(toys, root, "internlm2")
     parts.save(plain.vlm, plain.tokenizer, root / "parts")
-    write_official(root / "internvl_chat", {"model_type": "internlm2"})
-    save_llava(root / "llava")
-    save_llava(root / "llava_next", is_next=True)
-    write_original(root / "both")
-    (root / "both" / "original").rename(root / "llava_original")
     return root
 
 
