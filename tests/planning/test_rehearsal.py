@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from vlm_tune.config.schema import Strategy
 from vlm_tune.model.optim import make_optimizer
 from vlm_tune.model.parts.stage import trained_parameters
 from vlm_tune.planning.ledger import Ledger
-from vlm_tune.planning.rehearsal import Vocabulary, rehearse
+from vlm_tune.planning.rehearsal import SHARED, Vocabulary, rehearse
 
 ROWS = [0, 1, 2, 3]
 RUNS = {
@@ -66,3 +67,7 @@ def test_the_peak_is_that_of_the_real_step(both):
     needs, dtype, real = both[0], both[1]["dtype"], sum(both[2].values())
     found = needs.total - needs.sizes["gaps"]
     assert found == real if dtype is None else abs(found / real - 1) < 0.02  # a CPU's 16-bit kernels choose by values
+
+
+def test_a_plan_knows_what_each_strategy_spreads_over_devices():
+    assert set(SHARED) == set(Strategy) - {Strategy.auto, Strategy.ddp}

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from vlm_tune.config.checks import SPLITS_WEIGHTS
 from vlm_tune.config.schema import Config, Optimizer, Quantize, Strategy, Train
 
 WORTH = 0.98  # a setting that leaves more than this share of the memory is not worth it
@@ -40,7 +41,7 @@ def remedies(config: Config) -> Iterator[tuple[list[str], str]]:
         yield settings, "little time: the same rows a step, in more passes"
     if stage.optimizer is Optimizer.adamw and Train.full in (parts.llm, parts.vision):
         yield ["stage.optimizer=paged_adamw8bit"], "moments of 8 bits, which may leave the GPU"
-    if trainer.devices * trainer.nodes > 1 and config.strategy.name is not Strategy.zero3:
+    if trainer.devices * trainer.nodes > 1 and config.strategy.name not in SPLITS_WEIGHTS:
         yield ["strategy=zero3"], "time: weights travel between the devices"
     if parts.llm is not Train.full and stage.quantize is Quantize.none:
         yield ["stage.quantize=nf4"], "time, and a base that is rounded to 4 bits"

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import layer_norm, softmax
 from torch.overrides import TorchFunctionMode
 
+from vlm_tune.config.checks import SPLITS_WEIGHTS
 from vlm_tune.config.schema import Config, Optimizer, Precision, Strategy
 from vlm_tune.data.batch import Batch
 from vlm_tune.model.build import DTYPES, resolve_precision
@@ -33,8 +34,7 @@ UNPAGED = {
 SHARED = {  # what each device keeps a share of
     Strategy.zero1: ("optimizer",),
     Strategy.zero2: ("optimizer", "gradients"),
-    Strategy.zero3: ("optimizer", "gradients", "weights"),
-    Strategy.fsdp: ("optimizer", "gradients", "weights"),
+    **dict.fromkeys(SPLITS_WEIGHTS, ("optimizer", "gradients", "weights")),
 }
 
 

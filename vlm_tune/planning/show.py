@@ -2,6 +2,7 @@
 
 from rich.console import Console
 
+from vlm_tune.console import duration
 from vlm_tune.planning.fit import Remedy
 from vlm_tune.planning.rehearsal import KINDS, Needs
 from vlm_tune.planning.seconds import CONTEXT, GIB, Cpu, Gpu
@@ -65,12 +66,5 @@ def show_fit(console: Console, chosen: list[Remedy], gib: float) -> None:
 
 
 def spoken(seconds: float) -> str:
-    """Say a time: 0.42 s, 12 s, 3 min 20 s, 5 h 10 min."""
-    if seconds < 10:
-        return f"{seconds:.2f} s"
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s"
-    return f"{whole // 3600:,} h {whole % 3600 // 60:02} min"
+    """Write a time, of a short one the hundredths too: 0.42 s, 12 s, 3 min 20 s, 5 h 10 min."""
+    return f"{seconds:.2f} s" if seconds < 10 else duration(seconds)
