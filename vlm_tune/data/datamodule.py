@@ -18,7 +18,7 @@ from vlm_tune.config.schema import AugmentConfig, BadSample, Config, SharePrefix
 from vlm_tune.data.batch import Batch, add_pictures, collate, token_weight
 from vlm_tune.data.encode import Encoder
 from vlm_tune.data.example import Example
-from vlm_tune.data.packing import side_by_side, trees_of
+from vlm_tune.data.packing import cost, shares_head, side_by_side, trees_of
 from vlm_tune.data.progress import Follow, unseen
 from vlm_tune.data.rows.cache import hashed
 from vlm_tune.data.sample import Sample
@@ -340,14 +340,12 @@ def validation_packs(index: Index, settings: StreamSettings) -> list[MicroBatch]
     packs: list[list[int]] = [[]]
     tokens = tiles = 0
     for row in order.tolist():
-        head = index.head[row]
-        is_shared = settings.share_prefix and packs[-1] and head and head == index.head[packs[-1][-1]]
-        more_tokens = int(index.tokens[row]) - (int(index.head_tokens[row]) if is_shared else 0)
-        more_tiles = 0 if is_shared else int(index.tiles[row])
+        is_shared = settings.share_prefix and packs[-1] and shares_head(index, row, packs[-1][-1])
+        more_tokens, more_tiles = cost(index, row, bool(is_shared))
         if packs[-1] and (tokens + more_tokens > settings.budget[0] or tiles + more_tiles > settings.budget[1]):
             packs.append([])
-            tokens, tiles = 0, 0
-            more_tokens, more_tiles = int(index.tokens[row]), int(index.tiles[row])
+            tokens = tiles = 0
+            more_tokens, more_tiles = cost(index, row, is_shared=False)
         packs[-1].append(row)
         tokens, tiles = tokens + more_tokens, tiles + more_tiles
     return [MicroBatch(tuple(pack), 0, 1.0, (0, 0, 0)) for pack in packs if pack]

@@ -38,30 +38,41 @@ def plan_packs(
 
 
 def plan_trees(order: npt.NDArray[np.int64], index: Index, budget: tuple[int, int]) -> list[list[int]]:
-    """Plan packs as `plan_packs` does, with rows of one head side by side: it costs its tokens and tiles once.
+    """Plan packs as `plan_packs` does, with rows of one head together in a tree, whose head costs its size once.
 
     A tree that is larger than a budget is cut into several.
     """
     trees: list[list[int]] = []
     sizes: list[tuple[int, int]] = []
-    places: dict[int, int] = {}  # head -> its tree that still has room
+    open_trees: dict[int, int] = {}  # head -> its tree that still has room
     for row in order.tolist():
-        head, own = int(index.head[row]), int(index.tokens[row])
-        number = places.get(head) if head else None
+        head = int(index.head[row])
+        number = open_trees.get(head) if head else None
         if number is not None:
             tokens, tiles = sizes[number]
-            own -= int(index.head_tokens[row])
-            if tokens + own <= budget[0]:
+            tokens += cost(index, row, is_shared=True)[0]
+            if tokens <= budget[0]:
                 trees[number].append(row)
-                sizes[number] = tokens + own, tiles
+                sizes[number] = tokens, tiles
                 continue
-            own += int(index.head_tokens[row])
-        places[head] = len(trees)
+        open_trees[head] = len(trees)
         trees.append([row])
-        sizes.append((own, int(index.tiles[row])))
+        sizes.append(cost(index, row, is_shared=False))
     columns = np.array(sizes, np.int32)  # (trees, 2)
     packs = plan_packs(np.arange(len(trees)), columns[:, 0], columns[:, 1], budget)
     return [[row for tree in pack for row in trees[tree]] for pack in packs]
+
+
+def cost(index: Index, row: int, is_shared: bool) -> tuple[int, int]:
+    """Return the tokens and tiles that a row adds to a pack; `is_shared`: behind another row of its head."""
+    if is_shared:
+        return int(index.tokens[row]) - int(index.head_tokens[row]), 0
+    return int(index.tokens[row]), int(index.tiles[row])
+
+
+def shares_head(index: Index, row: int, other: int) -> bool:
+    """Return whether two rows show the same pictures behind the same tokens."""
+    return bool(index.head[row]) and index.head[row] == index.head[other]
 
 
 def side_by_side(order: npt.NDArray[np.int64], heads: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
@@ -76,8 +87,7 @@ def trees_of(rows: Sequence[int], index: Index, share_prefix: bool) -> list[list
     """Part the rows of a pack into runs that share a head; each row is its own where nothing is shared."""
     trees: list[list[int]] = []
     for row in rows:
-        head = index.head[row]
-        if share_prefix and trees and head and head == index.head[trees[-1][0]]:
+        if share_prefix and trees and shares_head(index, row, trees[-1][0]):
             trees[-1].append(row)
         else:
             trees.append([row])

@@ -14,7 +14,7 @@ from torch.utils.data import Sampler
 
 from vlm_tune.config.schema import LossWeight
 from vlm_tune.data.batch import token_weight
-from vlm_tune.data.packing import WINDOW, plan_batches, plan_packs, plan_trees, side_by_side, trees_of
+from vlm_tune.data.packing import WINDOW, cost, plan_batches, plan_packs, plan_trees, side_by_side, trees_of
 from vlm_tune.data.sizes import Index
 
 COUNTED_WINDOWS = 50  # in an epoch of more windows, the number of groups is not counted
@@ -116,11 +116,8 @@ class BatchStream(Sampler[MicroBatch]):
         return tokens / (len(groups) * self.settings.budget[0] * self.settings.micro_batch)
 
     def _num_tokens(self, group: list[int]) -> int:
-        tokens, heads = self.index.tokens, self.index.head_tokens
-        shared = sum(
-            int(heads[row]) for tree in trees_of(group, self.index, self.settings.share_prefix) for row in tree[1:]
-        )
-        return int(tokens[group].sum()) - shared
+        trees = trees_of(group, self.index, self.settings.share_prefix)
+        return sum(cost(self.index, row, place > 0)[0] for tree in trees for place, row in enumerate(tree))
 
     def _groups(self, start: Cursor) -> Iterator[tuple[list[int], int, Cursor]]:
         epoch, window, group = start

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vlm_tune.data.batch import Batch
 from vlm_tune.data.stream import Cursor
+from vlm_tune.model.parts.shards import held
 from vlm_tune.model.parts.stage import trained_parameters
 
 
@@ -25,13 +26,18 @@ class Culprit:
 
 def find_culprit(trainer: L.Trainer, module: Any, cursor: Cursor) -> Culprit:
     """Search on every rank and share the result: batches are rebuilt from the cursor and their seeds."""
-    found = find_here(trainer, module, cursor)
-    if trainer.world_size == 1:
-        return found
-    gathered: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(gathered, found)
-    failing = [each for each in gathered if each.module] or gathered
+    found = of_all_ranks(trainer, find_here(trainer, module, cursor))
+    failing = [each for each in found if each.module] or found
     return Culprit([row for each in failing for row in each.rows], failing[0].module)
+
+
+def of_all_ranks(trainer: L.Trainer, value: Any) -> list[Any]:
+    """Gather a value of each rank, in their order."""
+    if trainer.world_size == 1:
+        return [value]
+    gathered = [None] * trainer.world_size
+    torch.distributed.all_gather_object(gathered, value)
+    return gathered
 
 
 def find_here(trainer: L.Trainer, module: Any, cursor: Cursor) -> Culprit:
@@ -98,5 +104,4 @@ def tensors_of(output: Any) -> Iterator[Tensor]:
 
 def is_finite(tensor: Tensor) -> bool:
     """Return whether all values are finite; of a sharded tensor, those of the local shard."""
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return bool(torch.isfinite(local).all())
+    return bool(torch.isfinite(held(tensor)).all())

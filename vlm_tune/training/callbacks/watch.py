@@ -20,7 +20,7 @@ from vlm_tune.data.batch import Batch
 from vlm_tune.errors import TrainingError
 from vlm_tune.model.parts.shards import held
 from vlm_tune.model.parts.stage import trained_parameters
-from vlm_tune.training.callbacks.culprit import Culprit, find_culprit
+from vlm_tune.training.callbacks.culprit import Culprit, find_culprit, of_all_ranks
 from vlm_tune.training.callbacks.stop import StopWhenAsked
 from vlm_tune.training.run_folder import append, drop_lines_after
 
@@ -100,7 +100,8 @@ class WatchSteps(L.Callback):
             usual = statistics.median(self.losses)
             spread = statistics.median(abs(each - usual) for each in self.losses)
             if loss > usual + FAR * spread and loss > 1.5 * usual:
-                self._note(trainer, "spike", loss, Culprit(all_ranks(trainer, module.step_ids), None))
+                rows = [row for rank in of_all_ranks(trainer, module.step_ids) for row in rank]
+                self._note(trainer, "spike", loss, Culprit(rows, None))
         self.losses = [*self.losses, loss][-REMEMBERED:]
 
     def _note(self, trainer: L.Trainer, kind: str, loss: float, culprit: Culprit) -> None:
@@ -141,15 +142,6 @@ def bad_gradients(trainer: L.Trainer, module: Any, optimizer: torch.optim.Optimi
         return module.step_loss.new_zeros(1)
     norm = torch.nn.utils.get_total_norm(local, norm_type=math.inf)
     return (~torch.isfinite(norm)).to(module.step_loss).view(1)
-
-
-def all_ranks(trainer: L.Trainer, rows: list[str]) -> list[str]:
-    """Collect the rows of all ranks."""
-    if trainer.world_size == 1:
-        return rows
-    gathered: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(gathered, rows)
-    return [row for rank in gathered for row in rank]
 
 
 def way_out(culprit: Culprit) -> str:
