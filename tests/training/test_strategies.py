@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import run_two
+from safetensors.torch import load_file
 
 from vlm_tune.cli import main
 from vlm_tune.model.checkpoint import CHECKPOINTS, checkpoints, find_runs
@@ -170,6 +171,21 @@ def test_twenty_steps_are_those_of_one_process(one, two, strategy, way):
     if path := os.environ.get("VLM_TUNE_TRUST"):
         loss, weight = compare(run, one(way, 20))
         keep(Path(path), strategy, way, {"loss": loss, "weight": weight})
+
+
+@pytest.mark.strategies
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_its_exported_folder_is_that_of_one_process(one, two, tmp_path, strategy, way):
+    exported = []
+    for name, run in (("one", one(way, 20)), ("two", two(strategy, way, 20))):
+        assert main(["export", f"ckpt={run}", f"out={tmp_path / name}", "dtype=fp32"]) == 0
+        exported.append(load_file(tmp_path / name / "model.safetensors"))
+    assert exported[0].keys() == exported[1].keys()
+    differences = [float((exported[1][name] - weight).abs().max()) for name, weight in exported[0].items()]
+    if path := os.environ.get("VLM_TUNE_TRUST"):
+        keep(Path(path), strategy, way, {"exported": max(differences)})
+    assert max(differences) < 2e-6  # AdamW turns the last bit of a gradient near zero into a share of its step of 1e-3
 
 
 @pytest.mark.strategies
