@@ -88,7 +88,7 @@ def test_a_picture_cannot_reach_its_neighbour():
     batch = collate(examples, [1.0, 1.0], True)
     tiles = [np.zeros((count, 4, 4, 3), np.uint8) for count in (2, 1)]  # three in all, as counted
     with pytest.raises(AssertionError, match=r"\['a', 'b'\]: \[1, 2\] tiles were counted, \[2, 1\] made"):
-        add_pictures(batch, examples, tiles, [])
+        add_pictures(batch, examples, tiles, [], 0)
 
 
 # ------------------------------------------------------------------------------------------------- from rows to batches

@@ -20,7 +20,7 @@ from vlm_tune.config.schema import Precision
 from vlm_tune.model.build import resolve_precision
 from vlm_tune.model.kernels.attention import segment_offsets
 
-TEXT = 6  # a training row without a picture; beside a projector that learns, one blank tile is then encoded too
+PICTURE, TEXT = 0, 6  # training rows: three tiles, no picture (a projector that learns then sees one blank tile)
 KERNEL = "torch_attn._varlen_attn.default"
 COPIES = ("aten.copy_.default",)
 
@@ -97,10 +97,11 @@ STAGES = {
 }
 
 
+@pytest.mark.parametrize("rows", [[TEXT, TEXT], [PICTURE, TEXT]], ids=["text", "tiles"])
 @pytest.mark.parametrize("settings", STAGES.values(), ids=STAGES)
-def test_a_pack_in_16_bit_takes_one_kernel_a_layer_and_waits_for_nothing(toys, settings):
+def test_a_pack_in_16_bit_takes_one_kernel_a_layer_and_waits_for_nothing(toys, settings, rows):
     staged = toys.staged(*settings, "trainer.precision=bf16")
-    loss, counts = step_on_gpu(staged, [TEXT, TEXT], torch.bfloat16)
+    loss, counts = step_on_gpu(staged, rows, torch.bfloat16)
     assert (loss.device.type, loss.dtype, loss.requires_grad) == ("cuda", torch.float32, True)
     assert counts[KERNEL] == len(staged.model.vlm.llm.get_decoder().layers)
 

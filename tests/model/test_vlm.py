@@ -68,15 +68,15 @@ def test_a_batch_without_pictures_runs(vlm, staged):
 
 def test_features_take_the_places_of_the_context_tokens_in_order():
     embeddings = torch.zeros(1, 7, 2)
-    is_context = torch.tensor([[0, 1, 1, 0, 1, 1, 0]], dtype=torch.bool)
+    places = torch.tensor([1, 2, 4, 5])
     features = torch.arange(1.0, 9.0).view(2, 2, 2)
-    merged = merge_features(embeddings, is_context, features)
+    merged = merge_features(embeddings, places, features)
     assert merged[0].tolist() == [[0, 0], [1, 2], [3, 4], [0, 0], [5, 6], [7, 8], [0, 0]]
 
 
 def test_the_embeddings_given_stay_as_they_were():
     embeddings = torch.zeros(1, 2, 2)
-    merge_features(embeddings, torch.tensor([[True, False]]), torch.ones(1, 1, 2))
+    merge_features(embeddings, torch.tensor([0]), torch.ones(1, 1, 2))
     assert not embeddings.any()
 
 
@@ -97,7 +97,7 @@ def test_a_tile_too_many_beside_one_too_few_is_refused(staged):
     tiles = [data.make_tiles(sample, example) for sample, example in zip(samples, examples, strict=True)]
     swapped = [torch.cat([torch.from_numpy(tiles[0]), torch.from_numpy(tiles[1][:1])]).numpy(), tiles[1][1:]]
     with pytest.raises(AssertionError, match="tiles were counted"):
-        add_pictures(staged.batch(rows), examples, swapped, [])
+        add_pictures(staged.batch(rows), examples, swapped, [], staged.model.vlm.context_id)
 
 
 def test_a_frozen_encoder_keeps_nothing_for_a_backward_pass(vlm, staged):

@@ -28,6 +28,7 @@ class Batch:
     weights: Tensor  # (N,) its share of the loss of the optimizer step
     sample_ids: list[str]
     num_tokens: int  # without padding
+    image_places: Tensor | None = None  # flat positions of the context tokens, in the order of the pictures' features
     tiles: Tensor | None = None  # (T, H, W, 3) uint8
     features: Tensor | None = None  # (T, P, C) in place of tiles, if a frozen vision tower's output is cached
     spreads: list[Spread] = field(default_factory=list)  # of each picture, if its tokens depend on that
@@ -56,11 +57,16 @@ def token_weight(num_supervised: npt.NDArray[np.int32], weight: LossWeight) -> n
 
 
 def add_pictures(
-    batch: Batch, examples: list[Example], tiles: list[npt.NDArray[np.uint8]], features: list[Tensor]
+    batch: Batch,
+    examples: list[Example],
+    tiles: list[npt.NDArray[np.uint8]],
+    features: list[Tensor],
+    context_id: int | None,
 ) -> None:
-    """Put the tiles (or cached features) of all examples into a batch.
+    """Put the tiles (or cached features) of all examples into a batch, and the places where their tokens go.
 
-    Each example must have as many as it was encoded with, or its neighbour would get its pictures.
+    Each example must have as many as it was encoded with, or its neighbour would get its pictures. The places are
+    looked up here, before the batch is on a device: looking there, the CPU would wait for it.
     """
     counts = [sum(example.num_tiles) for example in examples if example.num_tiles]
     made = [len(pixels) for pixels in tiles if len(pixels)] or [len(seen) for seen in features]
@@ -70,6 +76,8 @@ def add_pictures(
         batch.features = torch.cat(features)
     elif made:
         batch.tiles = torch.from_numpy(np.concatenate(tiles))
+    if made:
+        batch.image_places = torch.from_numpy(np.flatnonzero(batch.input_ids.numpy() == context_id))
 
 
 def collate(examples: list[Example], weights: list[float], packing: bool, trees: Sequence[int] | None = None) -> Batch:

@@ -73,7 +73,7 @@ class MicroBatches(Dataset[Batch]):
         counts = np.array([example.num_supervised for example in examples], dtype=np.int32)
         weights = token_weight(counts, self.settings.loss) / item.step_weight
         batch = collate(examples, weights.tolist(), self.settings.packing, [len(tree) for tree in trees])
-        add_pictures(batch, shown, tiles, features)
+        add_pictures(batch, shown, tiles, features, data.encoder.context_id)
         batch.cursor = item.after
         return batch
 

@@ -98,18 +98,24 @@ class VisionLanguageModel(nn.Module):
         tiles: Tensor | None,
         features: Tensor | None = None,
         spreads: Sequence[Spread] = (),
+        places: Tensor | None = None,
     ) -> Tensor:
-        """Embed token ids (B, L), with the features of tiles (T, H, W, 3) in their places: (B, L, D)."""
+        """Embed token ids (B, L), with the features of tiles (T, H, W, 3) in their places: (B, L, D).
+
+        `places` are those of a batch; where they are not given they are looked up, for which the CPU waits.
+        """
         embeddings = self.llm.get_input_embeddings()(input_ids)  # (B, L, D)
         if features is None and tiles is not None and len(tiles):
             features = self.see(tiles)  # (T, P, C)
         if features is None:
             return embeddings
-        return merge_features(embeddings, input_ids == self.context_id, self.project(features, spreads))
+        if places is None:
+            places = (input_ids.flatten() == self.context_id).nonzero()[:, 0]
+        return merge_features(embeddings, places, self.project(features, spreads))
 
     def forward(self, batch: Batch) -> Tensor:
         """Sum of weighted losses of a batch: a scalar in float32."""
-        embeddings = self.embed(batch.input_ids, batch.tiles, batch.features, batch.spreads)  # (B, L, D)
+        embeddings = self.embed(batch.input_ids, batch.tiles, batch.features, batch.spreads, batch.image_places)
         if self.training and self.neftune:
             embeddings = embeddings + self._noise(batch).to(embeddings)
         must_see = self.is_split or (self.training and self._learns_to_see())
@@ -156,15 +162,13 @@ class VisionLanguageModel(nn.Module):
         return self.project(features, [Spread(1, 1, self.tile_size, self.tile_size)]).sum() * 0.0
 
 
-def merge_features(embeddings: Tensor, is_context: Tensor, features: Tensor) -> Tensor:
-    """Put features (T, S, D), or (_, D), in the places of the context tokens: (B, L, D), mask (B, L) -> (B, L, D).
+def merge_features(embeddings: Tensor, places: Tensor, features: Tensor) -> Tensor:
+    """Put features (T, S, D), or (N, D), into embeddings (B, L, D) at N flat places: (B, L, D).
 
     Counts are checked for each sample when a batch is made; here the sum must fit, or features would move to a
     neighbour's places.
     """
     features = features.reshape(-1, embeddings.shape[-1])
-    num_places, num_features = int(is_context.sum()), len(features)
+    num_places, num_features = len(places), len(features)
     assert num_places == num_features, f"{num_places} places for {num_features} image features in the batch"
-    merged = embeddings.clone()
-    merged[is_context] = features.to(embeddings.dtype)
-    return merged
+    return embeddings.flatten(0, 1).index_copy(0, places, features.to(embeddings.dtype)).view_as(embeddings)
