@@ -67,9 +67,11 @@ def measure(arguments: list[str]) -> dict[str, float]:
     from transformers import InternVLVisionModel, LlamaForCausalLM  # noqa: F401
 
     from vlm_tune.config.parse import load_config
+    from vlm_tune.console import make_console
     from vlm_tune.data.datamodule import DataModule
     from vlm_tune.model.build import build_model
     from vlm_tune.model.encoder import build_encoder
+    from vlm_tune.model.kernels.freed import hand_back_freed_memory
     from vlm_tune.model.parts.stage import apply_stage
     from vlm_tune.training.module import VlmModule
     from vlm_tune.training.trainer import make_trainer
@@ -109,7 +111,8 @@ def measure(arguments: list[str]) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder)
         (run / "checkpoints").mkdir()
-        trainer = make_trainer(config, STEPS, run, [clock])
+        trainer = make_trainer(config, STEPS, run, [clock], make_console())
+        hand_back_freed_memory()
         trainer.fit(VlmModule(model, config, STEPS), datamodule=data)
     wall, processor = ([step[place] for step in clock.steps[WARM:]] for place in (0, 1))
     return {"mb": clock.peak - before, "s": statistics.median(processor), "wall_s": statistics.median(wall)}

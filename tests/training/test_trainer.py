@@ -29,3 +29,26 @@ def test_freed_memory_is_kept_for_the_next_step():
         for word in ("give", "keep")
     )
     assert kept < 500 < without
+
+
+HOLES = """
+import torch
+from vlm_tune.model.kernels.freed import hand_back_freed_memory, keep_freed_memory
+
+def held():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 // 2**20
+
+keep_freed_memory()
+blocks = [torch.ones(2**18) for _ in range(200)]  # of 1 MiB
+del blocks[::2]
+before = held()
+hand_back_freed_memory()
+print(before - held())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps memory between blocks in use")
+def test_what_loading_freed_is_handed_back_from_between_what_it_kept():
+    done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 80

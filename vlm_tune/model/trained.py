@@ -6,6 +6,7 @@ from pathlib import Path
 from vlm_tune.config.schema import Config, Precision
 from vlm_tune.model.build import Model, build_model
 from vlm_tune.model.checkpoint import find_checkpoint, load_weights, run_config, start_of, trained_weights
+from vlm_tune.model.kernels.freed import hand_back_freed_memory
 from vlm_tune.model.parts.llm import dequantize
 from vlm_tune.model.parts.stage import apply_stage
 
@@ -34,4 +35,5 @@ def open_trained(
     load_weights(model.vlm, trained_weights(checkpoint), Path(checkpoint), complete=True)
     model.vlm.requires_grad_(False)
     model.vlm.eval()
+    hand_back_freed_memory()
     return model, config

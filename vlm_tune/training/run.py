@@ -16,6 +16,7 @@ from vlm_tune.errors import CheckpointError, Stopped
 from vlm_tune.model.build import build_model
 from vlm_tune.model.checkpoint import checkpoint_name, run_config, run_of, start_of
 from vlm_tune.model.fill_cache import fill_cache, plan_cache
+from vlm_tune.model.kernels.freed import hand_back_freed_memory
 from vlm_tune.model.parts.stage import apply_stage
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.training.callbacks.checkpoints import catch_up
@@ -80,6 +81,7 @@ def train(config: Config, console: Console | None = None) -> Path:
     trainer = make_trainer(config, module.max_steps, run, examiner.enter(run, max_steps), console)
     with only_here(run) if trainer.is_global_zero else nullcontext():
         keep_features(model.vlm, data, config, trainer.strategy.root_device, console)
+        hand_back_freed_memory()
         fit(trainer, module, data, checkpoint)
         if is_finished:
             catch_up(trainer, module, data, run)
