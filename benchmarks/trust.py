@@ -86,15 +86,19 @@ def last_step(metrics: Path) -> int:
 
 
 def usage(pid: int | None) -> tuple[float, int]:
-    """Sum up memory (MB, each process's share of what several hold) and open files of a process and its children."""
+    """Sum up memory (MB, each process's share of what several hold) and open files of a process and its children.
+
+    Pages of files are left out: a share of the libraries' code depends on what else runs on the machine.
+    """
     memory, files = 0.0, 0
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     for each in [str(pid), *children]:
         try:
             rollup = Path(f"/proc/{each}/smaps_rollup").read_text()
-            memory += next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")) / 1024
+            own = [line.split() for line in rollup.splitlines() if line.startswith(("Pss_Anon:", "Pss_Shmem:"))]
+            memory += sum(int(size) for _, size, _ in own) / 1024
             files += len(list(Path(f"/proc/{each}/fd").iterdir()))
-        except (OSError, StopIteration):
+        except OSError:
             continue  # it has just ended
     return memory, files
 
