@@ -163,8 +163,10 @@ class ImageConfig:
 class AugmentConfig:
     """Random changes of training pictures; all off by default."""
 
-    flip: bool = False  # mirror half of the pictures
-    crop: float = 1.0  # smallest share of the picture's sides that a random crop keeps; 1 = no crop
+    flip: bool = False  # mirror half of the pictures, but those of rows with a <box>
+    crop: float = (
+        1.0  # smallest share of the picture's sides that a random crop keeps (not of a row with a <box>); 1 = none
+    )
     jpeg: bool = False  # re-encode with a random JPEG quality of 75 to 100 (InternVL's data_augment)
 
 

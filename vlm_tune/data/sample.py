@@ -17,6 +17,15 @@ class Picture:
     frame: int | None = None  # its index in the video file `path`; None if `path` is a picture
 
 
+@dataclass(frozen=True, slots=True)
+class Boxes:
+    """What one mark of a row's boxes stands for, until the size of its picture is known."""
+
+    corners: tuple[tuple[float, float, float, float], ...]  # (x1, y1, x2, y2) of each
+    scale: float | None  # the width and height of the whole picture in these numbers; None = its pixels
+    picture: int  # its number in the sample, counted from 0
+
+
 Part = str | Picture
 
 
@@ -43,8 +52,14 @@ class Sample:
     messages: tuple[Message, ...]
     where: str = ""  # "train.jsonl:17"
     is_plain: bool = False  # plain text for continued pretraining: no turns, so no template
+    boxes: tuple[Boxes, ...] = ()  # that are not in the text yet: `<bbox>` marks stand in their places
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
         """Return all pictures, in the order of the text."""
         return tuple(part for message in self.messages for part in message.parts if isinstance(part, Picture))
+
+    @property
+    def is_located(self) -> bool:
+        """Return whether the text says where something is in a picture, which must not be mirrored or cropped then."""
+        return any("<box>" in message.text for message in self.messages)

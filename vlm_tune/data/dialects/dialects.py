@@ -16,6 +16,7 @@ from typing import cast
 
 from vlm_tune.config.hints import PICTURE_ENDINGS
 from vlm_tune.config.own_function import require_given
+from vlm_tune.data.dialects.boxes import place_names
 from vlm_tune.data.dialects.cells import read_cells
 from vlm_tune.data.dialects.chat import LLAVA_ROLES, read_llava, read_openai, read_sharegpt, read_swift, read_xtuner
 from vlm_tune.data.dialects.fields import Fields, check_fields, without
@@ -23,7 +24,7 @@ from vlm_tune.data.dialects.row import IMAGE_MARK, VIDEO_MARK, Record, Row, chec
 from vlm_tune.data.dialects.table import CAPTION_FIELDS, IMAGE_FIELDS, read_caption, read_vqa
 from vlm_tune.data.dialects.text import read_alpaca, read_msagent, read_oasst1, read_openorca, read_text
 from vlm_tune.data.rows.rows import Rows
-from vlm_tune.data.sample import Message, Picture, Sample
+from vlm_tune.data.sample import Boxes, Message, Picture, Sample
 from vlm_tune.errors import ConfigError, DataError
 
 Reader = Callable[[Row], list[Message]]
@@ -93,12 +94,14 @@ def parse_record(
     row = Row(record, where, own_id, image_root)
     messages = reader(row)
     check_fields(row, name)  # after the reader: for a row of another dialect, what it lacks is the better message
+    boxes: tuple[Boxes, ...] = ()
     if name in _CONVERSATIONS:
         _check_picture_fields(row, messages)
+        messages, boxes = place_names(row, messages)
     _check_named_media(row, messages)
     check_answered(row, messages)
     sample_id = row.sample_id if row.sample_id is not None else str(index)
-    return Sample(sample_id, tuple(messages), where, is_plain=name == "text")
+    return Sample(sample_id, tuple(messages), where, is_plain=name == "text", boxes=boxes)
 
 
 def _check_picture_fields(row: Row, messages: list[Message]) -> None:

@@ -1,7 +1,7 @@
 """One data file as examples: a row is parsed, measured, encoded and cut into tiles on demand."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlm_tune.config.schema import AugmentConfig, DataConfig, TileRule, TilesConfig
+from vlm_tune.data.dialects.boxes import write_boxes
 from vlm_tune.data.dialects.dialects import parse_record, recognise_rows
 from vlm_tune.data.encode import Encoder
 from vlm_tune.data.example import Example
@@ -70,7 +71,9 @@ class Conversations:
 
     def parse(self, record: object, row: int) -> Sample:
         """Turn the record of a row into a Sample."""
-        return parse_record(record, self.format, self.rows.where(row), row, self.root, self.ignored)
+        where = self.rows.where(row)
+        sample = parse_record(record, self.format, where, row, self.root, self.ignored)
+        return write_boxes(sample, lambda picture: self.reader.read_size(picture, where, sample.id))
 
     def encode(self, row: int) -> Example:
         """Encode one row; only the headers of its pictures are read."""
@@ -90,16 +93,20 @@ class Conversations:
         size = self.pictures.tiles.size
         limited = self.limited_pictures(sample, example)
         images = self.reader.open_pictures([picture for picture, _ in limited], sample.where, sample.id)
-        made = [self._cut(image, limit, generator) for image, (_, limit) in zip(images, limited, strict=True)]
+        changes = self.pictures.augment
+        if sample.is_located:
+            changes = replace(changes, flip=False, crop=1.0)
+        made = []
+        for image, (_, limit) in zip(images, limited, strict=True):
+            shown = image if generator is None else augment(image, changes, generator)
+            made.append(self._cut(shown, limit))
         return np.concatenate([np.zeros((0, size, size, 3), dtype=np.uint8), *made])
 
     def cut(self, picture: Picture, limit: int, sample: Sample) -> npt.NDArray[np.uint8]:
         """Cut one picture into at most `limit` tiles and its thumbnail: (T, H, W, 3)."""
-        return self._cut(self.reader.open_picture(picture, sample.where, sample.id), limit, None)
+        return self._cut(self.reader.open_picture(picture, sample.where, sample.id), limit)
 
-    def _cut(self, image: Image.Image, limit: int, generator: np.random.Generator | None) -> npt.NDArray[np.uint8]:
-        if generator is not None:
-            image = augment(image, self.pictures.augment, generator)
+    def _cut(self, image: Image.Image, limit: int) -> npt.NDArray[np.uint8]:
         return make_tiles(image, self.pictures.tiles, limit, self.pictures.normalization)
 
     def read_features(self, sample: Sample, example: Example) -> Tensor:

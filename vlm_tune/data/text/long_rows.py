@@ -45,7 +45,7 @@ def shortened(sample: Sample, tokens: TextTokenizer, limit: int) -> Sample:
     if room > 0:
         return sample
     num_answers = sum(message.role == "assistant" for message in sample.messages)
-    return Beginning(sample.id, tuple(messages), sample.where, sample.is_plain, num_answers)
+    return Beginning(sample.id, tuple(messages), sample.where, sample.is_plain, num_answers=num_answers)
 
 
 def _beginning(text: str, tokens: TextTokenizer, limit: int) -> tuple[str, int]:
