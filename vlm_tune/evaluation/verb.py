@@ -16,6 +16,7 @@ from vlm_tune.evaluation.evaluate import (
     score_table,
     write_predictions,
 )
+from vlm_tune.evaluation.metrics import OVERLAP
 from vlm_tune.model.checkpoint import find_checkpoint, run_of
 from vlm_tune.model.ready import new_file
 from vlm_tune.model.trained import open_trained
@@ -36,7 +37,9 @@ def evaluate(ckpt: str, out: str, overrides: list[str], console: Console) -> lis
     chunks = [questions[start : start + 4 * BATCH] for start in range(0, len(questions), 4 * BATCH)]
     for chunk in follow(chunks, "answering", "questions", len(questions), len):
         predictions += ask(model, test, chunk)
-    columns = {"exact match": score(predictions), "majority": majority_scores(predictions)}
+    has_boxes = any("<box>" in prediction.expected for prediction in predictions)
+    measure = f"exact match, boxes from IoU {OVERLAP}" if has_boxes else "exact match"
+    columns = {measure: score(predictions), "majority": majority_scores(predictions)}
     console.print(score_table(str(test.path), count_tasks(predictions), columns))
     write_predictions(predictions, path)
     console.print(f"answers: {path}")
