@@ -165,8 +165,8 @@ def _prepare(recipe: Path, options: list[str], target: Path, version: str) -> No
     try:
         started = time.monotonic()
         _run_prepare(recipe, options, work, target.parent.parent)
-        record = {"recipe": recipe.name, "options": options, "version": version}
-        record["seconds"] = round(time.monotonic() - started, 1)
+        seconds = round(time.monotonic() - started, 1)
+        record = {"recipe": recipe.name, "options": options, "version": version, "seconds": seconds}
         (work / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         if target.exists():
             target.rename(old)
