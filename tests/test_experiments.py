@@ -1,6 +1,7 @@
 """Every experiment plans and trains two steps on rows of its own layout, with a toy in place of its model."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,8 @@ def test_an_experiment_plans_and_trains_on_rows_of_its_layout(name, place, toys,
 @pytest.mark.parametrize("name", options("experiment"))
 def test_an_experiment_says_its_command_and_the_source_of_its_numbers(name):
     text = (Path(__file__).parents[1] / "conf/experiment" / f"{name}.yaml").read_text(encoding="utf-8")
-    assert f"experiment={name}" in text
+    command = next(line for line in text.splitlines() if line.startswith("# COMMAND: python -m vlm_tune "))
+    words = shlex.split(command.partition("vlm_tune ")[2].partition("; then")[0])
+    assert words[0] == f"experiment={name}"
     assert name == "one_tile" or ("# NUMBERS: " in text and "# EXPECT: " in text)
-    load_config([f"experiment={name}"])
+    load_config(words)

@@ -337,5 +337,5 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         key = f"{prefix}{name}"
-        flat |= flatten(value, f"{key}.") if isinstance(value, dict) else {key: value}
+        flat |= flatten(value, f"{key}.") if isinstance(value, dict) and value else {key: value}
     return flat
