@@ -55,8 +55,8 @@ def test_each_value_has_a_folder_that_is_made_once(toy):
 
 
 def test_an_option_that_the_recipe_does_not_know_lists_those_it_does(toy):
-    with pytest.raises(DataError, match=r"--name NAME[\s\S]*unrecognized arguments: --nmae=Ada"):
-        run_recipe("toy?name=Ada&nmae=Ada", toy)
+    with pytest.raises(DataError, match=r"--name NAME[\s\S]*unrecognized arguments: --nickname=Ada"):
+        run_recipe("toy?name=Ada&nickname=Ada", toy)
 
 
 @pytest.mark.parametrize(
@@ -73,8 +73,8 @@ def test_a_setting_becomes_part_of_the_path():
 
 
 def test_a_wrong_setting_lists_the_right_ones():
-    with pytest.raises(ConfigError, match=r"data\.recipe\.nmae: no such key.*configs show"):
-        load_config(["experiment=self_cognition", "data.recipe.nmae=Ada"])
+    with pytest.raises(ConfigError, match=r"data\.recipe\.nickname: no such key.*configs show"):
+        load_config(["experiment=self_cognition", "data.recipe.nickname=Ada"])
 
 
 def test_settings_that_nothing_takes_are_refused():
