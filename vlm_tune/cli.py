@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 from vlm_tune import __version__
 from vlm_tune.config.hints import bare_hint, flag_hint, our_name
@@ -140,9 +141,14 @@ def chat_verb(arguments: list[str]) -> int:
     config = require_run(own["ckpt"], overrides)
     if own["image"]:
         require_picture(own["image"], config)
-    from vlm_tune.serve.chat import chat
+    from vlm_tune.serve.tools import parse_tools
 
-    chat(own["ckpt"], own["image"], overrides, make_console())
+    tools = parse_tools(own["tools"])
+    from vlm_tune.serve.chat import Chat, chat
+    from vlm_tune.serve.react import Agent
+
+    begin = partial(Agent, tools, make_console(stderr=True).print) if tools else Chat
+    chat(own["ckpt"], own["image"], overrides, make_console(), begin)
     return 0
 
 

@@ -1,8 +1,10 @@
 """Contradictions between fields: each check names the keys, their values, and a way out."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from math import isfinite
+from urllib.parse import quote, urlencode
 
 from vlm_tune.config.schema import (
     AugmentConfig,
@@ -29,6 +31,7 @@ def find_problems(config: Config) -> list[str]:
         *_stage(config),
         *_prefixes(config),
         *_numbers(config),
+        *_recipe(config),
         *_colour(config),
         *_lengths(config),
         *_devices(config),
@@ -146,6 +149,21 @@ def _numbers(config: Config) -> list[str]:
         "trainer.max_test_rows": trainer.max_test_rows,
     }
     return problems + [f"{key}={value}: set 0 or more" for key, value in not_negative.items() if value < 0]
+
+
+def as_query(options: Mapping[str, str]) -> str:
+    """Write the settings of a recipe as the part of its path behind the `?`, whatever characters they hold."""
+    return urlencode(sorted(options.items()), quote_via=quote)
+
+
+def _recipe(config: Config) -> list[str]:
+    options, path = config.data.recipe, config.data.path
+    if not options or (path.startswith("recipe:") and as_query(options) in path):
+        return []
+    return [
+        f"data.recipe={options}, but data.path={path} is made without these settings: leave one of the two out; a run "
+        "keeps the rows that it was trained on"
+    ]
 
 
 def _colour(config: Config) -> list[str]:

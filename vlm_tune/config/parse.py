@@ -14,7 +14,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vlm_tune.config.checks import find_problems
+from vlm_tune.config.checks import as_query, find_problems
 from vlm_tune.config.hints import choice_hint, our_name
 from vlm_tune.config.own_function import disarm, remember, require_same
 from vlm_tune.config.schema import Config, flatten
@@ -23,6 +23,7 @@ from vlm_tune.errors import ConfigError
 PACKAGE = Path(__file__).resolve().parents[1]
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
 ConfigStore.instance().store("schema", Config)  # the base of conf/config.yaml: makes every setting a known key
+OmegaConf.register_new_resolver("query", as_query, replace=True)  # path: recipe:NAME?${query:${data.recipe}}/FILE
 GROUPS = ("stage", "model", "data", "trainer", "strategy", "logger", "experiment")
 
 
@@ -51,6 +52,9 @@ def load_config(overrides: list[str]) -> Config:
         refuse_values_for_groups(overrides)
         with initialize_config_dir(str(CONF), version_base="1.3", job_name="vlm_tune"):
             raw = compose("config", [*own_search_path(), *with_own_test(overrides)])
+        keys = [override.partition("=")[0] for override in overrides]
+        if "data.path" in keys and not any(key.startswith("data.recipe.") for key in keys):
+            raw.data.recipe = {}  # those of an experiment belong to its own rows
         return to_config(raw)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(explain(error, overrides)) from error
@@ -186,6 +190,8 @@ def explain(error: Exception, given: Sequence[str] = ()) -> str:
 
 def nearest(key: str, value: str) -> str:
     """Return the correct line for another trainer's key, else the known key that looks most like `key`."""
+    if key.startswith("data.recipe."):
+        return " Each recipe has its own: `configs show experiment/NAME` lists those of an experiment"
     if line := our_name(key, value):
         return f" Write {line}"
     close = nearest_of(key, known_keys())

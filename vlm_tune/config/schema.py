@@ -175,6 +175,7 @@ class DataConfig:
     """The rows to train, validate and test on."""
 
     path: str = "???"  # file, folder, recipe:NAME/FILE, or the file of a mixture (docs/data_format.md)
+    recipe: dict[str, str] = field(default_factory=dict)  # settings of the recipe in data.path: data.recipe.name=Ada
     val: str = "auto"  # file; auto = the file next to data.path with "train" read as "val", else a split; none
     val_share: float = 0.02  # of the rows, when data.val=auto finds no file
     test: str = "auto"  # file for `evaluate` and the sample answers; auto = test.jsonl next to data.path; none
@@ -338,5 +339,5 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         key = f"{prefix}{name}"
-        flat |= flatten(value, f"{key}.") if isinstance(value, dict) else {key: value}
+        flat |= flatten(value, f"{key}.") if isinstance(value, dict) and value else {key: value}
     return flat

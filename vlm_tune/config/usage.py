@@ -30,7 +30,11 @@ USAGE = {
         "talk to a trained model",
         "ckpt=runs/latest image=photo.jpg",
         "ckpt",
-        {"ckpt": CKPT, "image": ("", "picture of the first question")},
+        {
+            "ckpt": CKPT,
+            "image": ("", "picture of the first question"),
+            "tools": ("", "that the model may call: calculator,clock,search:FOLDER"),
+        },
         RUN_KEYS,
     ),
     "evaluate": Verb(

@@ -21,8 +21,7 @@ from vlm_tune.model.parts.projector import tokens_per_tile
 from vlm_tune.planning.batches import Picture, Work, keeps_features, real_work, supposed_work
 from vlm_tune.planning.rehearsal import Needs, Vocabulary, planned_precision, rehearse
 from vlm_tune.planning.skeleton import CONTEXT_ID, make_skeleton
-from vlm_tune.recipes.fetch import cache_folder
-from vlm_tune.recipes.recipe import RECORD
+from vlm_tune.recipes.recipe import RECORD, prepared_folder
 
 KNOWN = Path(__file__).with_name("known.yaml")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -94,7 +93,7 @@ def missing_rows(config: Config) -> str:
     if not path.startswith("recipe:"):
         return ""
     name = path.removeprefix("recipe:").partition("/")[0]
-    return "" if (cache_folder() / "recipes" / name / RECORD).is_file() else f"{path} is not prepared on this machine"
+    return "" if (prepared_folder(name) / RECORD).is_file() else f"{path} is not prepared on this machine"
 
 
 def local_model(model: ModelConfig, folder: Path) -> tuple[ModelConfig, list[str]]:
@@ -115,7 +114,7 @@ def local_model(model: ModelConfig, folder: Path) -> tuple[ModelConfig, list[str
 def local_folder(path: str, key: str, made: Path) -> tuple[str, list[str]]:
     """Find the folder of a path on this machine, or make one that holds config.json alone."""
     if path.startswith("recipe:"):
-        prepared = cache_folder() / "recipes" / path.removeprefix("recipe:")
+        prepared = prepared_folder(path.removeprefix("recipe:"))
         if (prepared / RECORD).is_file():
             return str(prepared), []
     elif Path(path).expanduser().is_dir():

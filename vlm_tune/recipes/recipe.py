@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 from filelock import FileLock, Timeout
 
@@ -38,28 +40,53 @@ def recipe_folders() -> dict[str, Path]:
     return {}
 
 
-def run_recipe(name: str, cache: Path | None = None) -> Path:
-    """Return CACHE/recipes/NAME, prepared by the recipe NAME if that has not yet happened.
+def run_recipe(named: str, cache: Path | None = None) -> Path:
+    """Return CACHE/recipes/NAME, prepared by the recipe `named` NAME if that has not yet happened.
 
+    `NAME?key=value&...` hands options to its prepare.py, as `--key=value`; each set of them has a folder of its own.
     The folder is rebuilt when the recipe's own files have changed. It appears under its name only when it is
     complete, and of several processes that ask at the same time one works and the others wait.
     Raise ConfigError for a recipe that does not exist, DataError for one that fails.
     """
-    recipe = require_recipe(name)
+    recipe = require_recipe(named)
+    options = recipe_options(named)
     version = recipe_version(recipe)
-    target = (cache or cache_folder()).absolute() / "recipes" / name
+    target = prepared_folder(named, cache)
     if _prepared_version(target) == version:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _hold(target.with_name(f".{name}.lock"), name):
+    with _hold(target.with_name(f".{target.name}.lock"), recipe.name):
         if _prepared_version(target) != version:  # another process may have prepared it while this one waited
-            _prepare(recipe, target, version)
+            _prepare(recipe, options, target, version)
     return target
 
 
-def require_recipe(name: str) -> Path:
+def prepared_folder(named: str, cache: Path | None = None) -> Path:
+    """Return the folder of a recipe in the cache, prepared or not: NAME, or NAME and a hash of its options."""
+    name, _, query = named.partition("?")
+    folder = f"{name}-{hashlib.sha256(query.encode()).hexdigest()[:12]}" if query else name
+    return (cache or cache_folder()).absolute() / "recipes" / folder
+
+
+def recipe_options(named: str) -> list[str]:
+    """Return the options of `NAME?key=value&...` for prepare.py; raise ConfigError for text that is not of this form.
+
+    The values may come from anybody: each stays one argument, behind the name of its option. `out` is not one of them.
+    """
+    query = named.partition("?")[2]
+    try:
+        given = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query), errors="strict")
+    except ValueError as error:
+        raise ConfigError(f"recipe:{named}: write the options as NAME?key=value&key=value ({error})") from error
+    for key, value in given:
+        if not re.fullmatch("[a-z][a-z_]*", key) or key in ("out", "help") or "\0" in value:
+            raise ConfigError(f"recipe:{named}: {key}={value!r} cannot be handed over. Its README lists what it takes")
+    return [f"--{key}={value}" for key, value in given]
+
+
+def require_recipe(named: str) -> Path:
     """Return the folder of a recipe; raise ConfigError if there is none of that name."""
-    folders = recipe_folders()
+    folders, name = recipe_folders(), named.partition("?")[0]
     if name not in folders:
         there = ", ".join(sorted(folders)) or f"none at all below {PACKAGE}: install vlm_tune again"
         raise ConfigError(f"there is no data recipe {name!r}. Those there are: {there}")
@@ -78,7 +105,7 @@ def recipe_version(folder: Path) -> str:
 
 def recipe_parser(description: str) -> argparse.ArgumentParser:
     """Return the argument parser of a prepare.py: `--out FOLDER`, to which a recipe may add its own options."""
-    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="the folder to write (made if it is not there)")
     return parser
 
@@ -129,7 +156,7 @@ def _hold(path: Path, name: str) -> Iterator[None]:
         lock.release()
 
 
-def _prepare(recipe: Path, target: Path, version: str) -> None:
+def _prepare(recipe: Path, options: list[str], target: Path, version: str) -> None:
     """Run prepare.py into a temporary folder next to `target`, record the version, and rename it to `target`."""
     for left_over in target.parent.glob(f".{target.name}-???-*"):  # of a killed run: the lock is held here
         shutil.rmtree(left_over, ignore_errors=True)
@@ -137,8 +164,9 @@ def _prepare(recipe: Path, target: Path, version: str) -> None:
     work.mkdir()
     try:
         started = time.monotonic()
-        _run_prepare(recipe, work, target.parent.parent)
-        record = {"recipe": target.name, "version": version, "seconds": round(time.monotonic() - started, 1)}
+        _run_prepare(recipe, options, work, target.parent.parent)
+        seconds = round(time.monotonic() - started, 1)
+        record = {"recipe": recipe.name, "options": options, "version": version, "seconds": seconds}
         (work / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         if target.exists():
             target.rename(old)
@@ -148,12 +176,12 @@ def _prepare(recipe: Path, target: Path, version: str) -> None:
             shutil.rmtree(left_over, ignore_errors=True)
 
 
-def _run_prepare(recipe: Path, out: Path, cache: Path) -> None:
+def _run_prepare(recipe: Path, options: list[str], out: Path, cache: Path) -> None:
     """Run prepare.py as a program of its own. Its output is shown as it comes; its errors become ours."""
     environment = dict(os.environ, VLM_TUNE_CACHE=str(cache), PYTHONUNBUFFERED="1")
     # The child must also find a checkout that is used without being installed.
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, str(recipe / "prepare.py"), "--out", str(out)]
+    command = [sys.executable, str(recipe / "prepare.py"), "--out", str(out), *options]
     done = subprocess.run(
         command, env=environment, stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace", check=False
     )

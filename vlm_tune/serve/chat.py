@@ -1,6 +1,7 @@
 """`python -m vlm_tune chat ckpt=RUN image=PICTURE`: talk to a trained model in the terminal."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,10 +70,12 @@ class Chat:
         return ImageReader(self.images, Path(picture.path).parent)
 
 
-def chat(ckpt: str, image: str, overrides: list[str], console: Console) -> None:
+def chat(
+    ckpt: str, image: str, overrides: list[str], console: Console, begin: Callable[[Model, Config], Chat] = Chat
+) -> None:
     """Read questions from the terminal (or a pipe) until /exit or the end of the input."""
     model, config = open_trained(ckpt, overrides)
-    talk = Chat(model, config)
+    talk = begin(model, config)
     aside = make_console(stderr=True)  # a pipe reads only the answers
     tell(aside, model.notes)
     aside.print(f"run: {find_checkpoint(ckpt)}", soft_wrap=True)

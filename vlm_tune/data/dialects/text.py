@@ -112,6 +112,11 @@ def _react_system(text: str) -> str:
         else:
             end = position + 1  # it may hold objects that are tools
         position = text.find("{", end)
+    return react_system(tools)
+
+
+def react_system(tools: Mapping[str, str]) -> str:
+    """Write the system text that offers tools, each with its description, as XTuner does."""
     return _REACT_SYSTEM.format(tools=tools, names=str(list(tools)))
 
 
