@@ -185,6 +185,13 @@ def write_all(rank, folder):
         writes.finish()
     except CheckpointError as error:
         (folder / f"error_{rank}").write_text(str(error))
+    if rank:
+        return
+    writes.save_checkpoint(share(full_state(7)), folder / "step_7.ckpt")
+    try:
+        writes.finish()
+    except CheckpointError as error:
+        (folder / "alone").write_text(str(error))
 
 
 def _as_rank(rank, port, folder):
@@ -235,6 +242,11 @@ def test_a_full_disk_of_one_process_is_said_by_both_and_leaves_nothing(written):
     assert not list(written.glob(".*"))
 
 
+def test_a_process_that_is_gone_is_named_as_the_reason(written):
+    assert "another process is gone, and its part of a checkpoint is missing (" in (written / "alone").read_text()
+    assert not list(written.glob("*step_7*"))
+
+
 def test_machines_without_a_shared_disk_keep_their_own_parts_and_a_reader_says_so(written, tmp_path):
     here, there = (written / f"machine_{rank}" / "step_3.ckpt" for rank in range(2))
     assert [path.name for path in here.iterdir()] == [part_name(0, 2)]
@@ -251,5 +263,5 @@ def test_parts_of_two_steps_are_not_joined(written, tmp_path):
         part = written / f"step_{step}.ckpt" / part_name(number, 2)
         (tmp_path / "step_1.ckpt").mkdir(exist_ok=True)
         (tmp_path / "step_1.ckpt" / part.name).write_bytes(part.read_bytes())
-    with pytest.raises(CheckpointError, match="its parts are of several steps"):
+    with pytest.raises(CheckpointError, match="its parts do not belong together"):
         read_checkpoint(tmp_path / "step_1.ckpt")

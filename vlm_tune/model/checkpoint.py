@@ -101,7 +101,7 @@ def remove(checkpoint: Path) -> None:
     old = checkpoint.with_name(f".{checkpoint.name}.old")
     shutil.rmtree(old, ignore_errors=True)  # what a kill had left
     checkpoint.rename(old)
-    shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)  # on NFS, parts that a run still reads go when it ends
 
 
 def find_runs(runs: Path) -> list[Path]:
@@ -193,12 +193,15 @@ def read_checkpoint(path: Path, is_mapped: bool = True) -> dict[str, Any]:
     if path.is_dir() and (damage := damage_of(path)):
         raise refuse_damaged(path, damage)
     first, *others = [_read(file, path, is_mapped) for file in files_of(path)]
-    for part in others:
-        if part.get("global_step") != first.get("global_step"):
-            raise refuse_damaged(path, "its parts are of several steps")
-        first["state_dict"] |= part["state_dict"]
-        for ours, theirs in zip(first["optimizer_states"], part["optimizer_states"], strict=True):
-            ours["state"] |= theirs["state"]
+    try:
+        for part in others:
+            if part["global_step"] != first["global_step"]:
+                raise ValueError("steps")
+            first["state_dict"] |= part["state_dict"]
+            for ours, theirs in zip(first["optimizer_states"], part["optimizer_states"], strict=True):
+                ours["state"] |= theirs["state"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise refuse_damaged(path, "its parts do not belong together") from error
     return first
 
 

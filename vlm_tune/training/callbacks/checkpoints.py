@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,16 +103,22 @@ class SaveCheckpoints(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, module: Any, exception: BaseException) -> None:
         """Complete what is being written, and save the last complete step; a second request to stop is not delayed."""
-        is_alone = trainer.world_size == 1 or (type(trainer.strategy) is DDPStrategy and trainer.is_global_zero)
         if isinstance(exception, KeyboardInterrupt):
             return
-        if self.writer.group is None:  # else it may wait for a lost rank, and is ended
-            find(trainer, WatchRanks).has_raised.set()
+        has_raised = find(trainer, WatchRanks).has_raised  # when it is set, this process is not ended for a lost rank
+        if self.writer.group is None:  # else it may wait for that rank's part
+            has_raised.set()
+        self._try(trainer, self.writer.finish)
+        has_raised.set()
+        is_alone = trainer.world_size == 1 or (type(trainer.strategy) is DDPStrategy and trainer.is_global_zero)
+        if is_alone and self.is_between:
+            self._try(trainer, lambda: self._save_last_whole(trainer))
+
+    def _try(self, trainer: L.Trainer, save: Callable[[], None]) -> None:
         try:
-            self.writer.finish()
-            if is_alone and self.is_between:
-                self._save_last_whole(trainer)
+            save()
         except (VlmTuneError, OSError) as error:
+            self.saved_step = -1
             self._tell(f"the state after step {trainer.global_step} could not be saved: {error}")
 
     def _save_last_whole(self, trainer: L.Trainer) -> None:

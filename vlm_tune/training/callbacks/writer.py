@@ -113,7 +113,14 @@ class CheckpointWriter(TorchCheckpointIO):
         except (VlmTuneError, OSError) as error:
             errors[own_rank()] = str(error)
         if self.group is not None:
-            dist.all_gather_object(errors, errors[own_rank()], group=self.group)
+            try:
+                dist.all_gather_object(errors, errors[own_rank()], group=self.group)
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                raise CheckpointError(
+                    f"another process is gone, and its part of a checkpoint is missing ({reason}): older checkpoints "
+                    "are untouched. Start all processes again with resume=last"
+                ) from error
         if any(errors):
             raise CheckpointError(next(filter(None, errors)))
 
