@@ -287,6 +287,7 @@ class TrainerConfig:
     save_minutes: float | None = None  # also save after this many minutes
     max_bad_steps: int = 5  # consecutive steps skipped for a loss or gradient that is not finite, before the run stops
     keep: int = 2  # newest checkpoints kept, in addition to the best
+    sharded_checkpoints: bool | None = None  # a folder of one file a process; null = above 16 GiB, of several processes
     chat_every: int | None = None  # sample answers; 0 = only before and after; null as above
     num_chats: int = 6  # fixed questions
     max_test_rows: int = 500  # scored before and after training

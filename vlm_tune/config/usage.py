@@ -23,7 +23,7 @@ class Verb:
         return {key: default for key, (default, _) in self.keys.items()}
 
 
-CKPT = ("runs/latest", "run folder or checkpoint file")
+CKPT = ("runs/latest", "run folder or checkpoint")
 USAGE = {
     "train": Verb("(default) run a stage", "stage=finetune model=internvl2_2b data.path=my.jsonl", "data.path"),
     "chat": Verb(

@@ -1,9 +1,12 @@
 """A run's folder and its checkpoints: locations, contents, and loading the weights into a model.
 
-Both training and everything that reads a finished run (chat, evaluate, export) use this file.
+Both training and everything that reads a finished run (chat, evaluate, export) use this file. A checkpoint is a file,
+or a folder of one file a process, its parts: each weight, and the optimizer's state of each parameter, is whole in one
+of them. Only the functions here know the two kinds apart.
 """
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vlm_tune.config.parse import read_config
 from vlm_tune.config.schema import Config
 from vlm_tune.errors import CheckpointError, ConfigError
-from vlm_tune.model.seal import find_damage, is_zip
+from vlm_tune.model.seal import find_damage, is_sealed, is_zip
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a missing run is reported before
     from torch import Tensor, nn
@@ -20,6 +23,8 @@ CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 BEST = "best.ckpt"  # in it, next to those of single steps
 START = "starts_from.txt"  # the earlier stage's checkpoint; empty = the base weights
+PART = re.compile(r"part_(\d+)_of_(\d+)\.ckpt")
+SHARED = ("state_dict", "optimizer_states")  # what parts share out; all else is in the first one
 
 
 def checkpoint_name(step: int) -> str:
@@ -34,7 +39,69 @@ def checkpoints(run: Path) -> list[Path]:
 
 def newest_whole(run: Path, before: str = "~") -> Path | None:
     """Find the newest undamaged checkpoint among those whose names come before a given one."""
-    return next((path for path in reversed(checkpoints(run)) if path.name < before and not find_damage(path)), None)
+    return next((path for path in reversed(checkpoints(run)) if path.name < before and not damage_of(path)), None)
+
+
+def part_name(number: int, count: int) -> str:
+    """Name a part of a checkpoint: part_00_of_04.ckpt is the first of four."""
+    return f"part_{number:02d}_of_{count:02d}.ckpt"
+
+
+def files_of(checkpoint: Path) -> list[Path]:
+    """List the files of a checkpoint: itself, or its parts."""
+    if not checkpoint.is_dir():
+        return [checkpoint]
+    return sorted(path for path in checkpoint.iterdir() if PART.fullmatch(path.name))
+
+
+def damage_of(checkpoint: Path) -> str | None:
+    """Return how a checkpoint differs from what was written, missing parts included; None if it does not."""
+    files = files_of(checkpoint)
+    if checkpoint.is_dir():
+        counts = {int(match[2]) for file in files if (match := PART.fullmatch(file.name))}
+        if len(counts) != 1:
+            return "it holds parts of several checkpoints" if counts else "it holds no part of a checkpoint"
+        (count,) = counts
+        if missing := [
+            name for number in range(count) if not (checkpoint / (name := part_name(number, count))).exists()
+        ]:
+            return (
+                f"{', '.join(missing)} missing: machines that share no disk each keep their own parts, in a folder of "
+                "the same name. Bring all together here"
+            )
+    prefix = "{}: " if checkpoint.is_dir() else ""
+    return next((prefix.format(file.name) + damage for file in files if (damage := find_damage(file))), None)
+
+
+def bears_seals(checkpoint: Path) -> bool:
+    """Return whether a checkpoint is sealed; those of older versions are not."""
+    return all(is_sealed(file) for file in files_of(checkpoint))
+
+
+def is_run_folder(path: Path) -> bool:
+    """Return whether a folder is a run's, and not a checkpoint in parts."""
+    return path.is_dir() and ".ckpt" not in path.suffixes
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Rename what is complete, over what had the name.
+
+    No folder is replaced in one move: a kill between the two leaves none of the name, which a resumed run writes anew.
+    """
+    if path.is_dir() or (partial.is_dir() and path.exists()):
+        remove(path)
+    partial.replace(path)
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, if it is there. A folder is renamed before, so that half of one never has its name."""
+    if not checkpoint.is_dir():
+        checkpoint.unlink(missing_ok=True)
+        return
+    old = checkpoint.with_name(f".{checkpoint.name}.old")
+    shutil.rmtree(old, ignore_errors=True)  # what a kill had left
+    checkpoint.rename(old)
+    shutil.rmtree(old, ignore_errors=True)  # on NFS, parts that a run still reads go when it ends
 
 
 def find_runs(runs: Path) -> list[Path]:
@@ -67,13 +134,13 @@ def is_of(run: Path, stage: str, model: str) -> bool:
 
 
 def find_checkpoint(path: str) -> Path:
-    """Turn a run folder (its newest checkpoint) or a checkpoint file into the file's path."""
+    """Turn a run folder (its newest checkpoint) or a checkpoint into the checkpoint's path."""
     given = Path(path).expanduser()
-    if given.is_dir():
+    if is_run_folder(given):
         if found := checkpoints(given.resolve()):
             return found[-1]
         raise CheckpointError(f"{path}: the folder holds no checkpoint. Name a run folder or a .ckpt file")
-    if not given.is_file():
+    if not (given.is_file() or given.is_dir()):
         raise CheckpointError(f"{path}: no such run folder or checkpoint. `ls runs` shows the runs")
     return given.resolve()
 
@@ -102,7 +169,7 @@ def start_of(checkpoint: Path) -> Path | None:
     start = Path(text)
     moved = run.parent / start.parent.parent.name / CHECKPOINTS / start.name  # when all runs were moved together
     for path in (start, moved):
-        if path.is_file():
+        if path.exists():
             return path
     raise CheckpointError(
         f"{run}: this run was started from {start}, which is gone, and parts that it kept frozen are in that alone. "
@@ -118,23 +185,42 @@ def refuse_damaged(path: Path, damage: str) -> CheckpointError:
     )
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint, if it is undamaged, without running any code that it might contain."""
+def read_checkpoint(path: Path, is_mapped: bool = True) -> dict[str, Any]:
+    """Read a checkpoint, if it is undamaged, without running any code that it might contain; parts are joined.
+
+    With `is_mapped` weights stay on the disk until they are used.
+    """
+    if path.is_dir() and (damage := damage_of(path)):
+        raise refuse_damaged(path, damage)
+    first, *others = [_read(file, path, is_mapped) for file in files_of(path)]
+    try:
+        for part in others:
+            if part["global_step"] != first["global_step"]:
+                raise ValueError("steps")
+            first["state_dict"] |= part["state_dict"]
+            for ours, theirs in zip(first["optimizer_states"], part["optimizer_states"], strict=True):
+                ours["state"] |= theirs["state"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise refuse_damaged(path, "its parts do not belong together") from error
+    return first
+
+
+def _read(file: Path, checkpoint: Path, is_mapped: bool) -> dict[str, Any]:
     import torch
 
     try:
-        if is_zip(path) and (damage := find_damage(path)):
-            raise refuse_damaged(path, damage)
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if is_zip(file) and (damage := find_damage(file)):
+            raise refuse_damaged(checkpoint, damage)
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=is_mapped)
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         reason = (str(error) or "the file ends too early").splitlines()[0]
-        raise refuse_damaged(path, reason) from error
+        raise refuse_damaged(checkpoint, reason) from error
     except Exception as error:
         if type(error).__name__ != "UnpicklingError":
             raise
-        raise CheckpointError(f"{path}: it holds objects other than weights and is not loaded, for safety") from error
+        raise CheckpointError(f"{file}: it holds objects other than weights and is not loaded, for safety") from error
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: it holds a {type(state).__name__}. Name a checkpoint of a vlm_tune run")
+        raise CheckpointError(f"{file}: it holds a {type(state).__name__}. Name a checkpoint of a vlm_tune run")
     return state
 
 
@@ -194,7 +280,7 @@ def write_atomically(path: Path, write: Any) -> None:
         write(partial)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
-        partial.replace(path)
+        put_in_place(partial, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         partial.unlink(missing_ok=True)
         reason = str(error).splitlines()[0]  # torch's words for a full disk do not name it

@@ -11,11 +11,14 @@ from vlm_tune.errors import CheckpointError, ConfigError
 from vlm_tune.model.checkpoint import (
     BEST,
     CHECKPOINTS,
+    bears_seals,
     checkpoint_name,
     checkpoints,
+    damage_of,
     find_checkpoint,
     find_run,
     find_stopped,
+    is_run_folder,
     load_weights,
     newest_whole,
     read_checkpoint,
@@ -24,7 +27,6 @@ from vlm_tune.model.checkpoint import (
     run_of,
     trained_weights,
 )
-from vlm_tune.model.seal import find_damage, is_sealed
 from vlm_tune.words import counted
 
 if TYPE_CHECKING:  # settings that cannot be resumed are reported before torch is imported, which takes seconds
@@ -39,6 +41,7 @@ FREE = (
     "data.workers",
     "trainer.log_every",
     "trainer.keep",
+    "trainer.sharded_checkpoints",
     "trainer.chat_every",
     "trainer.val_every",
     "trainer.save_every",
@@ -72,11 +75,11 @@ def find_resume(config: Config) -> Path | None:
                 f"{config.trainer.save_every}), and the run before it, {run}, is finished. Start anew without resume"
             )
         checkpoint = take_whole(run)
-    elif Path(config.resume).expanduser().is_dir():
+    elif is_run_folder(Path(config.resume).expanduser()):
         checkpoint = take_whole(Path(config.resume).expanduser().resolve())
     else:
         checkpoint = find_checkpoint(config.resume)
-        if damage := find_damage(checkpoint):
+        if damage := damage_of(checkpoint):
             raise refuse_damaged(checkpoint, damage)
     differing = differences(run_config(checkpoint), config)
     refused = [line for key, line in differing.items() if key not in config.resume_allow]
@@ -96,17 +99,17 @@ def take_whole(run: Path) -> Path:
     whole = newest_whole(run)
     if whole is None:
         best = run / CHECKPOINTS / BEST
-        way_on = f"resume='{best}'" if best.is_file() and not find_damage(best) else "start anew without resume"
-        raise CheckpointError(f"{newest}: {find_damage(newest)}, nor is any other of its run whole: {way_on}")
+        way_on = f"resume='{best}'" if best.exists() and not damage_of(best) else "start anew without resume"
+        raise CheckpointError(f"{newest}: {damage_of(newest)}, nor is any other of its run whole: {way_on}")
     return whole
 
 
 def remarks_on(checkpoint: Path) -> list[str]:
     """Return notes on newer checkpoints skipped as damaged, and on one of an older version that has no seal."""
     newer = [path for path in checkpoints(run_of(checkpoint)) if path.name > checkpoint.name]
-    damaged = [(path, damage) for path in newer if (damage := find_damage(path))]
+    damaged = [(path, damage) for path in newer if (damage := damage_of(path))]
     said = [f"{path.name} is damaged ({damage}): the run goes on from {checkpoint.name}" for path, damage in damaged]
-    if not is_sealed(checkpoint):
+    if not bears_seals(checkpoint):
         said.append(f"{checkpoint.name} bears no checksum, as those of older versions: it is taken as it is")
     return said
 

@@ -21,6 +21,7 @@ from vlm_tune.model.parts.stage import apply_stage
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.training.callbacks.checkpoints import catch_up
 from vlm_tune.training.callbacks.faults import explain
+from vlm_tune.training.callbacks.writer import count_parts
 from vlm_tune.training.examiner import Examiner
 from vlm_tune.training.intervals import describe
 from vlm_tune.training.launch import from_the_first, meet
@@ -37,6 +38,7 @@ from vlm_tune.training.resume import (
 )
 from vlm_tune.training.run_folder import make_run_folder, only_here
 from vlm_tune.training.trainer import check_trainer, has_gpu, make_trainer
+from vlm_tune.words import counted
 
 
 def train(config: Config, console: Console | None = None) -> Path:
@@ -78,7 +80,10 @@ def train(config: Config, console: Console | None = None) -> Path:
     is_finished = checkpoint is not None and checkpoint.name == checkpoint_name(module.max_steps)
     if is_finished:
         console.print("this run is finished: there is no step left, and its report is written anew")
-    trainer = make_trainer(config, module.max_steps, run, examiner.enter(run, max_steps), console)
+    num_parts = count_parts(config.trainer, sum(part.num_trained for part in parts))
+    if num_parts is not None:
+        console.print(f"a checkpoint is a folder of {counted(num_parts, 'part')}, one a process")
+    trainer = make_trainer(config, module.max_steps, run, examiner.enter(run, max_steps), console, num_parts)
     with only_here(run) if trainer.is_global_zero else nullcontext():
         keep_features(model.vlm, data, config, trainer.strategy.root_device, console)
         hand_back_freed_memory()

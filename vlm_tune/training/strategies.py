@@ -1,22 +1,25 @@
 """How devices share the work: Lightning's strategies, with one kind of checkpoint for all of them.
 
-A checkpoint is one file, whatever wrote it: the trained weights in float32 and the optimizer's state by parameter, as
-one device would hold them. Any strategy can continue from it, with any number of devices.
+A checkpoint holds the same, whatever wrote it: the trained weights in float32 and the state of the optimizer by
+parameter, as one device would hold them. Any strategy can continue from it, with any number of devices.
 """
 
 import os
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.plugins import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, ParallelStrategy
 from lightning.pytorch.strategies import Strategy as LightningStrategy
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vlm_tune.config.schema import Config, Precision, Strategy
 from vlm_tune.model.build import DTYPES, resolve_precision
-from vlm_tune.model.parts.shards import whole
+from vlm_tune.model.checkpoint import SHARED
+from vlm_tune.model.parts.shards import copies, on_host, whole
 from vlm_tune.model.parts.stage import trained_parameters
 
 ZERO = {Strategy.zero1: 1, Strategy.zero2: 2, Strategy.zero3: 3, Strategy.zero3_offload: 3}
@@ -42,26 +45,19 @@ class WholeCheckpoints(ParallelStrategy):
     restore_checkpoint_after_setup = True
     lightning_restore_optimizer = True
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write one file, from the first process."""
-        LightningStrategy.save_checkpoint(self, checkpoint, filepath, storage_options)
-
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read the file in every process."""
+        """Read it in every process."""
         return LightningStrategy.load_checkpoint(self, checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         """Do nothing: `resume.go_on_from` loads the weights before they are split."""
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Gather the trained weights one by one; the first process keeps them."""
+        """Gather the trained weights one by one, and keep those that this process writes."""
         assert self.lightning_module is not None
-        gathered = {}
-        for name, parameter in trained_parameters(self.lightning_module.vlm):  # type: ignore[arg-type]
-            weight = self.gather(parameter)
-            if self.is_global_zero:
-                gathered[f"vlm.{name}"] = weight.detach().cpu()
-        return gathered
+        trained = trained_parameters(self.lightning_module.vlm)  # type: ignore[arg-type]
+        weights = {f"vlm.{name}": parameter for name, parameter in trained}
+        return copies(weights, self.checkpoint_io.parts, self.gather)  # type: ignore[attr-defined]
 
     def gather(self, parameter: Tensor) -> Tensor:
         """Return the whole of a trained parameter."""
@@ -76,15 +72,9 @@ class FullySharded(WholeCheckpoints, ModelParallelStrategy):
         super().__init__(**sizes, save_distributed_checkpoint=False, process_group_backend=backend)  # type: ignore[arg-type]
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Gather AdamW's state; the first process keeps it."""
+        """Gather AdamW's state, and keep what this process writes."""
         state = optimizer.state_dict()
-        gathered: dict[int, dict[str, Tensor]] = {}
-        for number, values in state["state"].items():
-            for key, value in values.items():
-                value = whole(value)
-                if self.is_global_zero:
-                    gathered.setdefault(number, {})[key] = value.cpu()
-        return {"state": gathered, "param_groups": state["param_groups"]} if self.is_global_zero else {}
+        return state | {"state": copies(state["state"], self.checkpoint_io.parts, whole)}  # type: ignore[attr-defined]
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         """Keep this device's shard of each moment."""
@@ -95,6 +85,18 @@ class FullySharded(WholeCheckpoints, ModelParallelStrategy):
             for number, values in saved["state"].items()
         }
         optimizer.load_state_dict(saved | {"state": state})
+
+
+def snapshot(trainer: L.Trainer, **changed: Any) -> dict[str, Any]:
+    """Copy into the host's memory what this process writes of a checkpoint, of which `changed` is given."""
+    checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False) | changed
+    if not isinstance(trainer.strategy, WholeCheckpoints):
+        parts = trainer.strategy.checkpoint_io.parts  # type: ignore[attr-defined]
+        checkpoint["state_dict"] = copies(checkpoint["state_dict"], parts)
+        states = checkpoint["optimizer_states"]
+        checkpoint["optimizer_states"] = [each | {"state": copies(each["state"], parts)} for each in states]
+    rest = {key: value for key, value in checkpoint.items() if key not in SHARED}
+    return checkpoint | apply_to_collection(rest, Tensor, on_host)  # lists and dictionaries are copied too
 
 
 def part_of(value: Tensor, parameter: DTensor) -> Tensor:
@@ -182,23 +184,21 @@ class Zero(WholeCheckpoints, DeepSpeedStrategy):
         return safe_get_full_fp32_param(parameter)
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Gather AdamW's state by parameter; the first process keeps it."""
+        """Gather AdamW's state by parameter, and keep what this process writes."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        step = self.inner.state[self.pieces[0]]["step"].cpu()
-        gathered = {}
-        for number, parameter in enumerate(self.parameters):
-            moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
-            if self.is_global_zero:
-                gathered[number] = {"step": step.clone()} | {key: value.cpu() for key, value in moments.items()}
-        if not self.is_global_zero:
-            return {}
+        step = self.inner.state[self.pieces[0]]["step"]
+
+        def gather(parameter: Tensor) -> dict[str, Tensor]:
+            return {"step": step} | {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+
         numbers = iter(range(len(self.parameters)))
         groups = [
             settings_of(group) | {"params": [next(numbers) for _ in range(count)]}
             for group, count in zip(self.inner.param_groups, self.counts, strict=True)
         ]
-        return {"state": gathered, "param_groups": groups}
+        entries = dict(enumerate(self.parameters))
+        return {"state": copies(entries, self.checkpoint_io.parts, gather), "param_groups": groups}  # type: ignore[attr-defined]
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         """Keep this device's shard of each moment, in DeepSpeed's flat pieces."""

@@ -13,13 +13,14 @@ from vlm_tune.errors import ConfigError
 from vlm_tune.model.build import resolve_precision
 from vlm_tune.model.kernels.freed import keep_freed_memory
 from vlm_tune.model.ready import require_packages
-from vlm_tune.training.callbacks.checkpoints import AtomicCheckpoints, SaveCheckpoints
+from vlm_tune.training.callbacks.checkpoints import SaveCheckpoints
 from vlm_tune.training.callbacks.faults import LastBatch
 from vlm_tune.training.callbacks.metrics import Curves, MetricsFile
 from vlm_tune.training.callbacks.progress import ProgressLine
 from vlm_tune.training.callbacks.ranks import WatchRanks
 from vlm_tune.training.callbacks.stop import StopWhenAsked
 from vlm_tune.training.callbacks.watch import WatchSteps
+from vlm_tune.training.callbacks.writer import CheckpointWriter
 from vlm_tune.training.intervals import every
 from vlm_tune.training.strategies import ZERO, ZeroPrecision, make_strategy
 
@@ -30,12 +31,14 @@ LOGGERS: dict[str, Any] = {
 }
 
 
-def make_trainer(config: Config, max_steps: int, run: Path, callbacks: list[L.Callback], console: Console) -> L.Trainer:
-    """Set up the loop. It ends by steps; the data stream handles epochs."""
+def make_trainer(
+    config: Config, max_steps: int, run: Path, callbacks: list[L.Callback], console: Console, parts: int | None = None
+) -> L.Trainer:
+    """Set up the loop. It ends by steps; the data stream handles epochs. `parts` is how many a checkpoint has."""
     trainer = config.trainer
     if not has_gpu(config):
         keep_freed_memory()
-    stop = StopWhenAsked()
+    stop, writer = StopWhenAsked(), CheckpointWriter(parts)
     watch = WatchSteps(run, trainer.max_bad_steps, trainer.save_minutes, stop, console)
     is_zero, precision = config.strategy.name in ZERO, PRECISIONS[resolve_precision(trainer.precision)]
     slots = trainer.devices * trainer.nodes * trainer.micro_batch
@@ -59,13 +62,13 @@ def make_trainer(config: Config, max_steps: int, run: Path, callbacks: list[L.Ca
             ProgressLine(trainer.log_every, console),
             MetricsFile(run, trainer.log_every, console),
             *callbacks,  # before a step's checkpoint, so that a kill between the two loses no answers
-            SaveCheckpoints(run, every(trainer.save_every, max_steps), trainer.keep, watch, console),
+            SaveCheckpoints(run, every(trainer.save_every, max_steps), trainer.keep, watch, writer),
             watch,
             stop,
             LastBatch(),
             WatchRanks(),  # last, so that it knows when the others have finished their work for a step
         ],
-        plugins=[AtomicCheckpoints(), *([ZeroPrecision(precision)] if is_zero else [])],  # type: ignore[arg-type]
+        plugins=[writer, *([ZeroPrecision(precision)] if is_zero else [])],  # type: ignore[arg-type]
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

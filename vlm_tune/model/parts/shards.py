@@ -7,9 +7,12 @@ gathers a layer's weights while that layer is called, and then alone: there such
 the layers.
 """
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -17,6 +20,8 @@ from torch.distributed.tensor import DTensor
 from vlm_tune.errors import ConfigError
 from vlm_tune.model.parts.vision import layer_list
 from vlm_tune.model.vlm import VisionLanguageModel
+
+Key = TypeVar("Key", int, str)
 
 
 def fully_split(vlm: VisionLanguageModel, mesh: Any, dtype: torch.dtype) -> None:
@@ -55,6 +60,44 @@ def held(parameter: Tensor) -> Tensor:
     if isinstance(parameter, DTensor):
         return parameter.to_local()
     return getattr(parameter, "ds_tensor", parameter)  # ZeRO-3's shard
+
+
+def size_of(value: Tensor) -> int:
+    """Count the numbers of a tensor, whatever this device holds of them."""
+    return int(getattr(value, "ds_numel", value.numel()))
+
+
+def own_rank() -> int:
+    """Return this process's number among those of the run."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def copies(
+    entries: Mapping[Key, Any], parts: int | None, gather: Callable[[Tensor], Any] | None = None
+) -> dict[Key, Any]:
+    """Copy into the host's memory the tensors that this process writes into a checkpoint: training changes the others.
+
+    An entry is a tensor or several by name. It is kept by one of `parts` processes, the first one without, and they
+    keep about equally much; each entry is gathered by all of them together, and freed where it is not kept.
+    """
+    sizes, loads, kept = {}, [0] * (parts or 1), {}
+    for key, entry in entries.items():
+        tensors = entry.values() if isinstance(entry, dict) else [entry]
+        sizes[key] = sum(size_of(each) for each in tensors if isinstance(each, Tensor))
+    owners = {}
+    for key in sorted(sizes, key=lambda key: -sizes[key]):  # the largest first, to the process that has least
+        owners[key] = loads.index(min(loads))
+        loads[owners[key]] += sizes[key]
+    for key, entry in entries.items():
+        found = apply_to_collection(entry, Tensor, gather) if gather else entry
+        if owners[key] == own_rank():
+            kept[key] = apply_to_collection(found, Tensor, on_host)
+    return kept
+
+
+def on_host(value: Tensor) -> Tensor:
+    """Copy a tensor into the host's memory."""
+    return value.detach().to("cpu", copy=True)
 
 
 def whole(value: Tensor) -> Tensor:

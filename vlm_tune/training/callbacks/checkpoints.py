@@ -1,15 +1,14 @@
 """Save checkpoints: at intervals, at the best validation loss, and at the end."""
 
 import os
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
-from rich.console import Console
 
 from vlm_tune.data.batch import Batch
 from vlm_tune.data.datamodule import DataModule
@@ -21,40 +20,24 @@ from vlm_tune.model.checkpoint import (
     checkpoint_name,
     checkpoints,
     read_checkpoint,
-    refuse_damaged,
-    write_atomically,
+    remove,
 )
-from vlm_tune.model.seal import find_damage, seal
+from vlm_tune.model.parts.shards import own_rank
+from vlm_tune.training.callbacks.faults import find
 from vlm_tune.training.callbacks.metrics import read_metrics
+from vlm_tune.training.callbacks.ranks import WatchRanks
 from vlm_tune.training.callbacks.watch import WatchSteps
+from vlm_tune.training.callbacks.writer import CheckpointWriter
 from vlm_tune.training.run_folder import link_latest
+from vlm_tune.training.strategies import snapshot
 from vlm_tune.words import counted
-
-
-class AtomicCheckpoints(TorchCheckpointIO):
-    """Writes a checkpoint completely or not at all, and reads it without running code that it might contain."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write under a temporary name, seal it, then rename."""
-
-        def write(partial: Path) -> None:
-            torch.save(checkpoint, partial)
-            seal(partial)
-
-        write_atomically(Path(path), write)
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
-        """Read only weights, numbers and text, and only from an undamaged file."""
-        if damage := find_damage(Path(path)):
-            raise refuse_damaged(Path(path), damage)
-        return super().load_checkpoint(path, map_location, weights_only=True)
 
 
 class SaveCheckpoints(L.Callback):
     """Save `step_N.ckpt` every `save_every` optimizer steps and at the end; keep the newest ones, and `best.ckpt`."""
 
-    def __init__(self, run: Path, save_every: int, keep: int, watch: WatchSteps, console: Console) -> None:
-        self.console = console
+    def __init__(self, run: Path, save_every: int, keep: int, watch: WatchSteps, writer: CheckpointWriter) -> None:
+        self.console = watch.console
         self.folder = run / CHECKPOINTS
         self.run = run
         self.save_every = save_every
@@ -66,6 +49,9 @@ class SaveCheckpoints(L.Callback):
         self.best_step = -1
         self.saved_step = -1
         self.validated_step = -1
+        self.is_linked = False
+        self.writer = writer
+        writer.then = self._tidy
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Run the validation of the step that the run continues from: a kill may have come before its end.
@@ -83,18 +69,23 @@ class SaveCheckpoints(L.Callback):
         """Validate after the last step, unless that was just done: a short run may end before its first validation."""
         if self.validated_step != trainer.global_step:
             validate(trainer)
+        self._settle(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Save at the end of an optimizer step, never between the micro-batches of one; stop there if asked to."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
+        self.writer.look()
         watch, step = self.watch, trainer.global_step
         is_last = watch.must_stop or watch.error is not None or step >= trainer.max_steps
         if step != self.saved_step and (is_last or watch.must_save or step % self.save_every == 0):
-            self._save(trainer, step)
+            self._save(trainer, checkpoint_name(step))
+            self.saved_step, self.watch.saved_at = step, time.monotonic()
         loops = trainer._checkpoint_connector._get_loops_state_dict()
         self.place = loops, module.num_samples, module.num_tokens, trainer.datamodule.cursor  # type: ignore[attr-defined]
         self.is_between = True
+        if watch.must_stop or watch.error is not None:
+            self._settle(trainer)
         if watch.error is not None:
             raise watch.error
         if watch.must_stop and step < trainer.max_steps:
@@ -107,16 +98,27 @@ class SaveCheckpoints(L.Callback):
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Stop in the middle of a validation, which a resumed run repeats; ranks that share one finish it first."""
         if self.watch.stop.asked and trainer.world_size == 1:
+            self.writer.finish()
             raise Stopped(trainer.global_step, self.watch.stop.asked)
 
     def on_exception(self, trainer: L.Trainer, module: Any, exception: BaseException) -> None:
-        """Save the last complete step if something else ends the run; a second request to stop is not delayed."""
-        is_alone = trainer.world_size == 1 or (type(trainer.strategy) is DDPStrategy and trainer.is_global_zero)
-        if isinstance(exception, KeyboardInterrupt) or not (is_alone and self.is_between):
+        """Complete what is being written, and save the last complete step; a second request to stop is not delayed."""
+        if isinstance(exception, KeyboardInterrupt):
             return
+        has_raised = find(trainer, WatchRanks).has_raised  # when it is set, this process is not ended for a lost rank
+        if self.writer.group is None:  # else it may wait for that rank's part
+            has_raised.set()
+        self._try(trainer, self.writer.finish)
+        has_raised.set()
+        is_alone = trainer.world_size == 1 or (type(trainer.strategy) is DDPStrategy and trainer.is_global_zero)
+        if is_alone and self.is_between:
+            self._try(trainer, lambda: self._save_last_whole(trainer))
+
+    def _try(self, trainer: L.Trainer, save: Callable[[], None]) -> None:
         try:
-            self._save_last_whole(trainer)
+            save()
         except (VlmTuneError, OSError) as error:
+            self.saved_step = -1
             self._tell(f"the state after step {trainer.global_step} could not be saved: {error}")
 
     def _save_last_whole(self, trainer: L.Trainer) -> None:
@@ -127,9 +129,9 @@ class SaveCheckpoints(L.Callback):
         assert self.place is not None
         module: Any = trainer.lightning_module
         loops, module.num_samples, module.num_tokens, trainer.datamodule.cursor = self.place  # type: ignore[attr-defined]
-        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False) | {"loops": loops}
-        trainer.strategy.save_checkpoint(checkpoint, self.folder / checkpoint_name(step))
-        self._after_saving(trainer, step)
+        self.writer.parts = None
+        self._save(trainer, checkpoint_name(step), loops=loops)
+        self.writer.finish()
         self._tell(f"the state after step {step} is saved")
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -140,21 +142,26 @@ class SaveCheckpoints(L.Callback):
         loss = float(trainer.callback_metrics["val/loss"])
         if loss < self.best:
             self.best, self.best_step = loss, trainer.global_step
-            trainer.save_checkpoint(self.folder / BEST)
+            self._save(trainer, BEST)
 
-    def _save(self, trainer: L.Trainer, step: int) -> None:
-        trainer.save_checkpoint(self.folder / checkpoint_name(step))
-        self._after_saving(trainer, step)
+    def _save(self, trainer: L.Trainer, name: str, **changed: Any) -> None:
+        """Copy the state and have it written; wait where the one before it is still being written."""
+        self.writer.finish()  # before the copy: only one is held
+        self.writer.save_checkpoint(snapshot(trainer, **changed), self.folder / name)
 
-    def _after_saving(self, trainer: L.Trainer, step: int) -> None:
-        is_first = self.saved_step < 0
-        self.saved_step = step
-        self.watch.saved_at = time.monotonic()
-        if trainer.is_global_zero:
-            if is_first:
-                self._tell(link_latest(self.run))
-            for old in checkpoints(self.run)[: -self.keep]:
-                os.remove(old)
+    def _tidy(self) -> None:
+        """Remove old checkpoints when a new one is complete, and name the run the latest when its first one is."""
+        kept = checkpoints(self.run)
+        for old in kept[: -self.keep]:
+            remove(old)
+        if kept and not self.is_linked and own_rank() == 0:
+            self.is_linked = True
+            self._tell(link_latest(self.run))
+
+    def _settle(self, trainer: L.Trainer) -> None:
+        """Wait until all that was saved is on the disk: torchrun ends the other processes when one has left."""
+        self.writer.finish()
+        trainer.strategy.barrier("checkpoints are written")
 
     def _tell(self, note: str) -> None:
         if note:
@@ -183,6 +190,7 @@ def catch_up(trainer: L.Trainer, module: Any, data: DataModule, run: Path) -> No
     rows = read_metrics(run / "metrics.csv")
     if data.val is not None and not any("val/loss" in row and row["step"] == module.max_steps for row in rows):
         trainer.validate(module, datamodule=data, verbose=False)
+        trainer.strategy.checkpoint_io.finish()  # type: ignore[attr-defined]
 
 
 def put_newer_aside(run: Path, step: int) -> str:
@@ -194,7 +202,8 @@ def put_newer_aside(run: Path, step: int) -> str:
     best = run / CHECKPOINTS / BEST
     best_step = step_of(best)
     if best_step == step and newer == kept:
-        os.link(best, best.with_name(checkpoint_name(step)))  # else resume=last would find nothing
+        named = best.with_name(checkpoint_name(step))  # else resume=last would find nothing
+        shutil.copytree(best, named, copy_function=os.link) if best.is_dir() else os.link(best, named)
     if best_step > step:
         newer.insert(0, best)
     for path in newer:

@@ -16,6 +16,8 @@ from typing import Any
 import lightning as L
 import torch.distributed as dist
 
+from vlm_tune.training.callbacks.writer import CheckpointWriter
+
 BEAT, SILENCE = 1.0, 20.0  # seconds between heartbeats; seconds without one until a rank counts as dead
 HANG, SLOWER = (
     45.0,
@@ -70,6 +72,7 @@ class WatchRanks(L.Callback):
         if trainer.world_size > 1 and self.thread is None:
             self.is_over.clear()
             self.mine.ended = ""
+            self.writer: CheckpointWriter = trainer.strategy.checkpoint_io  # type: ignore[assignment]
             self.rank, self.world = trainer.global_rank, trainer.world_size
             self.store = dist.distributed_c10d._get_default_store().clone()  # a connection of its own
             self.store.set_timeout(timedelta(seconds=SILENCE))
@@ -200,6 +203,7 @@ class WatchRanks(L.Callback):
         self.lost = lost
         self.found.set()
         if not self.has_raised.wait(MANNERS):
+            self.writer.give_time(SILENCE)
             sys.stderr.write(f"TrainingError: {lost}. Start all processes again with resume=last\n")
             sys.stderr.flush()
             os._exit(2)  # the main thread is blocked in a library, waiting for the lost rank
