@@ -19,7 +19,7 @@ from vlm_tune.data.batch import Batch, add_pictures, collate, token_weight
 from vlm_tune.data.encode import Encoder
 from vlm_tune.data.example import Example
 from vlm_tune.data.packing import cost, shares_head, side_by_side, trees_of
-from vlm_tune.data.progress import Follow, unseen
+from vlm_tune.data.progress import STILL, Follow, Patience, unseen
 from vlm_tune.data.rows.cache import hashed
 from vlm_tune.data.sample import Sample
 from vlm_tune.data.sets.dataset import Conversations
@@ -28,7 +28,7 @@ from vlm_tune.data.sets.mixture import Mixture, is_augmented, open_data, open_si
 from vlm_tune.data.sets.paths import find_file, sibling
 from vlm_tune.data.sizes import Index
 from vlm_tune.data.stream import BatchStream, Cursor, MicroBatch, StreamSettings
-from vlm_tune.errors import CheckpointError, DataError, VlmTuneError
+from vlm_tune.errors import CheckpointError, DataError, TrainingError, VlmTuneError
 
 VALIDATION_KEYS = (
     "data.val",
@@ -74,7 +74,7 @@ class MicroBatches(Dataset[Batch]):
         weights = token_weight(counts, self.settings.loss) / item.step_weight
         batch = collate(examples, weights.tolist(), self.settings.packing, [len(tree) for tree in trees])
         add_pictures(batch, shown, tiles, features)
-        batch.cursor = item.after
+        batch.place, batch.cursor = item.place, item.after
         return batch
 
     def _check_content(self, entry: int, sample: Sample) -> None:
@@ -138,7 +138,7 @@ class Part:
 class TimedLoader(DataLoader[Batch | VlmTuneError]):
     """Count the seconds that the training loop waits for batches, including the start of worker processes.
 
-    Raise the fault of a row that kept a batch from being loaded.
+    Raise the fault of a row that kept a batch from being loaded, and TrainingError if the worker processes are frozen.
     """
 
     seconds_waited = 0.0
@@ -146,15 +146,31 @@ class TimedLoader(DataLoader[Batch | VlmTuneError]):
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         """Yield the batches."""
         batches = super().__iter__()
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
-            self.seconds_waited += time.perf_counter() - start
-            if batch is None:
-                return
-            if isinstance(batch, VlmTuneError):
-                raise batch
-            yield batch
+        patience = Patience(getattr(batches, "_workers", []))
+        if patience.processes:
+            patience.start()
+        try:
+            while (batch := self._await(batches, patience)) is not None:
+                yield batch
+        finally:
+            patience.is_over.set()
+
+    def _await(self, batches: Any, patience: Patience) -> Batch | None:
+        start, patience.is_waiting = time.perf_counter(), True
+        try:
+            batch: Batch | VlmTuneError | None = next(batches, None)
+        except (RuntimeError, OSError, EOFError) as error:
+            if not patience.lost:
+                raise
+            raise TrainingError(
+                f"process {patience.lost} should read data, and has neither computed nor read for {STILL:.0f} s: it is "
+                "ended. Go on with resume=last; data.workers=0 reads in the main process"
+            ) from error
+        patience.is_waiting = False
+        self.seconds_waited += time.perf_counter() - start
+        if isinstance(batch, VlmTuneError):
+            raise batch
+        return batch
 
 
 def ignore_stops(number: int) -> None:
