@@ -18,7 +18,7 @@ def rows_of(seed):
     )
     tokens = tiles * 256 + np.minimum(2500, chance.lognormal(5, 1, ROWS)).astype(int) + 10
     none = np.zeros(ROWS, np.uint64)
-    return Index(np.arange(ROWS), tokens, tokens // 4, tiles, none, none, none.astype(np.int32))
+    return Index(np.arange(ROWS), tokens, tokens // 4, tiles, none, none, none.astype(np.int32), none)
 
 
 def imbalance(index, world, passes, seed):

@@ -30,6 +30,7 @@ def index_of(count, seed=0):
         np.zeros(count, np.uint64),
         heads,
         np.where(heads > 0, 2 + heads % 3, 0).astype(np.int32),
+        np.zeros(count, np.uint64),
     )
 
 

@@ -47,7 +47,9 @@ RUN = (
 
 
 def index_of(tokens, tiles):
-    columns = [np.array(each, np.int64) for each in (range(len(tokens)), tokens, tokens, tiles, tokens, tokens, tokens)]
+    columns = [
+        np.array(each, np.int64) for each in (range(len(tokens)), tokens, tokens, tiles, tokens, tokens, tokens, tokens)
+    ]
     return Index(*columns)
 
 

@@ -23,7 +23,7 @@ from vlm_tune.data.progress import STILL, Follow, Patience, unseen
 from vlm_tune.data.rows.cache import hashed
 from vlm_tune.data.sample import Sample
 from vlm_tune.data.sets.dataset import Conversations
-from vlm_tune.data.sets.index import Findings, refuse_faults, trained_content, write_faults
+from vlm_tune.data.sets.index import Findings, picture_files, refuse_faults, trained_content, write_faults
 from vlm_tune.data.sets.mixture import Mixture, is_augmented, open_data, open_sizes
 from vlm_tune.data.sets.paths import find_file, sibling
 from vlm_tune.data.sizes import Index
@@ -36,6 +36,7 @@ VALIDATION_KEYS = (
     "trainer.max_val_rows",
     "data.path",
 )  # they may change them
+PART_KEYS = (("data.path",), VALIDATION_KEYS)
 
 
 class MicroBatches(Dataset[Batch]):
@@ -60,6 +61,7 @@ class MicroBatches(Dataset[Batch]):
                 self._check_content(entry, sample)
                 example = data.encoder.encode(sample, data.tiling(sample))
                 self._check_sizes(entry, example)
+                self._check_pictures(entry, sample, data)
                 examples.append(example)
                 if place:
                     continue  # its pictures are those of the first row
@@ -96,6 +98,15 @@ class MicroBatches(Dataset[Batch]):
                 "replaced. Put it back, or save the data file again, so that all rows are measured again"
             )
             raise DataError(reason.format(*made, *planned), example.where, example.id)
+
+    def _check_pictures(self, entry: int, sample: Sample, data: Conversations) -> None:
+        """Refuse a row whose pictures were replaced by others of the same size."""
+        if picture_files(sample, data.reader) != int(self.index.pictures[entry]):
+            reason = (
+                "shows another picture than when it was measured, of the same size. Put it back, or save the data file "
+                "again, so that all rows are measured again"
+            )
+            raise DataError(reason, sample.where, sample.id)
 
 
 class Handed(Dataset[Batch | VlmTuneError]):
@@ -307,6 +318,7 @@ class DataModule(L.LightningDataModule):
         state: dict[str, Any] = {"cursor": list(self.cursor), "num_rows": 0}
         if self.train is not None:
             state |= {"num_rows": len(self.train.index), "rows": self._name_rows()}
+            state["pictures"] = [part.index.picture_fingerprint() for part in self.parts]
             state["content"] = list(self.train.contents().values())
             state["val_content"] = list(self.val.contents().values()) if self.val is not None else None
         return state
@@ -329,8 +341,15 @@ class DataModule(L.LightningDataModule):
                 "data.path has as many rows as in the interrupted run, but not the same sizes or mixture: its order "
                 "cannot be continued. Restore the data, or start a new run with stage.init_from=RUN"
             )
-        self._check_content(self.train, state_dict.get("content"), ("data.path",))
-        self._check_content(self.val, state_dict.get("val_content"), VALIDATION_KEYS)
+        self._check_content(self.train, state_dict.get("content"), PART_KEYS[0])
+        self._check_content(self.val, state_dict.get("val_content"), PART_KEYS[1])
+        for part, before, keys in zip(self.parts, state_dict.get("pictures", []), PART_KEYS, strict=False):
+            if before != part.index.picture_fingerprint() and not set(keys) & set(self.config.resume_allow):
+                raise CheckpointError(
+                    f"{part.data.path}: pictures were changed since the run was interrupted, at equal sizes. Restore "
+                    f"them, go on with them as they are by resume_allow=[{keys[0]}], or start a new run with "
+                    "stage.init_from=RUN"
+                )
         epoch, window, group = state_dict["cursor"]
         self.cursor = (epoch, window, group)
 

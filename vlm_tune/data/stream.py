@@ -101,7 +101,7 @@ class BatchStream(Sampler[MicroBatch]):
     def _share(self, groups: list[list[int]]) -> list[int]:
         """Choose this rank's groups of a step.
 
-        Sorted by tiles and tokens they are dealt to and fro: 0 1 2 2 1 0. Ranks then run groups of like size side by
+        Sorted by tiles and tokens they are dealt there and back: 0 1 2 2 1 0. Ranks then run groups of like size side by
         side, and have like sums. Which groups make up the step does not depend on that.
         """
         order = list(range(len(groups)))
