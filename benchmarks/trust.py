@@ -24,7 +24,7 @@ from toys import Toys, build_toys  # noqa: E402
 
 STEPS, KILLS_A_RUN = 45, 12
 RANK_STEPS, RANK_KILLS_A_RUN = 24, 5
-RANKED = ("ddp", "fsdp", "zero2")  # strategies of two processes
+RANKED = ("ddp", "fsdp", "zero1", "zero2", "zero3")  # strategies of two processes
 
 
 def kills(toys: Toys, folder: Path, wanted: int, strategy: str, seed: int) -> None:

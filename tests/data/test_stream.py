@@ -30,6 +30,7 @@ def index_of(count, seed=0):
         np.zeros(count, np.uint64),
         heads,
         np.where(heads > 0, 2 + heads % 3, 0).astype(np.int32),
+        np.zeros(count, np.uint64),
     )
 
 
@@ -96,8 +97,13 @@ def test_devices_part_each_step_among_them(stream, num_steps):
     count = num_steps * stream.settings.groups_per_step
     whole = plain(islice(stream, count))
     devices = [BatchStream(stream.index, stream.settings, rank=(rank, 2)) for rank in range(2)]
-    parts = [plain(islice(each, count // 2)) for each in devices]
-    assert [batch for pair in zip(*parts, strict=True) for batch in pair] == whole
+    per_step = stream.settings.groups_per_step
+    parts = [list(islice(each, count // 2)) for each in devices]
+    steps = [
+        [batch for part in parts for batch in part[start : start + per_step // 2]]
+        for start in range(0, count // 2, per_step // 2)
+    ]
+    assert plain(batch for step in steps for batch in sorted(step, key=lambda batch: batch.place)) == whole
 
 
 @given(streams(), st.integers(1, 8))

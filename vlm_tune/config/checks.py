@@ -205,6 +205,15 @@ def _devices(config: Config) -> list[str]:
             f"strategy={name.value} splits weights, stage.quantize={config.stage.quantize.value} "
             "packs them: use strategy=ddp or strategy=zero2 with a quantized base"
         )
+    if trainer.find_batch and not config.stage.packing:
+        problems.append(
+            "trainer.find_batch=true finds the size of packs, but stage.packing=false: set one of them otherwise"
+        )
+    if trainer.find_batch and name in SPLITS_WEIGHTS:
+        problems.append(
+            f"trainer.find_batch=true tries a device that holds the whole model, strategy={name.value} splits it: "
+            "use strategy=ddp or zero2, or choose stage.pack_length (python -m vlm_tune plan)"
+        )
     if optimizer is not Optimizer.adamw and name not in (Strategy.auto, Strategy.ddp):
         problems.append(
             f"strategy={name.value} splits the optimizer's state, stage.optimizer={optimizer.value} packs it: "

@@ -280,6 +280,9 @@ class TrainerConfig:
     precision: Precision = Precision.auto
     global_batch: int = 16  # packs (samples when stage.packing=false) in one optimizer step, over all devices
     micro_batch: int = 1  # of these, in one forward pass on one device
+    find_batch: bool = (
+        False  # divide a step into the largest packs that fit: sets pack_length, pack_tiles, global_batch
+    )
     log_every: int = 1  # optimizer steps
     val_every: int | None = None  # optimizer steps, and at the end; null = a fifth of the run, at most 200
     max_val_rows: int = 512

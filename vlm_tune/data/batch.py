@@ -32,7 +32,14 @@ class Batch:
     tiles: Tensor | None = None  # (T, H, W, 3) uint8
     features: Tensor | None = None  # (T, P, C) in place of tiles, if a frozen vision tower's output is cached
     spreads: list[Spread] = field(default_factory=list)  # of each picture, if its tokens depend on that
+    place: int = 0  # in the optimizer step, counted over all devices
     cursor: tuple[int, int, int] = (0, 0, 0)  # where the stream continues after this batch's optimizer step
+
+    @property
+    def num_tiles(self) -> int:
+        """Return the number of tiles, whether they come as pixels or as features."""
+        pictures = self.tiles if self.tiles is not None else self.features
+        return 0 if pictures is None else len(pictures)
 
     def to(self, device: torch.device, non_blocking: bool = True) -> "Batch":
         """Copy the tensors to a device."""

@@ -19,16 +19,16 @@ from vlm_tune.data.batch import Batch, add_pictures, collate, token_weight
 from vlm_tune.data.encode import Encoder
 from vlm_tune.data.example import Example
 from vlm_tune.data.packing import cost, shares_head, side_by_side, trees_of
-from vlm_tune.data.progress import Follow, unseen
+from vlm_tune.data.progress import STILL, Follow, Patience, unseen
 from vlm_tune.data.rows.cache import hashed
 from vlm_tune.data.sample import Sample
 from vlm_tune.data.sets.dataset import Conversations
-from vlm_tune.data.sets.index import Findings, refuse_faults, trained_content, write_faults
+from vlm_tune.data.sets.index import Findings, picture_files, refuse_faults, trained_content, write_faults
 from vlm_tune.data.sets.mixture import Mixture, is_augmented, open_data, open_sizes
 from vlm_tune.data.sets.paths import find_file, sibling
 from vlm_tune.data.sizes import Index
 from vlm_tune.data.stream import BatchStream, Cursor, MicroBatch, StreamSettings
-from vlm_tune.errors import CheckpointError, DataError, VlmTuneError
+from vlm_tune.errors import CheckpointError, DataError, TrainingError, VlmTuneError
 
 VALIDATION_KEYS = (
     "data.val",
@@ -36,6 +36,7 @@ VALIDATION_KEYS = (
     "trainer.max_val_rows",
     "data.path",
 )  # they may change them
+PART_KEYS = (("data.path",), VALIDATION_KEYS)
 
 
 class MicroBatches(Dataset[Batch]):
@@ -60,6 +61,7 @@ class MicroBatches(Dataset[Batch]):
                 self._check_content(entry, sample)
                 example = data.encoder.encode(sample, data.tiling(sample))
                 self._check_sizes(entry, example)
+                self._check_pictures(entry, sample, data)
                 examples.append(example)
                 if place:
                     continue  # its pictures are those of the first row
@@ -74,7 +76,7 @@ class MicroBatches(Dataset[Batch]):
         weights = token_weight(counts, self.settings.loss) / item.step_weight
         batch = collate(examples, weights.tolist(), self.settings.packing, [len(tree) for tree in trees])
         add_pictures(batch, shown, tiles, features, data.encoder.context_id)
-        batch.cursor = item.after
+        batch.place, batch.cursor = item.place, item.after
         return batch
 
     def _check_content(self, entry: int, sample: Sample) -> None:
@@ -96,6 +98,15 @@ class MicroBatches(Dataset[Batch]):
                 "replaced. Put it back, or save the data file again, so that all rows are measured again"
             )
             raise DataError(reason.format(*made, *planned), example.where, example.id)
+
+    def _check_pictures(self, entry: int, sample: Sample, data: Conversations) -> None:
+        """Refuse a row whose pictures were replaced by others of the same size."""
+        if picture_files(sample, data.reader) != int(self.index.pictures[entry]):
+            reason = (
+                "shows another picture than when it was measured, of the same size. Put it back, or save the data file "
+                "again, so that all rows are measured again"
+            )
+            raise DataError(reason, sample.where, sample.id)
 
 
 class Handed(Dataset[Batch | VlmTuneError]):
@@ -138,7 +149,7 @@ class Part:
 class TimedLoader(DataLoader[Batch | VlmTuneError]):
     """Count the seconds that the training loop waits for batches, including the start of worker processes.
 
-    Raise the fault of a row that kept a batch from being loaded.
+    Raise the fault of a row that kept a batch from being loaded, and TrainingError if the worker processes are frozen.
     """
 
     seconds_waited = 0.0
@@ -146,15 +157,31 @@ class TimedLoader(DataLoader[Batch | VlmTuneError]):
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         """Yield the batches."""
         batches = super().__iter__()
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
-            self.seconds_waited += time.perf_counter() - start
-            if batch is None:
-                return
-            if isinstance(batch, VlmTuneError):
-                raise batch
-            yield batch
+        patience = Patience(getattr(batches, "_workers", []))
+        if patience.processes:
+            patience.start()
+        try:
+            while (batch := self._await(batches, patience)) is not None:
+                yield batch
+        finally:
+            patience.is_over.set()
+
+    def _await(self, batches: Any, patience: Patience) -> Batch | None:
+        start, patience.is_waiting = time.perf_counter(), True
+        try:
+            batch: Batch | VlmTuneError | None = next(batches, None)
+        except (RuntimeError, OSError, EOFError) as error:
+            if not patience.lost:
+                raise
+            raise TrainingError(
+                f"process {patience.lost} should read data, and has neither computed nor read for {STILL:.0f} s: it is "
+                "ended. Go on with resume=last; data.workers=0 reads in the main process"
+            ) from error
+        patience.is_waiting = False
+        self.seconds_waited += time.perf_counter() - start
+        if isinstance(batch, VlmTuneError):
+            raise batch
+        return batch
 
 
 def ignore_stops(number: int) -> None:
@@ -291,6 +318,7 @@ class DataModule(L.LightningDataModule):
         state: dict[str, Any] = {"cursor": list(self.cursor), "num_rows": 0}
         if self.train is not None:
             state |= {"num_rows": len(self.train.index), "rows": self._name_rows()}
+            state["pictures"] = [part.index.picture_fingerprint() for part in self.parts]
             state["content"] = list(self.train.contents().values())
             state["val_content"] = list(self.val.contents().values()) if self.val is not None else None
         return state
@@ -313,8 +341,15 @@ class DataModule(L.LightningDataModule):
                 "data.path has as many rows as in the interrupted run, but not the same sizes or mixture: its order "
                 "cannot be continued. Restore the data, or start a new run with stage.init_from=RUN"
             )
-        self._check_content(self.train, state_dict.get("content"), ("data.path",))
-        self._check_content(self.val, state_dict.get("val_content"), VALIDATION_KEYS)
+        self._check_content(self.train, state_dict.get("content"), PART_KEYS[0])
+        self._check_content(self.val, state_dict.get("val_content"), PART_KEYS[1])
+        for part, before, keys in zip(self.parts, state_dict.get("pictures", []), PART_KEYS, strict=False):
+            if before != part.index.picture_fingerprint() and not set(keys) & set(self.config.resume_allow):
+                raise CheckpointError(
+                    f"{part.data.path}: pictures were changed since the run was interrupted, at equal sizes. Restore "
+                    f"them, go on with them as they are by resume_allow=[{keys[0]}], or start a new run with "
+                    "stage.init_from=RUN"
+                )
         epoch, window, group = state_dict["cursor"]
         self.cursor = (epoch, window, group)
 

@@ -16,6 +16,7 @@ ROW = np.dtype(
         ("content", "<u8"),
         ("head", "<u8"),
         ("head_tokens", "<i4"),
+        ("pictures", "<u8"),
     ]
 )
 
@@ -31,6 +32,7 @@ class Index:
     content: npt.NDArray[np.uint64]  # a hash of the content of the row: see `trained_content`
     head: npt.NDArray[np.uint64]  # a hash of its pictures and all tokens up to the last one's end; 0 = no pictures
     head_tokens: npt.NDArray[np.int32]  # those tokens; rows of equal heads begin with them
+    pictures: npt.NDArray[np.uint64]  # a hash of the files of its pictures: see `picture_files`
 
     @classmethod
     def of(cls, table: npt.NDArray[np.void], first_row: int = 0) -> "Index":
@@ -59,6 +61,10 @@ class Index:
     def content_fingerprint(self, start: int = 0, end: int | None = None) -> str:
         """Hash the contents of the entries from `start` to before `end`."""
         return _hash(self.content[start:end])
+
+    def picture_fingerprint(self) -> str:
+        """Hash the files of all entries' pictures."""
+        return _hash(self.pictures)
 
 
 def _hash(*columns: npt.NDArray[Any]) -> str:

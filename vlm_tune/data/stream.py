@@ -31,6 +31,7 @@ class MicroBatch:
     epoch: int
     step_weight: float  # sum of the weights of all supervised tokens of the optimizer step, over all devices
     after: Cursor  # the cursor after the step that this belongs to
+    place: int = 0  # in the step, counted over all devices
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,22 @@ class BatchStream(Sampler[MicroBatch]):
             step = list(islice(groups, self.settings.groups_per_step))
             weight = sum(float(self.row_weights(rows).sum()) for rows, _, _ in step)
             after = step[-1][2]
-            for rows, epoch, _ in step[self.rank :: self.world]:
-                yield MicroBatch(tuple(rows), epoch, weight, after)
+            for place in self._share([rows for rows, _, _ in step]):
+                rows, epoch, _ = step[place]
+                yield MicroBatch(tuple(rows), epoch, weight, after, place)
+
+    def _share(self, groups: list[list[int]]) -> list[int]:
+        """Choose this rank's groups of a step.
+
+        Sorted by tiles and tokens they are dealt there and back: 0 1 2 2 1 0. Ranks then run groups of like size side
+        by side, and have like sums. Which groups make up the step does not depend on that.
+        """
+        order = list(range(len(groups)))
+        if self.world > 1:
+            tiles, tokens = self.index.tiles, self.index.tokens
+            order.sort(key=lambda place: (-tiles[groups[place]].sum(), -tokens[groups[place]].sum()))
+        rounds = [order[start : start + self.world] for start in range(0, len(order), self.world)]
+        return [dealt[self.world - 1 - self.rank if number % 2 else self.rank] for number, dealt in enumerate(rounds)]
 
     def row_weights(self, rows: list[int]) -> npt.NDArray[np.float64]:
         """Return the sum of each row's token weights: x, 1 or sqrt(x) for x supervised tokens."""

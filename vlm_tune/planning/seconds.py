@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from vlm_tune.errors import ConfigError
+from vlm_tune.model.find_batch import available_bytes
 from vlm_tune.model.kernels.freed import keep_freed_memory
 from vlm_tune.planning.ledger import Operation, Shape
 from vlm_tune.planning.rehearsal import Needs
@@ -98,12 +99,6 @@ def real(value: Any) -> Any:
 def step_seconds(needs: Needs, device: Gpu | Cpu) -> float:
     """Seconds of one optimizer step."""
     return needs.num_micro * device.seconds(needs.micro) + device.seconds(needs.update)
-
-
-def available_bytes() -> int:
-    """Ask the system for the memory that a new process can have."""
-    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
 def find_gpu(wanted: str) -> Gpu:

@@ -36,6 +36,15 @@ def meet(trainer: TrainerConfig, has_gpu: bool) -> None:
     )
 
 
+def most_of_all(number: int) -> int:
+    """Return the largest number that a connected process names; without others, this one."""
+    if not torch.distributed.is_initialized():
+        return number
+    named = [number] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(named, number)
+    return max(named)
+
+
 def from_the_first(make: Callable[[], str]) -> str:
     """Return what `make` returns on the first of the connected processes; without others, call it here."""
     if not torch.distributed.is_initialized():

@@ -29,7 +29,7 @@ class VlmModule(L.LightningModule):
         self.config = config
         self.max_steps = max_steps
         self.num_samples = self.num_tokens = 0  # of the run so far, all processes; `WatchSteps` adds each step's
-        self.step_sizes = (0, 0)  # samples and tokens of the optimizer step so far, of this process
+        self.step_sizes = (0, 0, 0)  # samples, tokens and tiles of the optimizer step so far, of this process
         self.step_loss = torch.zeros(())  # of the optimizer step so far
         self.step_ids: list[str] = []
         self.is_in_step = False  # between the micro-batches of one
@@ -51,16 +51,11 @@ class VlmModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed dropout by the position in the stream: a resumed run then needs no generator state."""
-        self.seed_micro_batch(batch_idx)
+        self.seed_micro_batch(batch.place)
 
-    def seed_micro_batch(self, batch_idx: int) -> None:
-        """Seed the randomness of a micro-batch by its position.
-
-        The position in the step is counted over all devices, so that it does not depend on their number.
-        """
-        trainer = self.trainer
-        position = batch_idx % trainer.accumulate_grad_batches * trainer.world_size + self.global_rank
-        torch.manual_seed(dropout_seed(self.config.seed, self.global_step, position))
+    def seed_micro_batch(self, place: int) -> None:
+        """Seed the randomness of a micro-batch by its place in the step, which no number of devices changes."""
+        torch.manual_seed(dropout_seed(self.config.seed, self.global_step, place))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return this micro-batch's share of the optimizer step's mean loss.
@@ -70,8 +65,8 @@ class VlmModule(L.LightningModule):
         """
         loss = self.vlm(batch)
         self.step_ids = batch.sample_ids + (self.step_ids if self._continues(batch_idx) else [])
-        samples, tokens = self.step_sizes if self._continues(batch_idx) else (0, 0)
-        self.step_sizes = samples + len(batch.sample_ids), tokens + batch.num_tokens
+        samples, tokens, tiles = self.step_sizes if self._continues(batch_idx) else (0, 0, 0)
+        self.step_sizes = samples + len(batch.sample_ids), tokens + batch.num_tokens, tiles + batch.num_tiles
         self.step_loss = loss.detach() + (self.step_loss if self._continues(batch_idx) else 0.0)
         self.is_in_step = self._continues(batch_idx + 1)
         if not self.is_in_step:

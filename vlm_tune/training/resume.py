@@ -1,10 +1,11 @@
 """Where a run starts: from scratch, from an earlier stage's weights, or exactly where an interrupted run stopped."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlm_tune.config.checks import find_problems
 from vlm_tune.config.own_function import MARK, UNKNOWN, remember
 from vlm_tune.config.schema import Config, flatten
 from vlm_tune.errors import CheckpointError, ConfigError
@@ -47,6 +48,7 @@ FREE = (
     "trainer.save_every",
     "trainer.save_minutes",
     "trainer.max_bad_steps",
+    "trainer.find_batch",
     "trainer.devices",
     "trainer.nodes",
     "trainer.accelerator",
@@ -81,7 +83,10 @@ def find_resume(config: Config) -> Path | None:
         checkpoint = find_checkpoint(config.resume)
         if damage := damage_of(checkpoint):
             raise refuse_damaged(checkpoint, damage)
-    differing = differences(run_config(checkpoint), config)
+    before = run_config(checkpoint)
+    if problems := find_problems(with_packs_of(before, config)):
+        raise ConfigError.from_problems(problems)
+    differing = differences(before, config)
     refused = [line for key, line in differing.items() if key not in config.resume_allow]
     if refused:
         raise ConfigError(
@@ -116,7 +121,7 @@ def remarks_on(checkpoint: Path) -> list[str]:
 
 def differences(before: Config, now: Config) -> dict[str, str]:
     """List the settings that differ and matter, by key."""
-    old, new = flatten(plain(asdict(before))), flatten(plain(asdict(now)))
+    old, new = flatten(plain(asdict(before))), flatten(plain(asdict(with_packs_of(before, now))))
     new["data.format"] = remember(now.data.format)
     if old["data.format"] == f"{now.data.format}{MARK}{UNKNOWN}":  # a run from before its file was remembered
         old["data.format"] = new["data.format"]
@@ -125,6 +130,14 @@ def differences(before: Config, now: Config) -> dict[str, str]:
         for key in new
         if old[key] != new[key] and not key.startswith(FREE) and not (key in RAISED and new[key] > old[key] > 0)
     }
+
+
+def with_packs_of(run: Config, config: Config) -> Config:
+    """Take over the packs that trainer.find_batch found for a run."""
+    if not (run.trainer.find_batch and config.trainer.find_batch):
+        return config
+    stage = replace(config.stage, pack_length=run.stage.pack_length, pack_tiles=run.stage.pack_tiles)
+    return replace(config, stage=stage, trainer=replace(config.trainer, global_batch=run.trainer.global_batch))
 
 
 def longer(before: Config, now: Config) -> str | None:

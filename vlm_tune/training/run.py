@@ -9,13 +9,15 @@ import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from rich.console import Console
 
+from vlm_tune.config.parse import read_config
 from vlm_tune.config.schema import Config, FeatureCaching
 from vlm_tune.console import follow, make_console, tell
 from vlm_tune.data.datamodule import DataModule
 from vlm_tune.errors import CheckpointError, Stopped
 from vlm_tune.model.build import build_model
-from vlm_tune.model.checkpoint import checkpoint_name, run_config, run_of, start_of
+from vlm_tune.model.checkpoint import CONFIG, checkpoint_name, run_config, run_of, start_of
 from vlm_tune.model.fill_cache import fill_cache, plan_cache
+from vlm_tune.model.find_batch import find_passes, regroup
 from vlm_tune.model.kernels.freed import hand_back_freed_memory
 from vlm_tune.model.parts.stage import apply_stage
 from vlm_tune.model.vlm import VisionLanguageModel
@@ -24,7 +26,7 @@ from vlm_tune.training.callbacks.faults import explain
 from vlm_tune.training.callbacks.writer import count_parts
 from vlm_tune.training.examiner import Examiner
 from vlm_tune.training.intervals import describe
-from vlm_tune.training.launch import from_the_first, meet
+from vlm_tune.training.launch import from_the_first, meet, most_of_all
 from vlm_tune.training.module import VlmModule
 from vlm_tune.training.report import RunReport, show_data, show_parts
 from vlm_tune.training.resume import (
@@ -35,8 +37,9 @@ from vlm_tune.training.resume import (
     moved,
     remarks_on,
     start_from,
+    with_packs_of,
 )
-from vlm_tune.training.run_folder import make_run_folder, only_here
+from vlm_tune.training.run_folder import handed_folder, make_run_folder, only_here
 from vlm_tune.training.trainer import check_trainer, has_gpu, make_trainer
 from vlm_tune.words import counted
 
@@ -61,10 +64,10 @@ def train(config: Config, console: Console | None = None) -> Path:
 
     data = DataModule(config, model.encoder, follow)
     data.setup()
+    config = data.config = choose_packs(config, model.vlm, data, checkpoint, console)
     max_steps = data.max_steps()
     examiner = Examiner(config, model, data, console)
     run = run_of(checkpoint) if checkpoint else Path(from_the_first(lambda: str(make_run_folder(config, start))))
-    data.write_quarantine(run / "quarantine.jsonl")
 
     console.print(f"run folder: {run}\nstarts from: {checkpoint or start or 'the base weights'}", soft_wrap=True)
     tell(console, remarks_on(checkpoint) if checkpoint else [])
@@ -85,6 +88,8 @@ def train(config: Config, console: Console | None = None) -> Path:
         console.print(f"a checkpoint is a folder of {counted(num_parts, 'part')}, one a process")
     trainer = make_trainer(config, module.max_steps, run, examiner.enter(run, max_steps), console, num_parts)
     with only_here(run) if trainer.is_global_zero else nullcontext():
+        if trainer.is_global_zero:  # every rank finds the same rows
+            data.write_quarantine(run / "quarantine.jsonl")
         keep_features(model.vlm, data, config, trainer.strategy.root_device, console)
         hand_back_freed_memory()
         fit(trainer, module, data, checkpoint)
@@ -95,6 +100,26 @@ def train(config: Config, console: Console | None = None) -> Path:
             examiner.tell(report)
             console.print(f"report: {report.write(module, data)}", soft_wrap=True)
     return run
+
+
+def choose_packs(
+    config: Config, vlm: VisionLanguageModel, data: DataModule, checkpoint: Path | None, console: Console
+) -> Config:
+    """Put the packs that trainer.find_batch finds into a configuration, or those that were found for the same run."""
+    if not config.trainer.find_batch:
+        return config
+    if checkpoint is not None:
+        return with_packs_of(run_config(checkpoint), config)
+    if (run := handed_folder()) is not None:
+        return with_packs_of(read_config(run / CONFIG), config)
+    device = torch.device("cuda" if has_gpu(config) else "cpu")
+    found = regroup(config, most_of_all(find_passes(vlm, data, config, device)))
+    packs, asked = (
+        f"{each.trainer.global_batch} packs of {each.stage.pack_length:,} tokens and {each.stage.pack_tiles:,} tiles"
+        for each in (found, config)
+    )
+    console.print(f"trainer.find_batch: a step is {packs}, the largest that fit (given: {asked})", soft_wrap=True)
+    return found
 
 
 def fit(trainer: L.Trainer, module: VlmModule, data: DataModule, checkpoint: Path | None) -> None:

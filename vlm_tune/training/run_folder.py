@@ -24,9 +24,8 @@ PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "pillo
 
 def make_run_folder(config: Config, start: Path | None) -> Path:
     """Make runs/DATE_TIME_STAGE_MODEL, with a counter if that name is taken."""
-    handed = os.environ.get(FOLDER_VARIABLE)
-    if handed and os.environ.get("LOCAL_RANK", "0") != "0":  # a later run of the first process has a folder of its own
-        return Path(handed)
+    if (handed := handed_folder()) is not None:
+        return handed
     runs = Path(config.runs)
     name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{config.stage.name}_{config.model.name}"
     try:
@@ -49,6 +48,14 @@ def make_run_folder(config: Config, start: Path | None) -> Path:
     folder = folder.resolve()
     os.environ[FOLDER_VARIABLE] = str(folder)
     return folder
+
+
+def handed_folder() -> Path | None:
+    """Return the folder that the first process handed to this one, which it started; None in the first."""
+    handed = os.environ.get(FOLDER_VARIABLE)
+    if handed and os.environ.get("LOCAL_RANK", "0") != "0":  # a later run of the first process has a folder of its own
+        return Path(handed)
+    return None
 
 
 @contextmanager

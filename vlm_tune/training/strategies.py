@@ -183,6 +183,15 @@ class Zero(WholeCheckpoints, DeepSpeedStrategy):
 
         return safe_get_full_fp32_param(parameter)
 
+    def gradients(self) -> list[Tensor]:
+        """Return the gradients of a step that this device keeps: shards, or whole ones under zero1.
+
+        DeepSpeed itself leaves out a step of which any is not finite, on all devices.
+        """
+        (zero,) = self.optimizers
+        averaged = [each for group in zero.averaged_gradients.values() for each in group or []]  # type: ignore[attr-defined]
+        return [each for each in (*averaged, *(piece.grad for piece in self.pieces)) if each is not None]
+
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Gather AdamW's state by parameter, and keep what this process writes."""
         from deepspeed.utils import safe_get_full_optimizer_state

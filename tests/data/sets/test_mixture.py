@@ -124,7 +124,7 @@ def test_counts_of_a_repeat_time(folder, size, repeat, count):
     entry = MetaEntry("a", folder, folder, repeat_time=repeat)
     mixture = Mixture(folder, [entry, MetaEntry("b", folder, folder)], [[None] * 100, [None] * 5])
     rows = np.array([*range(size), *range(100, 105)], np.int64)
-    assert mixture.draw(Index(rows, rows, rows, rows, rows, rows, rows)).counts == (count, 5)
+    assert mixture.draw(Index(rows, rows, rows, rows, rows, rows, rows, rows)).counts == (count, 5)
 
 
 def test_rows_of_the_validation_part_are_never_trained_on(start):

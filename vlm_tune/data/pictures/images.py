@@ -28,6 +28,7 @@ from vlm_tune.errors import DataError
 
 # The end of a complete file. Other formats are decoded to find out, and so are files with something after their end.
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\x00\x00\x00\x00IEND\xae\x42\x60\x82", "GIF": b"\x00;"}
+_END_BYTES = 4096  # at each end of a file
 _MAX_CHECKED = 1 << 16  # pictures that one process remembers: about 20 MB
 
 # EXIF orientation -> what turns the picture upright, as in PIL.ImageOps.exif_transpose. From 5 on, the sides swap.
@@ -98,6 +99,17 @@ class ImageReader:
                 return b"%s frame %d" % (videos.digest(self._inside_root(picture.path)), picture.frame)
             with self.open_encoded(picture) as file:
                 return file.read()
+
+    def read_ends(self, picture: Picture, where: str = "", sample_id: str | None = None) -> bytes:
+        """Return the size and both ends of the file of a picture or video, which differ for all but made-up files.
+
+        A compressed picture's end depends on all of its pixels or on their number of bytes; of one that is not (BMP,
+        PPM), a change in the middle is missed. Raise DataError.
+        """
+        with self._naming(picture, where, sample_id), self.open_encoded(picture) as file:
+            first, size = file.read(_END_BYTES), file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _END_BYTES))
+            return b"%d %s %s" % (size, first, file.read())
 
     def open_picture(self, picture: Picture, where: str = "", sample_id: str | None = None) -> Image.Image:
         """Return the decoded picture, RGB, upright if config.exif is set. Raise DataError.

@@ -1,6 +1,6 @@
 """Sizes of all rows, found before the first step: tokens, supervised tokens, tiles; and every faulty row.
 
-They are found once, by several processes, and cached as a memory-mapped array of 40 bytes a row. With them goes a hash
+They are found once, by several processes, and cached as a memory-mapped array of 48 bytes a row. With them goes a hash
 of the content of each row, by which an interrupted run recognises its rows.
 """
 
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlm_tune.data.example import Lengths
 from vlm_tune.data.fit import SkippedSample
-from vlm_tune.data.pictures.images import CheckedPictures
+from vlm_tune.data.pictures.images import CheckedPictures, ImageReader
 from vlm_tune.data.progress import Follow, unseen
 from vlm_tune.data.rows.cache import content_key, hashed, sampled
 from vlm_tune.data.rows.rows import find_files
@@ -193,7 +193,9 @@ class Chunks(Dataset[Measured]):
                 counts = outcome.num_tokens, outcome.num_supervised, sum(outcome.num_tiles)
                 sample = read[row][0]
                 head = self._head(sample, outcome), outcome.num_head
-                sizes.append((row, *counts, hashed(trained_content(sample)), *head))
+                sizes.append(
+                    (row, *counts, hashed(trained_content(sample)), *head, picture_files(sample, self.data.reader))
+                )
                 findings.notes += [f"{self.data.rows.where(row)}: {outcome.note}"] if outcome.note else []
         return np.array(sizes, ROW), findings
 
@@ -220,6 +222,13 @@ def trained_content(sample: Sample) -> Iterator[bytes]:
                 yield part.encode("utf-8", "surrogatepass")
             else:
                 yield from named_picture(part)
+
+
+def picture_files(sample: Sample, reader: ImageReader) -> int:
+    """Hash what the files of a row's pictures hold, not their times: a copy of a data set is the same; 0 = no files."""
+    files = {picture.path: picture for picture in sample.pictures if picture.content is None}
+    parts = [reader.read_ends(picture, sample.where, sample.id) for picture in files.values()]
+    return hashed(parts) if parts else 0
 
 
 def named_picture(picture: Picture) -> Iterator[bytes]:

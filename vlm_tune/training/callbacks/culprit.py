@@ -46,8 +46,8 @@ def find_here(trainer: L.Trainer, module: Any, cursor: Cursor) -> Culprit:
         name for name, each in trained_parameters(module.vlm) if each.grad is not None and not is_finite(each.grad)
     ]
     rows, first = [], None
-    for number, batch in enumerate(batches_of_step(trainer, cursor)):
-        module.seed_micro_batch(number)
+    for batch in batches_of_step(trainer, cursor):
+        module.seed_micro_batch(batch.place)
         with torch.no_grad(), watched(module.vlm) as seen, trainer.precision_plugin.forward_context():
             loss = module.vlm(batch.to(module.device))
         if seen or not is_finite(loss):

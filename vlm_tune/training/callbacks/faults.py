@@ -8,6 +8,7 @@ import torch
 from vlm_tune.config.schema import Config
 from vlm_tune.data.batch import Batch
 from vlm_tune.errors import Stopped, TrainingError
+from vlm_tune.model.find_batch import is_full
 from vlm_tune.training.callbacks.ranks import WatchRanks
 from vlm_tune.training.callbacks.stop import StopWhenAsked
 
@@ -28,12 +29,10 @@ class LastBatch(L.Callback):
         self._note(f"in the validation after step {trainer.global_step}", batch)
 
     def _note(self, when: str, batch: Batch) -> None:
-        pictures = batch.tiles if batch.tiles is not None else batch.features
-        num_tiles = 0 if pictures is None else len(pictures)
         longest = max(batch.segments) if batch.segments else batch.input_ids.shape[1]
         self.said = (
             f"{when}, at a batch of {len(batch.sample_ids)} rows, {batch.num_tokens:,} tokens (the longest row "
-            f"{longest:,}) and {num_tiles} tiles: {', '.join(batch.sample_ids[:5])}"
+            f"{longest:,}) and {batch.num_tiles} tiles: {', '.join(batch.sample_ids[:5])}"
         )
 
 
@@ -61,13 +60,6 @@ def explain(error: BaseException, trainer: L.Trainer, config: Config) -> Excepti
             "resume=last"
         )
     return None
-
-
-def is_full(error: BaseException) -> bool:
-    """Return whether an error means that the memory of a GPU or of the machine is full."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
 
 
 def out_of_memory(reason: str, batch: str, config: Config) -> str:

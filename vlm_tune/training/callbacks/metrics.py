@@ -26,6 +26,8 @@ COLUMNS = (
     "speed/samples",
     "speed/tokens",
     "speed/waiting",
+    "imbalance/tokens",
+    "imbalance/tiles",
     "skipped",
 )
 

@@ -16,13 +16,15 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from rich.console import Console
 from torch import Tensor
 
+from vlm_tune.config.schema import Precision
 from vlm_tune.data.batch import Batch
 from vlm_tune.errors import TrainingError
+from vlm_tune.model.build import resolve_precision
 from vlm_tune.model.parts.shards import held
-from vlm_tune.model.parts.stage import trained_parameters
 from vlm_tune.training.callbacks.culprit import Culprit, find_culprit, of_all_ranks
 from vlm_tune.training.callbacks.stop import StopWhenAsked
 from vlm_tune.training.run_folder import append, drop_lines_after
+from vlm_tune.training.strategies import Zero
 
 REMEMBERED, LEAST = 50, 20  # losses that a new one is compared with, and the fewest needed
 FAR = 10  # a spike is this many median deviations above their median, and at least 1.5 times the median
@@ -65,30 +67,39 @@ class WatchSteps(L.Callback):
         if module.is_in_step:  # DeepSpeed calls this for each micro-batch
             return
         is_due = trainer.is_global_zero and time.monotonic() - self.saved_at >= self.save_seconds
-        wishes = module.step_loss.new_tensor([bool(self.stop.asked), is_due, *module.step_sizes])
+        samples, tokens, tiles = module.step_sizes
+        shares = [0] * (2 * trainer.world_size)  # tokens of each rank, and tiles: a sum over ranks leaves each its own
+        shares[trainer.global_rank], shares[trainer.global_rank - trainer.world_size] = tokens, tiles
+        wishes = module.step_loss.new_tensor([bool(self.stop.asked), is_due, samples, *shares])
         facts = torch.cat([module.step_loss.view(1), bad_gradients(trainer, module, optimizer), wishes])
-        loss, num_bad, stop, save, samples, tokens = trainer.strategy.reduce(facts, reduce_op="sum").tolist()
-        module.num_samples, module.num_tokens = module.num_samples + int(samples), module.num_tokens + int(tokens)
+        loss, num_bad, stop, save, samples, *dealt = trainer.strategy.reduce(facts, reduce_op="sum").tolist()
+        tokens_of, tiles_of = dealt[: trainer.world_size], dealt[trainer.world_size :]
+        module.num_samples += int(samples)
+        module.num_tokens += int(sum(tokens_of))
         self.must_stop, self.must_save = stop > 0, save > 0
         if not math.isfinite(loss) or num_bad:
-            self._skip(trainer, module, loss)
+            self._skip(trainer, module, loss, bool(num_bad))
         else:
             self.in_row = 0
             self._compare(trainer, module, loss)
         module.log("train/loss", loss, prog_bar=True)
+        module.log_dict({"imbalance/tokens": imbalance(tokens_of), "imbalance/tiles": imbalance(tiles_of)})
         module.log("skipped", float(self.skipped))
 
-    def _skip(self, trainer: L.Trainer, module: Any, loss: float) -> None:
+    def _skip(self, trainer: L.Trainer, module: Any, loss: float, is_gradient_bad: bool) -> None:
         module.require_finite_weights()
         culprit = find_culprit(trainer, module, self.cursor)
         rows = ", ".join(culprit.rows)
         said = f"the loss is {loss} at step {trainer.global_step}, rows {rows}"
         if math.isfinite(loss):
             said = f"a gradient is no number at step {trainer.global_step}, rows {rows}"
-        if trainer.strategy.handles_gradient_accumulation:  # DeepSpeed makes the step itself
-            raise TrainingError(f"{said}: no weight was changed by it. {way_out(culprit)}")
-        for _, parameter in trained_parameters(module.vlm):
-            parameter.grad = None  # the optimizer skips it, and its moments
+        if isinstance(trainer.strategy, Zero):
+            if not is_gradient_bad:  # DeepSpeed looks at gradients alone, and would make the step
+                raise TrainingError(f"{said}: no weight was changed by it. {way_out(culprit)}")
+        else:
+            for group in trainer.optimizers[0].param_groups:  # under FSDP2 the model itself may name gathered weights
+                for parameter in group["params"]:
+                    parameter.grad = None  # the optimizer skips it, and its moments
         self.skipped, self.in_row = self.skipped + 1, self.in_row + 1
         self._note(trainer, "skipped", loss, culprit)
         if self.in_row >= min(self.max_bad_steps, trainer.max_steps):
@@ -128,6 +139,11 @@ class WatchSteps(L.Callback):
         self.in_row = state_dict["in_row"]
 
 
+def imbalance(shares: list[float]) -> float:
+    """Return the largest share of a step over the mean: 1 where all ranks have the same, or none has any."""
+    return max(shares) * len(shares) / sum(shares) if any(shares) else 1.0
+
+
 def bad_gradients(trainer: L.Trainer, module: Any, optimizer: torch.optim.Optimizer) -> Tensor:
     """Return whether this rank has a gradient that is not finite: (1,), 0 or 1.
 
@@ -135,8 +151,12 @@ def bad_gradients(trainer: L.Trainer, module: Any, optimizer: torch.optim.Optimi
     """
     plugin = trainer.precision_plugin
     is_scaled = isinstance(plugin, MixedPrecision) and plugin.scaler is not None
-    parameters = [each for group in optimizer.param_groups for each in group["params"]]
-    local = [held(each.grad) for each in parameters if each.grad is not None]
+    if isinstance(trainer.strategy, Zero):
+        is_scaled = resolve_precision(module.config.trainer.precision) is Precision.fp16
+        local = trainer.strategy.gradients()
+    else:
+        parameters = [each for group in optimizer.param_groups for each in group["params"]]
+        local = [held(each.grad) for each in parameters if each.grad is not None]
     local = [each for each in local if each.numel()]  # a rank may hold no row of a small weight
     if is_scaled or not local:
         return module.step_loss.new_zeros(1)
