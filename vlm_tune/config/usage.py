@@ -84,6 +84,20 @@ USAGE = {
             "fit": ("false", "true prints only the settings that make the run fit"),
         },
     ),
+    "watch": Verb(
+        "a live page of runs",
+        "runs/latest",
+        "",
+        {"port": ("8222", "where the page is served on this machine"), "runs": ("runs", "folder of the newest runs")},
+        "names of runs; left out: the newest ones, also those that start later",
+    ),
+    "compare": Verb(
+        "runs side by side",
+        "runs/ONE runs/OTHER out=compared.html",
+        "",
+        {"out": ("", "new .html file for their curves and answers")},
+        "names of two runs or more",
+    ),
     "configs": Verb(
         "list, show, copy settings",
         "show model/internvl2_2b",

@@ -12,6 +12,8 @@ from PIL import Image
 
 from vlm_tune import __version__, words
 
+FOLDER = Path(__file__).parent
+
 
 def write_page(path: Path, template: str, **values: Any) -> None:
     """Write a page from its template in this folder; `values` are what the template names."""
@@ -42,10 +44,14 @@ def templates() -> Environment:
 
 def picture_url(picture: Image.Image, quality: int = 85) -> str:
     """Return a picture as a data URI, as JPEG."""
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg(picture, quality)).decode('ascii')}"
+
+
+def jpeg(picture: Image.Image, quality: int) -> bytes:
+    """Return a picture as JPEG."""
     with io.BytesIO() as file:
         picture.save(file, "JPEG", quality=quality, optimize=True)
-        content = base64.b64encode(file.getvalue()).decode("ascii")
-    return f"data:image/jpeg;base64,{content}"
+        return file.getvalue()
 
 
 def data_name(path: Path) -> str:

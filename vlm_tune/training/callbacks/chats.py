@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from vlm_tune.data.batch import Batch
 from vlm_tune.data.sets.dataset import Conversations
-from vlm_tune.evaluation.evaluate import Question, ask
+from vlm_tune.evaluation.evaluate import Question, ask, picture_of
 from vlm_tune.model.build import Model
 from vlm_tune.training.run_folder import append, drop_lines_after
 
@@ -79,12 +80,13 @@ class SampleAnswers(L.Callback):
         self.now, self.last_step = [prediction.answer for prediction in predictions], step
         if not trainer.is_global_zero:
             return self.now
-        lines = ""
-        for prediction in predictions:
+        entries = []
+        for question, prediction in zip(self.questions, predictions, strict=True):
             entry = {"step": step, "id": prediction.id, "question": prediction.question}
             entry |= {"expected": prediction.expected, "answer": prediction.answer}
-            lines += json.dumps(entry, ensure_ascii=False) + "\n"
-        append(self.path, lines)
+            path = picture_of(self.test, question)
+            entries.append(entry | {"picture": path and os.path.abspath(path)})
+        append(self.path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
         return self.now
 
     def _print(self, title: str, answers: list[str]) -> None:

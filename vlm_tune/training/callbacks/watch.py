@@ -15,11 +15,12 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from rich.console import Console
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from vlm_tune.data.batch import Batch
 from vlm_tune.errors import TrainingError
 from vlm_tune.model.parts.shards import held
-from vlm_tune.model.parts.stage import trained_parameters
+from vlm_tune.model.parts.stage import PARTS, trained_parameters
 from vlm_tune.training.callbacks.culprit import Culprit, find_culprit, of_all_ranks
 from vlm_tune.training.callbacks.stop import StopWhenAsked
 from vlm_tune.training.run_folder import append, drop_lines_after
@@ -66,17 +67,23 @@ class WatchSteps(L.Callback):
             return
         is_due = trainer.is_global_zero and time.monotonic() - self.saved_at >= self.save_seconds
         wishes = module.step_loss.new_tensor([bool(self.stop.asked), is_due, *module.step_sizes])
-        facts = torch.cat([module.step_loss.view(1), bad_gradients(trainer, module, optimizer), wishes])
-        loss, num_bad, stop, save, samples, tokens = trainer.strategy.reduce(facts, reduce_op="sum").tolist()
+        facts = torch.cat([module.step_loss.view(1), gradient_squares(module, optimizer), wishes])
+        loss, *squares, stop, save, samples, tokens = trainer.strategy.reduce(facts, reduce_op="sum").tolist()
         module.num_samples, module.num_tokens = module.num_samples + int(samples), module.num_tokens + int(tokens)
         self.must_stop, self.must_save = stop > 0, save > 0
-        if not math.isfinite(loss) or num_bad:
+        is_sure = all(map(math.isfinite, squares))  # the squares of large numbers may be infinite, which they are not
+        if not math.isfinite(loss) or not (is_sure or is_every_gradient_finite(trainer, module, optimizer)):
             self._skip(trainer, module, loss)
         else:
             self.in_row = 0
             self._compare(trainer, module, loss)
         module.log("train/loss", loss, prog_bar=True)
         module.log("skipped", float(self.skipped))
+        is_logged = (trainer.global_step + 1) % module.config.trainer.log_every == 0
+        if is_logged and not trainer.strategy.handles_gradient_accumulation:  # DeepSpeed keeps gradients elsewhere
+            copies = 1 if module.vlm.is_split else trainer.world_size  # ranks that hold the same gradients
+            norms = {f"grad/{part}": math.sqrt(each / copies) for part, each in zip(PARTS, squares, strict=True)}
+            module.log_dict({name: norm for name, norm in norms.items() if norm})  # 0: frozen
 
     def _skip(self, trainer: L.Trainer, module: Any, loss: float) -> None:
         module.require_finite_weights()
@@ -128,20 +135,30 @@ class WatchSteps(L.Callback):
         self.in_row = state_dict["in_row"]
 
 
-def bad_gradients(trainer: L.Trainer, module: Any, optimizer: torch.optim.Optimizer) -> Tensor:
-    """Return whether this rank has a gradient that is not finite: (1,), 0 or 1.
+def gradients(optimizer: torch.optim.Optimizer, part: str | None = None) -> list[Tensor]:
+    """List what this rank holds of the gradients of one part, or of all, before they are clipped."""
+    groups = [group for group in optimizer.param_groups if part in (None, group.get("name"))]
+    local = [held(each.grad) for group in groups for each in group["params"] if each.grad is not None]
+    return [each for each in local if each.numel()]  # a rank may hold no row of a small weight
+
+
+def gradient_squares(module: Any, optimizer: torch.optim.Optimizer) -> Tensor:
+    """Return the sum of the squares of this rank's gradients of each part, in the order of PARTS: (3,)."""
+    found = [gradients(optimizer, part) for part in PARTS]
+    none = module.step_loss.new_zeros(())
+    return torch.stack([get_total_norm(each).to(none) ** 2 if each else none for each in found])
+
+
+def is_every_gradient_finite(trainer: L.Trainer, module: Any, optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether no rank has a gradient that is not finite; all ranks call it together.
 
     In fp16 the scaler checks for them itself: while it searches for its scale they are not a fault.
     """
-    plugin = trainer.precision_plugin
-    is_scaled = isinstance(plugin, MixedPrecision) and plugin.scaler is not None
-    parameters = [each for group in optimizer.param_groups for each in group["params"]]
-    local = [held(each.grad) for each in parameters if each.grad is not None]
-    local = [each for each in local if each.numel()]  # a rank may hold no row of a small weight
-    if is_scaled or not local:
-        return module.step_loss.new_zeros(1)
-    norm = torch.nn.utils.get_total_norm(local, norm_type=math.inf)
-    return (~torch.isfinite(norm)).to(module.step_loss).view(1)
+    plugin, local = trainer.precision_plugin, gradients(optimizer)
+    if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
+        return True
+    is_bad = ~torch.isfinite(get_total_norm(local, norm_type=math.inf)) if local else module.step_loss.new_zeros(())
+    return not trainer.strategy.reduce(is_bad.to(module.step_loss), reduce_op="sum").item()
 
 
 def way_out(culprit: Culprit) -> str:
