@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vlm_tune import __version__
 from vlm_tune.config.hints import bare_hint, flag_hint, our_name
-from vlm_tune.config.parse import GROUPS, describe_sources, load_config, nearest_of, options, short_names
+from vlm_tune.config.parse import GROUPS, describe_sources, expand_sweep, load_config, nearest_of, options, short_names
 from vlm_tune.config.schema import Config
 from vlm_tune.config.usage import USAGE, usage, usage_of
 from vlm_tune.console import make_console
@@ -99,7 +99,7 @@ def keys_only(verb: str, arguments: list[str]) -> list[str]:
     """Return the arguments unchanged; raise ConfigError, with the correct line, for a flag or a bare word."""
     for number, argument in enumerate(arguments):
         following = arguments[number + 1] if number + 1 < len(arguments) else ""
-        if argument.startswith("-") and (verb, argument) != ("inspect", "--text"):
+        if argument.startswith("-") and (verb, argument) not in (("inspect", "--text"), ("train", "-m")):
             raise ConfigError(flag_hint(verb, argument, following, short_names()))
         if is_word(argument):
             own = ", ".join(USAGE[verb].keys) or "the keys of a run"
@@ -109,7 +109,9 @@ def keys_only(verb: str, arguments: list[str]) -> list[str]:
 
 
 def train_verb(arguments: list[str]) -> int:
-    """Train one stage."""
+    """Train one stage, or with `-m` one run after the other."""
+    if "-m" in arguments:
+        return try_all([argument for argument in arguments if argument != "-m"])
     config = load_config(arguments)
     require_all(config)
     from vlm_tune.training.resume import find_resume, initial_checkpoint
@@ -122,6 +124,16 @@ def train_verb(arguments: list[str]) -> int:
     console.print(describe_sources(arguments, config), end="", soft_wrap=True)
     train(config, console)
     return 0
+
+
+def try_all(arguments: list[str]) -> int:
+    """Train once for each combination of the values that keys list, one after the other, and compare the runs."""
+    lines = expand_sweep(arguments)
+    for line in lines:  # a mistake in the last one is said now, not in hours
+        require_all(load_config(line))
+    from vlm_tune.training.sweep import sweep
+
+    return sweep(lines, Path(load_config(lines[0]).runs), make_console())
 
 
 def require_all(config: Config) -> None:

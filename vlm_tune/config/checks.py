@@ -112,6 +112,7 @@ def _numbers(config: Config) -> list[str]:
         "trainer.log_every": trainer.log_every,
         "trainer.val_every": 1 if trainer.val_every is None else trainer.val_every,
         "trainer.save_every": 1 if trainer.save_every is None else trainer.save_every,
+        "trainer.patience": 1 if trainer.patience is None else trainer.patience,
         "trainer.max_bad_steps": trainer.max_bad_steps,
         "trainer.keep": trainer.keep,
         "trainer.max_val_rows": trainer.max_val_rows,

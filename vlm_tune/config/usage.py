@@ -25,7 +25,12 @@ class Verb:
 
 CKPT = ("runs/latest", "run folder or checkpoint file")
 USAGE = {
-    "train": Verb("(default) run a stage", "stage=finetune model=internvl2_2b data.path=my.jsonl", "data.path"),
+    "train": Verb(
+        "(default) run a stage",
+        "stage=finetune model=internvl2_2b data.path=my.jsonl",
+        "data.path",
+        more=f"-m before the keys tries all values that they list (-m stage.lora.rank=8,16); {ALL_KEYS}",
+    ),
     "chat": Verb(
         "talk to a trained model",
         "ckpt=runs/latest image=photo.jpg",

@@ -44,6 +44,7 @@ FREE = (
     "trainer.save_every",
     "trainer.save_minutes",
     "trainer.max_bad_steps",
+    "trainer.patience",
     "trainer.devices",
     "trainer.nodes",
     "trainer.accelerator",

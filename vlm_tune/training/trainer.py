@@ -16,6 +16,7 @@ from vlm_tune.model.ready import require_packages
 from vlm_tune.training.callbacks.checkpoints import AtomicCheckpoints, SaveCheckpoints
 from vlm_tune.training.callbacks.faults import LastBatch
 from vlm_tune.training.callbacks.metrics import Curves, MetricsFile
+from vlm_tune.training.callbacks.patience import StopEarly
 from vlm_tune.training.callbacks.progress import ProgressLine
 from vlm_tune.training.callbacks.ranks import WatchRanks
 from vlm_tune.training.callbacks.stop import StopWhenAsked
@@ -37,6 +38,7 @@ def make_trainer(config: Config, max_steps: int, run: Path, callbacks: list[L.Ca
         keep_freed_memory()
     stop = StopWhenAsked()
     watch = WatchSteps(run, trainer.max_bad_steps, trainer.save_minutes, stop, console)
+    saves = SaveCheckpoints(run, every(trainer.save_every, max_steps), trainer.keep, watch, console)
     is_zero, precision = config.strategy.name in ZERO, PRECISIONS[resolve_precision(trainer.precision)]
     slots = trainer.devices * trainer.nodes * trainer.micro_batch
     return L.Trainer(
@@ -59,7 +61,8 @@ def make_trainer(config: Config, max_steps: int, run: Path, callbacks: list[L.Ca
             ProgressLine(trainer.log_every, console),
             MetricsFile(run, trainer.log_every, console),
             *callbacks,  # before a step's checkpoint, so that a kill between the two loses no answers
-            SaveCheckpoints(run, every(trainer.save_every, max_steps), trainer.keep, watch, console),
+            saves,
+            StopEarly(trainer.patience, saves, console),
             watch,
             stop,
             LastBatch(),

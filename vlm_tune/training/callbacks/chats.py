@@ -51,6 +51,8 @@ class SampleAnswers(L.Callback):
         """Drop the answers after the step that the run continues from: they are generated again."""
         if trainer.is_global_zero:
             drop_lines_after(self.path, trainer.global_step)
+        if self.last_step > trainer.global_step:
+            self.last_step = -1
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Answer every `chat_every` steps."""
@@ -65,7 +67,8 @@ class SampleAnswers(L.Callback):
         self._tell(trainer, "after training")
 
     def _tell(self, trainer: L.Trainer, title: str) -> None:
-        answers = self._ask(trainer, trainer.global_step)
+        is_said = self.last_step == trainer.global_step  # a run that stops early may have just answered
+        answers = self.now if is_said else self._ask(trainer, trainer.global_step)
         if trainer.is_global_zero:
             self._print(title, answers)
 
