@@ -1,4 +1,4 @@
-"""trainer.patience ends a run whose validation loss has stopped falling; a resumed one judges as an uninterrupted one."""
+"""trainer.patience ends a run whose validation loss falls no more; a resumed one judges as an uninterrupted one."""
 
 import json
 

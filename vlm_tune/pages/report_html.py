@@ -149,7 +149,7 @@ def is_right(answer: dict[str, Any], key: str) -> bool:
 def thumbnail(picture: str, look: ImageConfig) -> tuple[str, int, int] | None:
     """Return a picture as training saw it, small: its URL, width and height; None where the file cannot be read."""
     image = small_picture(picture, look)
-    return image and (picture_url(image, QUALITY), *image.size)
+    return (picture_url(image, QUALITY), *image.size) if image else None
 
 
 def small_picture(picture: str, look: ImageConfig) -> Image.Image | None:

@@ -97,7 +97,7 @@ class Shown:
         paths = [answer["picture"] for answer in found["answers"]][int(number) :]
         look = {key.removeprefix(LOOK): value for key, value in found["settings"].items() if key.startswith(LOOK)}
         image = small_picture(paths[0], ImageConfig(**look)) if paths and paths[0] else None
-        return image and jpeg(image, QUALITY)
+        return jpeg(image, QUALITY) if image else None
 
 
 class Page(BaseHTTPRequestHandler):

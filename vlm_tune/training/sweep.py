@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from vlm_tune.console import tell
 from vlm_tune.errors import Stopped
 from vlm_tune.model.checkpoint import CONFIG
 from vlm_tune.pages.compare import compare_runs
@@ -32,8 +33,7 @@ def sweep(lines: list[list[str]], runs: Path, console: Console) -> int:
     if made:
         console.print(compare_runs(made, ""))
         console.print(f"their curves: python -m vlm_tune watch {' '.join(map(str, made))}", soft_wrap=True)
-    for line in failed:
-        console.print(line, soft_wrap=True)
+    tell(console, failed)
     return Stopped.code if code == Stopped.code else 2 if failed else 0
 
 

@@ -1,11 +1,10 @@
 """Lightning's Trainer for a configuration: devices, precision, accumulation, callbacks, loggers."""
 
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
 from vlm_tune.config.schema import Config, Precision, Strategy
@@ -15,7 +14,8 @@ from vlm_tune.model.kernels.freed import keep_freed_memory
 from vlm_tune.model.ready import require_packages
 from vlm_tune.training.callbacks.checkpoints import AtomicCheckpoints, SaveCheckpoints
 from vlm_tune.training.callbacks.faults import LastBatch
-from vlm_tune.training.callbacks.metrics import Curves, MetricsFile
+from vlm_tune.training.callbacks.loggers import LOGGERS
+from vlm_tune.training.callbacks.metrics import MetricsFile
 from vlm_tune.training.callbacks.patience import StopEarly
 from vlm_tune.training.callbacks.progress import ProgressLine
 from vlm_tune.training.callbacks.ranks import WatchRanks
@@ -25,10 +25,6 @@ from vlm_tune.training.intervals import every
 from vlm_tune.training.strategies import ZERO, ZeroPrecision, make_strategy
 
 PRECISIONS = {Precision.fp32: "32-true", Precision.bf16: "bf16-mixed", Precision.fp16: "16-mixed"}
-LOGGERS: dict[str, Any] = {
-    "tensorboard": lambda run: Curves(run, name="", version="tensorboard"),
-    "wandb": lambda run: WandbLogger(save_dir=run, name=run.name),
-}
 
 
 def make_trainer(config: Config, max_steps: int, run: Path, callbacks: list[L.Callback], console: Console) -> L.Trainer:

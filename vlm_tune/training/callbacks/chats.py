@@ -14,6 +14,7 @@ from vlm_tune.data.batch import Batch
 from vlm_tune.data.sets.dataset import Conversations
 from vlm_tune.evaluation.evaluate import Question, ask, picture_of
 from vlm_tune.model.build import Model
+from vlm_tune.training.callbacks.loggers import show_answers
 from vlm_tune.training.run_folder import append, drop_lines_after
 
 
@@ -90,6 +91,8 @@ class SampleAnswers(L.Callback):
             path = picture_of(self.test, question)
             entries.append(entry | {"picture": path and os.path.abspath(path)})
         append(self.path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+        for logger in trainer.loggers:
+            show_answers(logger, step, entries)
         return self.now
 
     def _print(self, title: str, answers: list[str]) -> None:

@@ -39,7 +39,7 @@ class StopEarly(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
         """Ask all ranks, which know the same losses, to stop when patience is out."""
         step = trainer.global_step
-        num_steps = int(trainer.val_check_batch) // trainer.accumulate_grad_batches
+        num_steps = int(trainer.val_check_batch or 1) // trainer.accumulate_grad_batches
         if self.patience is None or trainer.sanity_checking or step >= trainer.max_steps or step % num_steps:
             return
         if (step - self.saves.best_step) // num_steps < self.patience:
