@@ -1,4 +1,4 @@
-"""Write a page: one HTML file from a template, no scripts, nothing from the network, all data escaped."""
+"""Write a page: one HTML file from a template, no scripts but the one of watch, no network, all data escaped."""
 
 import base64
 import io
