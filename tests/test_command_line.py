@@ -26,8 +26,8 @@ AT_ONCE = [
     ("data.path={folder}/pictures", "holds no data file but 2 pictures. Write a file of rows that names them"),
     ("data.path={folder}/nowhere.jsonl", "nowhere.jsonl: no such file."),
     (
-        "data.path={folder}/rows.jsonl logger.names=[mlflow]",
-        "logger.names=['mlflow']: no such logger. There are: tenso",
+        "data.path={folder}/rows.jsonl logger.names=[comet]",
+        "logger.names=['comet']: no such logger. There are: tenso",
     ),
     ("data.path={folder}/rows.jsonl resume={folder}", "the folder holds no checkpoint. Name a run folder or a .ckpt"),
     ("data.path={folder}/rows.jsonl runs={folder} resume=last", "holds no run of stage=finetune model=demo with a che"),

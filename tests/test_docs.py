@@ -113,7 +113,10 @@ def test_commands_are_understood(path: Path, conf_with_examples: Path, monkeypat
         _, *words = shlex.split(command.replace("python -m vlm_tune", "vlm-tune"))
         if any(re.match(r"\.\.\.|\[|KEY=|key=", word) for word in words):
             continue  # the form of a command, not a command
-        if words and "=" not in words[0]:
+        if "-m" in words:
+            for line in parse.expand_sweep([word for word in words if word != "-m"]):
+                parse.load_config(line)
+        elif words and "=" not in words[0]:
             assert words[0] in (*VERBS, "help"), f"{short(path)}: {command}: no such verb"
         else:
             parse.load_config(words)  # raises ConfigError

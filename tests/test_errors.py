@@ -149,8 +149,8 @@ def test_runs_that_cannot_be_written(folder, fail):
         ),
         ("model.template=chatlm", "ConfigError: model.template=chatlm"),
         (
-            "logger.names=[mlflow]",
-            "ConfigError: logger.names=['mlflow']: no such logger. There are: tensorboard, wandb",
+            "logger.names=[comet]",
+            "ConfigError: logger.names=['comet']: no such logger. There are: tensorboard, wandb, mlflow, trackio",
         ),
         ("data.format=llama", "data.format=llama"),
         ("stage.lr.projector=nan", "ConfigError: stage.lr.projector=nan: not a number to compute with"),

@@ -7,10 +7,11 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from vlm_tune import __version__
 from vlm_tune.config.hints import bare_hint, flag_hint, our_name
-from vlm_tune.config.parse import GROUPS, describe_sources, load_config, nearest_of, options, short_names
+from vlm_tune.config.parse import GROUPS, describe_sources, expand_sweep, load_config, nearest_of, options, short_names
 from vlm_tune.config.schema import Config
 from vlm_tune.config.usage import USAGE, usage, usage_of
 from vlm_tune.console import make_console
@@ -28,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if verb not in VERBS:
             raise no_verb(verb)
-        return VERBS[verb](rest if verb == "configs" else keys_only(verb, rest))
+        return VERBS[verb](rest if verb in TAKE_WORDS else keys_only(verb, rest))
     except VlmTuneError as error:
         if os.environ.get("VLM_TUNE_DEBUG"):
             raise
@@ -99,7 +100,7 @@ def keys_only(verb: str, arguments: list[str]) -> list[str]:
     """Return the arguments unchanged; raise ConfigError, with the correct line, for a flag or a bare word."""
     for number, argument in enumerate(arguments):
         following = arguments[number + 1] if number + 1 < len(arguments) else ""
-        if argument.startswith("-") and (verb, argument) != ("inspect", "--text"):
+        if argument.startswith("-") and (verb, argument) not in (("inspect", "--text"), ("train", "-m")):
             raise ConfigError(flag_hint(verb, argument, following, short_names()))
         if is_word(argument):
             own = ", ".join(USAGE[verb].keys) or "the keys of a run"
@@ -109,7 +110,9 @@ def keys_only(verb: str, arguments: list[str]) -> list[str]:
 
 
 def train_verb(arguments: list[str]) -> int:
-    """Train one stage."""
+    """Train one stage, or with `-m` one run after the other."""
+    if "-m" in arguments:
+        return try_all([argument for argument in arguments if argument != "-m"])
     config = load_config(arguments)
     require_all(config)
     from vlm_tune.training.resume import find_resume, initial_checkpoint
@@ -122,6 +125,16 @@ def train_verb(arguments: list[str]) -> int:
     console.print(describe_sources(arguments, config), end="", soft_wrap=True)
     train(config, console)
     return 0
+
+
+def try_all(arguments: list[str]) -> int:
+    """Train once for each combination of the values that keys list, one after the other, and compare the runs."""
+    lines = expand_sweep(arguments)
+    for line in lines:  # a mistake in the last one is said now, not in hours
+        require_all(load_config(line))
+    from vlm_tune.training.sweep import sweep
+
+    return sweep(lines, Path(load_config(lines[0]).runs), make_console())
 
 
 def require_all(config: Config) -> None:
@@ -272,6 +285,46 @@ def configs_verb(arguments: list[str]) -> int:
     return 0
 
 
+def watch_verb(arguments: list[str]) -> int:
+    """Serve a live page of runs."""
+    own, names = words_and_keys("watch", arguments)
+    if not own["port"].isdecimal() or int(own["port"]) > 65535:
+        raise ConfigError(f"port={own['port']}: give a number from 0 to 65535; 0 takes any that is free")
+    from vlm_tune.pages.recorded import open_run
+    from vlm_tune.serve.watch import watch
+
+    watch([open_run(name) for name in names], Path(own["runs"]), int(own["port"]), make_console())
+    return 0
+
+
+def compare_verb(arguments: list[str]) -> int:
+    """Show runs side by side."""
+    own, names = words_and_keys("compare", arguments)
+    if len(names) < 2:
+        raise ConfigError("compare: name two runs or more, as in compare runs/ONE runs/OTHER")
+    from vlm_tune.model.ready import new_file
+    from vlm_tune.pages.compare import compare_runs
+    from vlm_tune.pages.recorded import open_run
+
+    if own["out"]:
+        new_file(own["out"])
+    console = make_console()
+    console.print(compare_runs([open_run(name) for name in names], own["out"]))
+    if own["out"]:
+        console.print(f"page: {own['out']}", soft_wrap=True)
+    return 0
+
+
+def words_and_keys(verb: str, arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Separate the keys of a verb that names runs from those names; raise ConfigError for any other key or flag."""
+    own, given = take_own(verb, arguments)
+    for argument in given:
+        if not is_word(argument) and not Path(argument).exists():
+            raise ConfigError(f"{argument}: no such key. This verb has: {', '.join(own)}, and names of runs")
+    return own, given
+
+
+TAKE_WORDS = ("configs", "watch", "compare")
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": train_verb,
     "chat": chat_verb,
@@ -282,6 +335,8 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "cache": cache_verb,
     "inspect": inspect_verb,
     "plan": plan_verb,
+    "watch": watch_verb,
+    "compare": compare_verb,
     "configs": configs_verb,
 }
 

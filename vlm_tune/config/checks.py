@@ -30,6 +30,7 @@ def find_problems(config: Config) -> list[str]:
         *_finite(config),
         *_stage(config),
         *_prefixes(config),
+        *_tiles(config),
         *_numbers(config),
         *_recipe(config),
         *_colour(config),
@@ -89,6 +90,19 @@ def _prefixes(config: Config) -> list[str]:
     return [f"stage.share_prefix=on, but {reason}: set it to auto" for reason, holds in alone.items() if holds]
 
 
+def _tiles(config: Config) -> list[str]:
+    problems = []
+    tiles = config.model.tiles
+    if config.model.projector.newline and tiles.rule is not TileRule.anyres:
+        problems.append(
+            f"model.projector.newline=true but model.tiles.rule={tiles.rule.value}: only any-resolution pictures have "
+            "rows to end; set model.tiles.rule=anyres or model.projector.newline=false"
+        )
+    if tiles.min > tiles.max:
+        problems.append(f"model.tiles.min={tiles.min} is above model.tiles.max={tiles.max}: lower it")
+    return problems
+
+
 def _numbers(config: Config) -> list[str]:
     stage, trainer, tiles = config.stage, config.trainer, config.model.tiles
     ranges = {
@@ -115,6 +129,7 @@ def _numbers(config: Config) -> list[str]:
         "trainer.log_every": trainer.log_every,
         "trainer.val_every": 1 if trainer.val_every is None else trainer.val_every,
         "trainer.save_every": 1 if trainer.save_every is None else trainer.save_every,
+        "trainer.patience": 1 if trainer.patience is None else trainer.patience,
         "trainer.max_bad_steps": trainer.max_bad_steps,
         "trainer.keep": trainer.keep,
         "trainer.max_val_rows": trainer.max_val_rows,
@@ -129,13 +144,6 @@ def _numbers(config: Config) -> list[str]:
         "stage.pack_tiles": stage.pack_tiles,
     }
     problems += [f"{key}={value}: set it to 1 or more" for key, value in positive.items() if value < 1]
-    if config.model.projector.newline and tiles.rule is not TileRule.anyres:
-        problems.append(
-            f"model.projector.newline=true but model.tiles.rule={tiles.rule.value}: only any-resolution pictures have "
-            "rows to end; set model.tiles.rule=anyres or model.projector.newline=false"
-        )
-    if tiles.min > tiles.max:
-        problems.append(f"model.tiles.min={tiles.min} is above model.tiles.max={tiles.max}: lower it")
     if stage.epochs <= 0 and stage.max_steps < 1:
         problems.append(f"stage.epochs={stage.epochs} and stage.max_steps={stage.max_steps}: set one of them above 0")
     if stage.max_steps < 1 and stage.max_steps != -1:

@@ -4,12 +4,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -58,6 +60,24 @@ def load_config(overrides: list[str]) -> Config:
         return to_config(raw)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(explain(error, overrides)) from error
+
+
+def expand_sweep(overrides: list[str]) -> list[list[str]]:
+    """Return the command line of each run of a sweep: `a=1,2 b=3` -> [[a=1, b=3], [a=2, b=3]], all combinations.
+
+    Values are Hydra's: lists as in a=1,2 and a=choice(1,2), and ranges as in a=range(1,4).
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except HydraException as error:
+        raise ConfigError(explain(error, overrides)) from error
+    choices = [
+        [f"{each.get_key_element()}={value}" for value in each.sweep_string_iterator()]
+        if each.is_sweep_override()
+        else [str(each.input_line)]
+        for each in parsed
+    ]
+    return [list(chosen) for chosen in product(*choices)]
 
 
 def own_search_path() -> list[str]:

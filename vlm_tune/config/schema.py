@@ -286,6 +286,7 @@ class TrainerConfig:
     log_every: int = 1  # optimizer steps
     val_every: int | None = None  # optimizer steps, and at the end; null = a fifth of the run, at most 200
     max_val_rows: int = 512
+    patience: int | None = None  # validations without a lower loss, after which the run ends early; null = never
     save_every: int | None = None  # and at the end; null as above
     save_minutes: float | None = None  # also save after this many minutes
     max_bad_steps: int = 5  # consecutive steps skipped for a loss or gradient that is not finite, before the run stops

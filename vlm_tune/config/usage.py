@@ -25,7 +25,12 @@ class Verb:
 
 CKPT = ("runs/latest", "run folder or checkpoint")
 USAGE = {
-    "train": Verb("(default) run a stage", "stage=finetune model=internvl2_2b data.path=my.jsonl", "data.path"),
+    "train": Verb(
+        "(default) run a stage",
+        "stage=finetune model=internvl2_2b data.path=my.jsonl",
+        "data.path",
+        more=f"-m before the keys tries all values that they list (-m stage.lora.rank=8,16); {ALL_KEYS}",
+    ),
     "chat": Verb(
         "talk to a trained model",
         "ckpt=runs/latest image=photo.jpg",
@@ -87,6 +92,20 @@ USAGE = {
             "gpus": ("", "number of devices: the same as trainer.devices"),
             "fit": ("false", "true prints only the settings that make the run fit"),
         },
+    ),
+    "watch": Verb(
+        "a live page of runs",
+        "runs/latest",
+        "",
+        {"port": ("8222", "where the page is served on this machine"), "runs": ("runs", "folder of the newest runs")},
+        "names of runs; left out: the newest ones, also those that start later",
+    ),
+    "compare": Verb(
+        "runs side by side",
+        "runs/ONE runs/OTHER out=compared.html",
+        "",
+        {"out": ("", "new .html file for their curves and answers")},
+        "names of two runs or more",
     ),
     "configs": Verb(
         "list, show, copy settings",

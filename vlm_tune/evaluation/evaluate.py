@@ -80,6 +80,12 @@ def read_questions(test: Conversations, limit: int = -1, among: npt.NDArray[np.i
     return questions
 
 
+def picture_of(test: Conversations, question: Question) -> str | None:
+    """Return the path of a question's first picture; None where it has none, or one that is no file of its own."""
+    first = question.sample.pictures[0] if question.sample.pictures else None
+    return str(test.root / first.path) if first and first.path and first.frame is None else None
+
+
 def prompt_of(test: Conversations, sample: Sample) -> Prompt:
     """Encode everything up to the last question."""
     example = test.encoder.encode_prompt(sample, test.tiling(sample))

@@ -18,7 +18,8 @@ from vlm_tune.model.checkpoint import find_checkpoint, run_config, start_of
 from vlm_tune.model.layouts.folders import find_folder, require_weights
 from vlm_tune.recipes.recipe import require_recipe
 
-LOGGERS = ("tensorboard", "wandb")  # the packages are of the same names
+LOGGERS = ("tensorboard", "wandb", "mlflow", "trackio")  # the packages are of the same names
+SMALLER = {"mlflow": "mlflow-skinny"}  # without its server
 RECIPE = "recipe:"
 
 
@@ -61,7 +62,8 @@ def require_packages(config: Config) -> None:
         raise ConfigError(f"logger.names={unknown}: no such logger. There are: {', '.join(LOGGERS)}")
     missing = [name for name in config.logger.names if find_spec(name) is None]
     if missing:
-        raise ConfigError(f"logger.names={missing}: not installed. Run `pip install {' '.join(missing)}`")
+        packages = " ".join(SMALLER.get(name, name) for name in missing)
+        raise ConfigError(f"logger.names={missing}: not installed. Run `pip install {packages}`")
     needed = {
         "bitsandbytes": {
             f"stage.quantize={config.stage.quantize.value}": config.stage.quantize is not Quantize.none,

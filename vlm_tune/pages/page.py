@@ -1,4 +1,4 @@
-"""Write a page: one HTML file from a template, no scripts, nothing from the network, all data escaped."""
+"""Write a page: one HTML file from a template, no scripts but the one of watch, no network, all data escaped."""
 
 import base64
 import io
@@ -11,6 +11,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from vlm_tune import __version__, words
+
+FOLDER = Path(__file__).parent
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:
@@ -42,10 +44,14 @@ def templates() -> Environment:
 
 def picture_url(picture: Image.Image, quality: int = 85) -> str:
     """Return a picture as a data URI, as JPEG."""
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg(picture, quality)).decode('ascii')}"
+
+
+def jpeg(picture: Image.Image, quality: int) -> bytes:
+    """Return a picture as JPEG."""
     with io.BytesIO() as file:
         picture.save(file, "JPEG", quality=quality, optimize=True)
-        content = base64.b64encode(file.getvalue()).decode("ascii")
-    return f"data:image/jpeg;base64,{content}"
+        return file.getvalue()
 
 
 def data_name(path: Path) -> str:

@@ -148,12 +148,18 @@ def is_right(answer: dict[str, Any], key: str) -> bool:
 
 def thumbnail(picture: str, look: ImageConfig) -> tuple[str, int, int] | None:
     """Return a picture as training saw it, small: its URL, width and height; None where the file cannot be read."""
+    image = small_picture(picture, look)
+    return (picture_url(image, QUALITY), *image.size) if image else None
+
+
+def small_picture(picture: str, look: ImageConfig) -> Image.Image | None:
+    """Open a picture as training saw it, small; None where the file cannot be read."""
     try:
         image = ImageReader(look, Path("/")).open_picture(Picture(os.path.abspath(picture)))
     except DataError:
         return None
     image.thumbnail(THUMBNAIL, Image.Resampling.LANCZOS)
-    return picture_url(image, QUALITY), *image.size
+    return image
 
 
 def shorten(text: str) -> str:

@@ -5,7 +5,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +12,12 @@ import yaml
 
 from vlm_tune.errors import ConfigError
 from vlm_tune.model.find_batch import available_bytes
+from vlm_tune.model.flops import GPUS
 from vlm_tune.model.kernels.freed import keep_freed_memory
 from vlm_tune.planning.ledger import Operation, Shape
 from vlm_tune.planning.rehearsal import Needs
 
 GIB = 2**30
-GPUS = Path(__file__).with_name("gpus.yaml")
 PRODUCTS, BANDWIDTH = 0.6, 0.75  # what kernels reach of the published rates
 LAUNCH = 6e-6  # seconds between two kernels
 CONTEXT = 0.9  # GiB that a GPU's own library, its products and its allocator keep

@@ -19,6 +19,7 @@ from vlm_tune.evaluation.evaluate import (
     count_tasks,
     majority_scores,
     open_test,
+    picture_of,
     read_questions,
     score,
     write_predictions,
@@ -111,8 +112,10 @@ class Examiner(L.Callback):
         assert self.test is not None
         answers = []
         for question, before, after in zip(self.shown, chats.before, chats.now, strict=True):
-            first = question.sample.pictures[0] if question.sample.pictures else None
-            path = str(self.test.root / first.path) if first and first.path and first.frame is None else None
-            entry = {"picture": path, "question": question.text, "expected": question.expected}
+            entry = {
+                "picture": picture_of(self.test, question),
+                "question": question.text,
+                "expected": question.expected,
+            }
             answers.append(entry | {"before": before, "after": after})
         return answers

@@ -12,6 +12,7 @@ from vlm_tune.config.schema import Config, Precision
 from vlm_tune.data.batch import Batch
 from vlm_tune.errors import TrainingError
 from vlm_tune.model.build import DTYPES, Model, resolve_precision
+from vlm_tune.model.flops import count_flops
 from vlm_tune.model.optim import make_optimizer, make_schedule
 from vlm_tune.model.parts.shards import fully_split, held
 from vlm_tune.model.parts.stage import set_modes, trained_parameters
@@ -28,6 +29,7 @@ class VlmModule(L.LightningModule):
         self.vlm = model.vlm
         self.config = config
         self.max_steps = max_steps
+        self.flops, self.num_flops = count_flops(model.vlm), 0.0  # estimated; of this process since its start
         self.num_samples = self.num_tokens = 0  # of the run so far, all processes; `WatchSteps` adds each step's
         self.step_sizes = (0, 0, 0)  # samples, tokens and tiles of the optimizer step so far, of this process
         self.step_loss = torch.zeros(())  # of the optimizer step so far
@@ -44,6 +46,10 @@ class VlmModule(L.LightningModule):
     def on_fit_start(self) -> None:
         """Start the clock."""
         self.clock = time.perf_counter()
+
+    def seconds_so_far(self) -> float:
+        """Return the wall time of the run up to now, without interruptions."""
+        return self.train_seconds + time.perf_counter() - self.clock
 
     def on_train_start(self) -> None:
         """Set train or eval mode for each part."""
@@ -68,6 +74,7 @@ class VlmModule(L.LightningModule):
         samples, tokens, tiles = self.step_sizes if self._continues(batch_idx) else (0, 0, 0)
         self.step_sizes = samples + len(batch.sample_ids), tokens + batch.num_tokens, tiles + batch.num_tiles
         self.step_loss = loss.detach() + (self.step_loss if self._continues(batch_idx) else 0.0)
+        self.num_flops += self.flops.of(batch) if self.flops else 0.0
         self.is_in_step = self._continues(batch_idx + 1)
         if not self.is_in_step:
             self._log_rates()

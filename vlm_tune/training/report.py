@@ -87,7 +87,7 @@ class RunReport:
             "precision": resolve_precision(self.config.trainer.precision).value,
             "started": datetime.fromtimestamp((self.run / CONFIG).stat().st_mtime).isoformat(timespec="seconds"),
             "seconds": round(module.train_seconds, 1),
-            "steps": module.max_steps,
+            "steps": module.global_step,
             "samples": module.num_samples,
             "tokens": module.num_tokens,
             "init_from": str(self.start) if self.start else None,

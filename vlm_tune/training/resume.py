@@ -49,6 +49,7 @@ FREE = (
     "trainer.save_minutes",
     "trainer.max_bad_steps",
     "trainer.find_batch",
+    "trainer.patience",
     "trainer.devices",
     "trainer.nodes",
     "trainer.accelerator",

@@ -1,11 +1,10 @@
 """Lightning's Trainer for a configuration: devices, precision, accumulation, callbacks, loggers."""
 
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
 from vlm_tune.config.schema import Config, Precision, Strategy
@@ -15,7 +14,9 @@ from vlm_tune.model.kernels.freed import keep_freed_memory
 from vlm_tune.model.ready import require_packages
 from vlm_tune.training.callbacks.checkpoints import SaveCheckpoints
 from vlm_tune.training.callbacks.faults import LastBatch
-from vlm_tune.training.callbacks.metrics import Curves, MetricsFile
+from vlm_tune.training.callbacks.loggers import LOGGERS
+from vlm_tune.training.callbacks.metrics import MetricsFile
+from vlm_tune.training.callbacks.patience import StopEarly
 from vlm_tune.training.callbacks.progress import ProgressLine
 from vlm_tune.training.callbacks.ranks import WatchRanks
 from vlm_tune.training.callbacks.stop import StopWhenAsked
@@ -25,10 +26,6 @@ from vlm_tune.training.intervals import every
 from vlm_tune.training.strategies import ZERO, ZeroPrecision, make_strategy
 
 PRECISIONS = {Precision.fp32: "32-true", Precision.bf16: "bf16-mixed", Precision.fp16: "16-mixed"}
-LOGGERS: dict[str, Any] = {
-    "tensorboard": lambda run: Curves(run, name="", version="tensorboard"),
-    "wandb": lambda run: WandbLogger(save_dir=run, name=run.name),
-}
 
 
 def make_trainer(
@@ -40,6 +37,7 @@ def make_trainer(
         keep_freed_memory()
     stop, writer = StopWhenAsked(), CheckpointWriter(parts)
     watch = WatchSteps(run, trainer.max_bad_steps, trainer.save_minutes, stop, console)
+    saves = SaveCheckpoints(run, every(trainer.save_every, max_steps), trainer.keep, watch, writer)
     is_zero, precision = config.strategy.name in ZERO, PRECISIONS[resolve_precision(trainer.precision)]
     slots = trainer.devices * trainer.nodes * trainer.micro_batch
     return L.Trainer(
@@ -62,7 +60,8 @@ def make_trainer(
             ProgressLine(trainer.log_every, console),
             MetricsFile(run, trainer.log_every, console),
             *callbacks,  # before a step's checkpoint, so that a kill between the two loses no answers
-            SaveCheckpoints(run, every(trainer.save_every, max_steps), trainer.keep, watch, writer),
+            saves,
+            StopEarly(trainer.patience, saves, console),
             watch,
             stop,
             LastBatch(),

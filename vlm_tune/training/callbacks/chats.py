@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from rich.table import Table
 
 from vlm_tune.data.batch import Batch
 from vlm_tune.data.sets.dataset import Conversations
-from vlm_tune.evaluation.evaluate import Question, ask
+from vlm_tune.evaluation.evaluate import Question, ask, picture_of
 from vlm_tune.model.build import Model
+from vlm_tune.training.callbacks.loggers import show_answers
 from vlm_tune.training.run_folder import append, drop_lines_after
 
 
@@ -50,6 +52,8 @@ class SampleAnswers(L.Callback):
         """Drop the answers after the step that the run continues from: they are generated again."""
         if trainer.is_global_zero:
             drop_lines_after(self.path, trainer.global_step)
+        if self.last_step > trainer.global_step:
+            self.last_step = -1
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Answer every `chat_every` steps."""
@@ -64,7 +68,8 @@ class SampleAnswers(L.Callback):
         self._tell(trainer, "after training")
 
     def _tell(self, trainer: L.Trainer, title: str) -> None:
-        answers = self._ask(trainer, trainer.global_step)
+        is_said = self.last_step == trainer.global_step  # a run that stops early may have just answered
+        answers = self.now if is_said else self._ask(trainer, trainer.global_step)
         if trainer.is_global_zero:
             self._print(title, answers)
 
@@ -79,12 +84,15 @@ class SampleAnswers(L.Callback):
         self.now, self.last_step = [prediction.answer for prediction in predictions], step
         if not trainer.is_global_zero:
             return self.now
-        lines = ""
-        for prediction in predictions:
+        entries = []
+        for question, prediction in zip(self.questions, predictions, strict=True):
             entry = {"step": step, "id": prediction.id, "question": prediction.question}
             entry |= {"expected": prediction.expected, "answer": prediction.answer}
-            lines += json.dumps(entry, ensure_ascii=False) + "\n"
-        append(self.path, lines)
+            path = picture_of(self.test, question)
+            entries.append(entry | {"picture": path and os.path.abspath(path)})
+        append(self.path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+        for logger in trainer.loggers:
+            show_answers(logger, step, entries)
         return self.now
 
     def _print(self, title: str, answers: list[str]) -> None:

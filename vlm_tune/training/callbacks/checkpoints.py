@@ -78,9 +78,8 @@ class SaveCheckpoints(L.Callback):
         self.writer.look()
         watch, step = self.watch, trainer.global_step
         is_last = watch.must_stop or watch.error is not None or step >= trainer.max_steps
-        if step != self.saved_step and (is_last or watch.must_save or step % self.save_every == 0):
-            self._save(trainer, checkpoint_name(step))
-            self.saved_step, self.watch.saved_at = step, time.monotonic()
+        if is_last or watch.must_save or step % self.save_every == 0:
+            self.save_step(trainer)
         loops = trainer._checkpoint_connector._get_loops_state_dict()
         self.place = loops, module.num_samples, module.num_tokens, trainer.datamodule.cursor  # type: ignore[attr-defined]
         self.is_between = True
@@ -143,6 +142,13 @@ class SaveCheckpoints(L.Callback):
         if loss < self.best:
             self.best, self.best_step = loss, trainer.global_step
             self._save(trainer, BEST)
+
+    def save_step(self, trainer: L.Trainer) -> None:
+        """Save the step that has just ended, unless it is saved already."""
+        step = trainer.global_step
+        if step != self.saved_step:
+            self._save(trainer, checkpoint_name(step))
+            self.saved_step, self.watch.saved_at = step, time.monotonic()
 
     def _save(self, trainer: L.Trainer, name: str, **changed: Any) -> None:
         """Copy the state and have it written; wait where the one before it is still being written."""

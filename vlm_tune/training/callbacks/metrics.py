@@ -14,22 +14,9 @@ from rich.console import Console
 from vlm_tune.console import make_console
 from vlm_tune.data.batch import Batch
 from vlm_tune.model.checkpoint import write_atomically
+from vlm_tune.pages.recorded import COLUMNS, write_metrics
+from vlm_tune.pages.recorded import read_metrics as read_metrics
 from vlm_tune.training.run_folder import append
-
-COLUMNS = (
-    "step",
-    "train/loss",
-    "val/loss",
-    "lr/vision",
-    "lr/projector",
-    "lr/llm",
-    "speed/samples",
-    "speed/tokens",
-    "speed/waiting",
-    "imbalance/tokens",
-    "imbalance/tiles",
-    "skipped",
-)
 
 
 class MetricsFile(L.Callback):
@@ -58,20 +45,20 @@ class MetricsFile(L.Callback):
         step = trainer.global_step
         is_whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if is_whole_step and step % self.log_every == 0:
-            self._write(trainer, [name for name in COLUMNS if name != "val/loss"])
+            self._write(trainer, [name for name in COLUMNS if name != "val/loss"], {"max_steps": trainer.max_steps})
 
     def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
         """Write the validation loss in a row of its own."""
         if not trainer.sanity_checking:
-            self._write(trainer, ["val/loss"])
+            self._write(trainer, ["val/loss"], {})
 
-    def _write(self, trainer: L.Trainer, names: list[str]) -> None:
+    def _write(self, trainer: L.Trainer, names: list[str], place: dict[str, float]) -> None:
         if not trainer.is_global_zero:
             return
         seen = trainer.callback_metrics
         values = {name: float(seen[name]) for name in names if name in seen and torch.isfinite(seen[name])}
         said_before = bool(self.pending)
-        self.pending.append({"step": trainer.global_step, **values})
+        self.pending.append({"step": trainer.global_step, **values, **place})
         lines = io.StringIO(newline="")
         csv.DictWriter(lines, COLUMNS).writerows(self.pending)
         try:
@@ -121,23 +108,3 @@ class Curves(TensorBoardLogger):
                 f"{self.log_dir}: {error.strerror}: the run goes on without TensorBoard, metrics.csv has the numbers",
                 soft_wrap=True,
             )
-
-
-def write_metrics(path: Path, rows: list[dict[str, float]]) -> None:
-    """Write the rows of a metrics file, below its header."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Read the rows of a metrics file; empty cells, and a row that a crash cut off, are left out."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        whole = [line for line in file if line.endswith("\n")]
-    return [
-        {name: int(value) if name == "step" else float(value) for name, value in row.items() if value}
-        for row in csv.DictReader(whole)
-    ]

@@ -1,14 +1,19 @@
 """The progress line: step, loss, learning rate, tokens and samples per second, time left."""
 
+import resource
 import time
 from typing import Any
 
 import lightning as L
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from vlm_tune.config.schema import Precision
 from vlm_tune.console import LINE_SECONDS, Estimate, is_quiet
 from vlm_tune.data.batch import Batch
+from vlm_tune.model.build import resolve_precision
+from vlm_tune.model.flops import peak_tflops
 from vlm_tune.training.module import VlmModule
 
 
@@ -24,6 +29,7 @@ class ProgressLine(L.Callback):
         """Start counting."""
         self.started = time.perf_counter()
         self.start = (module.num_samples, module.num_tokens)
+        self.peak = half_peak(module)
         self.estimate = Estimate(trainer.max_steps)
         self.text = self.left = ""
         self.last_line = 0.0
@@ -48,11 +54,16 @@ class ProgressLine(L.Callback):
         samples = (module.num_samples - self.start[0]) / seconds
         tokens = (module.num_tokens - self.start[1]) / seconds
         waiting = trainer.train_dataloader.seconds_waited / seconds  # type: ignore[union-attr]
+        tflops = module.num_flops / 1e12 / seconds
         speed = {"speed/samples": samples, "speed/tokens": tokens, "speed/waiting": waiting}
+        speed |= {"speed/memory_mb": memory_mb(module.device), "speed/seconds": module.seconds_so_far()}
+        speed |= {"speed/tflops": tflops} if tflops else {}
+        speed |= {"speed/mfu": tflops / self.peak} if tflops and self.peak else {}
         module.log_dict(speed, rank_zero_only=True)
         loss = float(trainer.callback_metrics.get("train/loss", float("nan")))
         rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
-        return f"loss {loss:.4f}  lr {rate:.1e}  {tokens:,.0f} tokens/s  {samples:.1f} samples/s"
+        used = f"  MFU {speed['speed/mfu']:.0%}" if "speed/mfu" in speed else ""
+        return f"loss {loss:.4f}  lr {rate:.1e}  {tokens:,.0f} tokens/s  {samples:.1f} samples/s{used}"
 
     def _show(self, trainer: L.Trainer, seconds: float) -> None:
         step = trainer.global_step
@@ -74,3 +85,17 @@ class ProgressLine(L.Callback):
     def on_exception(self, trainer: L.Trainer, module: Any, exception: BaseException) -> None:
         """Release the terminal."""
         self.on_train_end(trainer, module)
+
+
+def memory_mb(device: torch.device) -> float:
+    """Return the most memory held so far: allocated on a GPU, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def half_peak(module: VlmModule) -> float | None:
+    """Return the TFLOP/s that a card is published to reach in 16 bit; None where unknown, or where a run is in 32."""
+    if module.device.type != "cuda" or resolve_precision(module.config.trainer.precision) is Precision.fp32:
+        return None
+    return peak_tflops(torch.cuda.get_device_name(module.device))

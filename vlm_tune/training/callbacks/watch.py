@@ -15,12 +15,14 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from rich.console import Console
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from vlm_tune.config.schema import Precision
 from vlm_tune.data.batch import Batch
 from vlm_tune.errors import TrainingError
 from vlm_tune.model.build import resolve_precision
 from vlm_tune.model.parts.shards import held
+from vlm_tune.model.parts.stage import PARTS
 from vlm_tune.training.callbacks.culprit import Culprit, find_culprit, of_all_ranks
 from vlm_tune.training.callbacks.stop import StopWhenAsked
 from vlm_tune.training.run_folder import append, drop_lines_after
@@ -71,20 +73,29 @@ class WatchSteps(L.Callback):
         shares = [0] * (2 * trainer.world_size)  # tokens of each rank, and tiles: a sum over ranks leaves each its own
         shares[trainer.global_rank], shares[trainer.global_rank - trainer.world_size] = tokens, tiles
         wishes = module.step_loss.new_tensor([bool(self.stop.asked), is_due, samples, *shares])
-        facts = torch.cat([module.step_loss.view(1), bad_gradients(trainer, module, optimizer), wishes])
-        loss, num_bad, stop, save, samples, *dealt = trainer.strategy.reduce(facts, reduce_op="sum").tolist()
+        facts = torch.cat([module.step_loss.view(1), gradient_squares(trainer, module, optimizer), wishes])
+        loss, *summed = trainer.strategy.reduce(facts, reduce_op="sum").tolist()
+        squares, (stop, save, samples, *dealt) = summed[: len(PARTS)], summed[len(PARTS) :]
         tokens_of, tiles_of = dealt[: trainer.world_size], dealt[trainer.world_size :]
         module.num_samples += int(samples)
         module.num_tokens += int(sum(tokens_of))
         self.must_stop, self.must_save = stop > 0, save > 0
-        if not math.isfinite(loss) or num_bad:
-            self._skip(trainer, module, loss, bool(num_bad))
+        # the squares of large numbers may be infinite, which they are not
+        is_sure = all(map(math.isfinite, squares)) or is_scaled(trainer, module)
+        is_gradient_bad = not is_sure and not is_every_gradient_finite(trainer, module, optimizer)
+        if not math.isfinite(loss) or is_gradient_bad:
+            self._skip(trainer, module, loss, is_gradient_bad)
         else:
             self.in_row = 0
             self._compare(trainer, module, loss)
         module.log("train/loss", loss, prog_bar=True)
         module.log_dict({"imbalance/tokens": imbalance(tokens_of), "imbalance/tiles": imbalance(tiles_of)})
         module.log("skipped", float(self.skipped))
+        is_logged = (trainer.global_step + 1) % module.config.trainer.log_every == 0
+        if is_logged and not isinstance(trainer.strategy, Zero) and not is_scaled(trainer, module):
+            copies = 1 if module.vlm.is_split else trainer.world_size  # ranks that hold the same gradients
+            norms = {f"grad/{part}": math.sqrt(each / copies) for part, each in zip(PARTS, squares, strict=True)}
+            module.log_dict({name: norm for name, norm in norms.items() if norm})  # 0: frozen
 
     def _skip(self, trainer: L.Trainer, module: Any, loss: float, is_gradient_bad: bool) -> None:
         module.require_finite_weights()
@@ -144,24 +155,39 @@ def imbalance(shares: list[float]) -> float:
     return max(shares) * len(shares) / sum(shares) if any(shares) else 1.0
 
 
-def bad_gradients(trainer: L.Trainer, module: Any, optimizer: torch.optim.Optimizer) -> Tensor:
-    """Return whether this rank has a gradient that is not finite: (1,), 0 or 1.
-
-    In fp16 the scaler checks for them itself: while it searches for its scale they are not a fault.
-    """
-    plugin = trainer.precision_plugin
-    is_scaled = isinstance(plugin, MixedPrecision) and plugin.scaler is not None
+def is_scaled(trainer: L.Trainer, module: Any) -> bool:
+    """Return whether gradients are scaled, in fp16: the scaler checks them, and while it searches none is a fault."""
     if isinstance(trainer.strategy, Zero):
-        is_scaled = resolve_precision(module.config.trainer.precision) is Precision.fp16
-        local = trainer.strategy.gradients()
+        return resolve_precision(module.config.trainer.precision) is Precision.fp16
+    plugin = trainer.precision_plugin
+    return isinstance(plugin, MixedPrecision) and plugin.scaler is not None
+
+
+def gradients(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> dict[str, list[Tensor]]:
+    """List what this rank holds of the gradients of each part, before they are clipped; DeepSpeed mixes the parts."""
+    if isinstance(trainer.strategy, Zero):
+        found = {PARTS[0]: trainer.strategy.gradients()}
     else:
-        parameters = [each for group in optimizer.param_groups for each in group["params"]]
-        local = [held(each.grad) for each in parameters if each.grad is not None]
-    local = [each for each in local if each.numel()]  # a rank may hold no row of a small weight
-    if is_scaled or not local:
-        return module.step_loss.new_zeros(1)
-    norm = torch.nn.utils.get_total_norm(local, norm_type=math.inf)
-    return (~torch.isfinite(norm)).to(module.step_loss).view(1)
+        found = {part: [] for part in PARTS}
+        for group in optimizer.param_groups:
+            found[group["name"]] += [held(each.grad) for each in group["params"] if each.grad is not None]
+    # a rank may hold no row of a small weight
+    return {part: [each for each in local if each.numel()] for part, local in found.items()}
+
+
+def gradient_squares(trainer: L.Trainer, module: Any, optimizer: torch.optim.Optimizer) -> Tensor:
+    """Return the sum of the squares of this rank's gradients of each part, in the order of PARTS: (3,)."""
+    found = gradients(trainer, optimizer)
+    none = module.step_loss.new_zeros(())
+    norms = [get_total_norm(found[part]).to(none) if found.get(part) else none for part in PARTS]
+    return torch.stack(norms) ** 2
+
+
+def is_every_gradient_finite(trainer: L.Trainer, module: Any, optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether no rank has a gradient that is not finite; all ranks call it together."""
+    local = [each for part in gradients(trainer, optimizer).values() for each in part]
+    is_bad = ~torch.isfinite(get_total_norm(local, norm_type=math.inf)) if local else module.step_loss.new_zeros(())
+    return not trainer.strategy.reduce(is_bad.to(module.step_loss), reduce_op="sum").item()
 
 
 def way_out(culprit: Culprit) -> str:
