@@ -12,7 +12,7 @@ from vlm_tune.planning.seconds import find_gpu
 from vlm_tune.planning.show import spoken
 from vlm_tune.planning.skeleton import make_skeleton
 
-KNOWN_MODELS = {name: facts for name, facts in yaml.safe_load(KNOWN.read_text()).items() if name != "_parts"}
+KNOWN_MODELS = {name: facts for name, facts in yaml.safe_load(KNOWN.read_text()).items() if "parameters" in facts}
 
 
 def test_a_plan_names_each_share_and_says_that_it_fits(toys, run_cli):

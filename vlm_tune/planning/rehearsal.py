@@ -26,7 +26,7 @@ from vlm_tune.planning.heap import heap_bytes
 from vlm_tune.planning.ledger import Ledger, Operation
 from vlm_tune.planning.skeleton import fake_like, give_fakes, make_skeleton
 
-KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "workspace", "gaps")
+KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "workspace", "gaps", "checkpoint")
 UNPAGED = {
     Optimizer.paged_adamw32bit: Optimizer.adamw,  # the same numbers, but in memory that may leave the GPU
     Optimizer.paged_adamw8bit: Optimizer.adamw8bit,
@@ -99,6 +99,8 @@ def rehearse(config: Config, batch: Batch, vocabulary: Vocabulary, on_gpu: bool)
     sizes = ledger.peak(start)
     if not on_gpu:
         sizes["gaps"] = max(0, heap_bytes(ledger.events) - sum(sizes.values()))
+        trained = sum(weight.nbytes for _, weight in trained_parameters(vlm))
+        sizes["checkpoint"] = trained + sizes.get("optimizer", 0)  # that of a GPU goes into the host's memory
     num_devices = trainer.devices * trainer.nodes
     for kind in SHARED.get(config.strategy.name, ()):
         sizes[kind] = sizes.get(kind, 0) // num_devices

@@ -16,6 +16,7 @@ MEANING = {
     "logits": "a chunk of supervised tokens",
     "workspace": "used in between",
     "gaps": "between blocks of the heap",
+    "checkpoint": "a copy of what is trained, while it is written",
     "device": "its library, its allocator",
 }
 
@@ -29,7 +30,7 @@ def show_memory(console: Console, needs: Needs, device: Gpu | Cpu) -> None:
     """Print each share of the peak as a bar, and whether the sum fits."""
     sizes = {kind: needs.sizes[kind] / GIB for kind in KINDS}
     if isinstance(device, Gpu):
-        del sizes["gaps"]  # which are part of what the allocator keeps
+        del sizes["gaps"], sizes["checkpoint"]  # part of what the allocator keeps; in the host's memory
         sizes["device"] = CONTEXT
     total = total_gib(needs, device)
     console.print("\n[bold]memory[/] at the peak of a step, GiB on one device", markup=True)
