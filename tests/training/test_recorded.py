@@ -13,6 +13,8 @@ from vlm_tune.training.callbacks.watch import gradient_squares, is_every_gradien
 from vlm_tune.training.module import VlmModule
 from vlm_tune.training.run import train
 
+TRAINER = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+
 
 @pytest.fixture(scope="module")
 def run(toys, tmp_path_factory):
@@ -60,7 +62,7 @@ def test_a_file_of_before_these_columns_is_read(tmp_path):
 
 def test_norms_are_those_of_each_part(after_backward):
     module, optimizer = after_backward
-    squares = gradient_squares(module, optimizer).tolist()
+    squares = gradient_squares(TRAINER, module, optimizer).tolist()
     for part, found in zip((module.vlm.vision, module.vlm.projector, module.vlm.llm), squares, strict=True):
         weights = [weight for weight in part.parameters() if weight.grad is not None]
         assert found == pytest.approx(sum(float(weight.grad.square().sum()) for weight in weights), rel=1e-4)
@@ -70,6 +72,5 @@ def test_norms_are_those_of_each_part(after_backward):
 def test_a_large_gradient_is_a_number_though_its_square_is_none(after_backward, value, is_fine):
     module, optimizer = after_backward
     optimizer.param_groups[0]["params"][0].grad.view(-1)[0] = value
-    assert not torch.isfinite(gradient_squares(module, optimizer)).all()
-    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    assert is_every_gradient_finite(trainer, module, optimizer) is is_fine
+    assert not torch.isfinite(gradient_squares(TRAINER, module, optimizer)).all()
+    assert is_every_gradient_finite(TRAINER, module, optimizer) is is_fine

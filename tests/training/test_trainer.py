@@ -1,5 +1,6 @@
 """What the trainer sets up around the loop."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -52,3 +53,27 @@ print(before - held())
 def test_what_loading_freed_is_handed_back_from_between_what_it_kept():
     done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=True)
     assert int(done.stdout) > 80
+
+
+COLLECTED = """
+import gc, os
+from vlm_tune.data.datamodule import start_reader
+
+def own():  # MB that no other process shares
+    with open("/proc/self/smaps_rollup") as file:
+        return sum(int(line.split()[1]) for line in file if line.startswith("Private_Dirty")) // 1024
+
+if os.fork() == 0:
+    start_reader(0)
+    before = own()
+    gc.collect()
+    print(own() - before, flush=True)
+    os._exit(0)
+os.wait()
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="only Linux tells what processes share")
+def test_a_collection_in_a_data_worker_copies_nothing_that_it_inherited():
+    done = subprocess.run([sys.executable, "-c", COLLECTED], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 30

@@ -1,5 +1,6 @@
 """Lightning's view of the data: a training stream that continues from a checkpoint, and a fixed validation pass."""
 
+import gc
 import signal
 import time
 from collections.abc import Iterator
@@ -184,10 +185,15 @@ class TimedLoader(DataLoader[Batch | VlmTuneError]):
         return batch
 
 
-def ignore_stops(number: int) -> None:
-    """Leave a stop to the main process: a terminal and SLURM send it to the workers too, and the step needs them."""
+def start_reader(number: int) -> None:
+    """Leave a stop to the main process, and what a worker inherited out of its garbage collections.
+
+    A terminal and SLURM send a stop to the workers too, and the step needs them. A collection writes into every object
+    that it looks at: after hours, the first full one would copy the whole heap of the main process into each worker.
+    """
     for each in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(each, signal.SIG_IGN)
+    gc.freeze()
 
 
 class DataModule(L.LightningDataModule):
@@ -309,7 +315,7 @@ class DataModule(L.LightningDataModule):
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
-            worker_init_fn=ignore_stops,
+            worker_init_fn=start_reader,
             prefetch_factor=4 if workers else None,
         )
 
