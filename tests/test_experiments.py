@@ -36,6 +36,7 @@ def place(tmp_path, monkeypatch, toys) -> Path:
     write_texts(tmp_path / "data")
     prepared("chat_text", "english")
     prepared("chat_text?languages=chinese", "chinese")
+    write_grounding(prepared("grounding"))
     shutil.copytree(toys.data, prepared("demo"), dirs_exist_ok=True)
     shutil.copy(toys.data / "train.jsonl", prepared("demo") / "finetune_train.jsonl")
     return tmp_path
@@ -76,6 +77,16 @@ def write_foodieqa(folder: Path) -> None:
         write_json(folder / f"{name}_tidy.json", [{**row, "question_id": f"{name}-{number}"} for number in range(4)])
     for number in (1, 2, 3, 4):
         picture(folder / f"images/{number}.jpg")
+
+
+def write_grounding(folder: Path) -> None:
+    picture(folder / "images/shapes-train-0000.jpeg")
+    asked = {"role": "user", "content": "<image>\nWhere is <ref-object>?"}
+    row = {"messages": [asked, {"role": "assistant", "content": "<bbox>"}], "images": ["images/shapes-train-0000.jpeg"]}
+    objects = {"ref": ["the red star"], "bbox": [[3, 4, 30, 31]]}
+    rows = [{"id": f"shapes-train-0000-{number}", **row, "objects": objects, "task": "shapes"} for number in range(8)]
+    for part in ("train", "val", "test"):
+        write_jsonl(folder / f"{part}.jsonl", rows)
 
 
 def write_texts(folder: Path) -> None:

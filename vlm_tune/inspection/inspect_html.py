@@ -9,6 +9,7 @@ from PIL import Image
 
 from vlm_tune.inspection import inspect_text
 from vlm_tune.inspection.inspect_row import SUPERVISED, Seen, Token, runs_of
+from vlm_tune.pages.boxes import clipped_boxes
 from vlm_tune.pages.page import picture_url, write_page
 
 MAX_SIDE = 1200  # pixels of a picture in the page
@@ -23,7 +24,10 @@ def write_html(seen: Seen, path: Path) -> None:
     """Write the page of a row."""
     runs = list(placed_runs(seen.tokens))
     lines = list(token_lines(runs))
-    values = {"seen": seen, "runs": runs, "lines": lines[:MAX_TOKENS], "num_lines": len(lines)}
+    said = "".join(message.text for message in seen.sample.messages)
+    size = seen.pictures[0].image.size if seen.pictures else (0, 0)
+    drawn = [("expected", "", box) for box in clipped_boxes(said, size)]
+    values = {"seen": seen, "runs": runs, "lines": lines[:MAX_TOKENS], "num_lines": len(lines), "boxes": drawn}
     limits = {"max_tiles": MAX_TILES, "url": small_url, "words": inspect_text}
     write_page(path, "inspect.html", heading=seen.sample.id, **values, **limits)
 

@@ -13,7 +13,8 @@ from vlm_tune.config.schema import ImageConfig
 from vlm_tune.data.pictures.images import ImageReader
 from vlm_tune.data.sample import Picture
 from vlm_tune.errors import DataError
-from vlm_tune.evaluation.metrics import is_match
+from vlm_tune.evaluation.metrics import Box, is_match
+from vlm_tune.pages.boxes import clipped_boxes
 from vlm_tune.pages.page import picture_url, write_page
 from vlm_tune.pages.report_chart import NARROW_SIZE, chart, curve, smoothed
 from vlm_tune.words import percent
@@ -123,7 +124,8 @@ def gallery(answers: list[dict[str, Any]], look: ImageConfig) -> dict[str, Any]:
         summary += f" The first {len(shown):,} of {len(groups):,} are shown; report.json has all answers."
     title = "Answers about test pictures" if any(picture for picture, _ in groups) else "Answers"
     cards = [card(picture, asked, look) for (picture, _), asked in shown]
-    return {"title": title, "summary": summary, "cards": cards}
+    has_boxes = any(card["boxes"] for card in cards)
+    return {"title": title, "summary": summary, "cards": cards, "has_boxes": has_boxes}
 
 
 def card(picture: str, asked: list[dict[str, Any]], look: ImageConfig) -> dict[str, Any]:
@@ -137,7 +139,16 @@ def card(picture: str, asked: list[dict[str, Any]], look: ImageConfig) -> dict[s
         ]
         questions.append((shorten(str(answer.get("question") or "").replace("<image>", "").strip()), lines))
     name, shown = os.path.basename(picture), thumbnail(picture, look) if picture else None
-    return {"name": name, "picture": shown, "questions": questions}
+    boxes = list(located(asked, shown[1:])) if shown else []
+    return {"name": name, "picture": shown, "questions": questions, "boxes": boxes}
+
+
+def located(asked: list[dict[str, Any]], size: tuple[int, int]) -> Iterator[tuple[str, str, Box]]:
+    """Yield the boxes expected and answered about a picture of (width, height): kind, number of the question, box."""
+    for number, answer in enumerate(asked, 1):
+        for key in ("expected", "after"):
+            for box in clipped_boxes(str(answer.get(key) or ""), size):
+                yield key, str(number) if len(asked) > 1 else "", box
 
 
 def is_right(answer: dict[str, Any], key: str) -> bool:

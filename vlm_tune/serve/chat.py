@@ -1,6 +1,7 @@
 """`python -m vlm_tune chat ckpt=RUN image=PICTURE`: talk to a trained model in the terminal."""
 
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from vlm_tune.model.build import Model
 from vlm_tune.model.checkpoint import find_checkpoint
 from vlm_tune.model.generate import Prompt, answer
 from vlm_tune.model.trained import open_trained
+from vlm_tune.pages.boxes import with_boxes
 
 HELP = "/image PATH shows a picture, /reset starts anew, /exit ends"
 
@@ -50,6 +52,24 @@ class Chat:
         self.messages += [asked, replace(open_turn, parts=(text,))]
         self.pending = []
         return text
+
+    def draw(self, text: str) -> str:
+        """Save a copy of the newest picture with the boxes of an answer on it, in a new temporary file.
+
+        Return a line that says where, or "" where there is nothing to draw; raise DataError where it cannot be written.
+        """
+        shown = Sample("chat", tuple(self.messages)).pictures
+        if not shown or "<box>" not in text:
+            return ""
+        drawn = with_boxes(self._reader(shown[-1]).open_picture(shown[-1], "chat", None), text)
+        if drawn is None:
+            return ""
+        try:
+            with tempfile.NamedTemporaryFile(prefix="vlm_tune_boxes_", suffix=".png", delete=False) as file:
+                drawn.save(file, "PNG")
+        except OSError as error:
+            raise DataError(f"the boxes of this answer are not drawn: {error}. Set TMPDIR to another folder") from error
+        return f"boxes drawn on {Path(shown[-1].path).name}: {file.name}"
 
     def reset(self) -> None:
         """Forget the conversation and its pictures."""
@@ -114,4 +134,7 @@ def respond(talk: Chat, line: str, console: Console) -> None:
     elif any("\ud800" <= letter <= "\udfff" for letter in line):
         raise DataError("this line is not UTF-8: ask again", "standard input")
     elif line:
-        console.print(talk.ask(line))
+        text = talk.ask(line)
+        console.print(text)
+        if drawn := talk.draw(text):
+            make_console(stderr=True).print(drawn, soft_wrap=True)

@@ -1,0 +1,211 @@
+"""Make pictures with things to find: coloured shapes drawn from a seed, and emoji placed on the demo's photos."""
+
+import argparse
+import json
+import math
+import random
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from vlm_tune.recipes.fetch import cache_folder, fetch_npm, unpack
+from vlm_tune.recipes.recipe import recipe_main, recipe_parser, run_recipe, write_rows
+
+FONT = ("noto-color-emoji", "1.0.1", "noto-color-emoji-1.0.1.tgz")
+FONT_SHA256 = "1eb9d65e50be8d7fe3235f48c24c9a4d63aeeaca65d0ed5dd51f956537543a76"
+FONT_SIZE = 109  # the one size that the font holds pictures for
+
+SEED = 0
+NUM_SHAPES = {"train": 900, "val": 40, "test": 80}  # pictures
+PHOTOS = {"train": "pretrain_train", "val": "pretrain_val", "test": "test"}  # the demo's own split, by food
+COPIES = {"train": 2, "val": 1, "test": 1}  # pictures made of one photo, each with other emoji
+SIZES = ((320, 240), (240, 320), (280, 280))
+SHAPE_SIDE, EMOJI_SIDE = (0.25, 0.5), (0.35, 0.65)  # of the picture's shorter side
+LARGEST = (480, 480)  # pixels of a photo
+SMOOTH = 4  # a shape is drawn so much larger, and made smaller
+NOISE = 6.0  # of the grounds, in grey levels
+QUALITY = 88  # as JPEG
+
+COLOURS = {
+    "red": "#d62728",
+    "orange": "#ff8c1a",
+    "yellow": "#f2d21b",
+    "green": "#2b9a3e",
+    "blue": "#2457d6",
+    "purple": "#8a3fc0",
+    "white": "#fafafa",
+    "black": "#161616",
+}
+SHAPES = {
+    "circle": None,
+    "square": [(0.0, 0.0), (1.0, 0.0), (1.0, 1.0), (0.0, 1.0)],
+    "triangle": [(0.5, 0.0), (1.0, 1.0), (0.0, 1.0)],
+    "diamond": [(0.5, 0.0), (1.0, 0.5), (0.5, 1.0), (0.0, 0.5)],
+    "cross": [
+        *((1 / 3, 0.0), (2 / 3, 0.0), (2 / 3, 1 / 3), (1.0, 1 / 3), (1.0, 2 / 3), (2 / 3, 2 / 3)),
+        *((2 / 3, 1.0), (1 / 3, 1.0), (1 / 3, 2 / 3), (0.0, 2 / 3), (0.0, 1 / 3), (1 / 3, 1 / 3)),
+    ],
+    "star": [
+        (0.5 + r * math.sin(n * math.pi / 4), 0.5 - r * math.cos(n * math.pi / 4)) for n, r in enumerate([0.5, 0.2] * 4)
+    ],
+}
+EMOJI = {
+    "dog": "🐶",
+    "cat": "🐱",
+    "mouse": "🐭",
+    "rabbit": "🐰",
+    "fox": "🦊",
+    "bear": "🐻",
+    "panda": "🐼",
+    "frog": "🐸",
+    "pig": "🐷",
+    "chicken": "🐔",
+    "penguin": "🐧",
+    "fish": "🐠",
+    "octopus": "🐙",
+    "ladybird": "🐞",
+    "sunflower": "🌻",
+    "rose": "🌹",
+    "tree": "🌳",
+    "sun": "🌞",
+    "football": "⚽",
+    "basketball": "🏀",
+    "balloon": "🎈",
+    "gift": "🎁",
+    "guitar": "🎸",
+    "car": "🚗",
+    "bus": "🚌",
+    "rocket": "🚀",
+    "clock": "⏰",
+    "umbrella": "☂",
+    "key": "🔑",
+    "heart": "💙",
+    "ghost": "👻",
+    "robot": "🤖",
+}
+
+Box = tuple[int, int, int, int]
+Found = list[tuple[str, Box]]  # what a picture shows, by the one expression that fits it
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """Write train.jsonl, val.jsonl, test.jsonl and their pictures into `options.out`."""
+    print("grounding: npm noto-color-emoji, 6.8 MB (font: OFL-1.1), and the recipe demo")
+    font = fetch_npm(*FONT, FONT_SHA256, cache_folder() / "downloads")
+    demo = run_recipe("demo")
+    (options.out / "images").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=options.out) as unpacked:
+        emoji = draw_emoji(unpack(font, Path(unpacked)) / "package" / "ttf" / "NotoColorEmoji.ttf")
+    for part in NUM_SHAPES:
+        shapes, photos = list(shape_pictures(part)), list(emoji_pictures(part, demo, emoji))
+        rows = []
+        for name, picture, found in shapes + photos:
+            picture.save(options.out / "images" / f"{name}.jpeg", quality=QUALITY)
+            rows += rows_of(name, found)
+        write_rows(rows, options.out / f"{part}.jsonl")
+        print(f"grounding: {part}: {len(shapes)} pictures of shapes, {len(photos)} photos with emoji, {len(rows)} rows")
+
+
+def rows_of(name: str, found: Found) -> Iterator[dict[str, Any]]:
+    """Yield a row in ms-swift's layout for each thing that a picture shows, its box in pixels."""
+    turns = [
+        {"role": "user", "content": "<image>\nWhere is <ref-object>?"},
+        {"role": "assistant", "content": "<bbox>"},
+    ]
+    for number, (expression, box) in enumerate(found):
+        row: dict[str, Any] = {"id": f"{name}-{number}", "messages": turns, "images": [f"images/{name}.jpeg"]}
+        yield {**row, "objects": {"ref": [expression], "bbox": [list(box)]}, "task": name.partition("-")[0]}
+
+
+def shape_pictures(part: str) -> Iterator[tuple[str, Image.Image, Found]]:
+    """Yield pictures of 2 to 4 shapes, no two of one colour and form, with their names."""
+    every = [(colour, form) for colour in COLOURS for form in SHAPES]
+    for number in range(NUM_SHAPES[part]):
+        name = f"shapes-{part}-{number:04d}"
+        dice = random.Random(f"{SEED} {name}")
+        picture = ground(dice, name, dice.choice(SIZES))
+        chosen = dice.sample(every, dice.randint(2, 4))
+        boxes = places(dice, picture.size, [(1.0, 1.0)] * len(chosen), SHAPE_SIDE)
+        for (colour, form), box in zip(chosen, boxes, strict=True):
+            shape = draw_shape(form, box[2] - box[0])
+            picture.paste(COLOURS[colour], box, shape)
+        yield name, picture, [(f"the {colour} {form}", box) for (colour, form), box in zip(chosen, boxes, strict=True)]
+
+
+def emoji_pictures(part: str, demo: Path, emoji: dict[str, Image.Image]) -> Iterator[tuple[str, Image.Image, Found]]:
+    """Yield photos of one part of the demo with 2 to 3 different emoji on them."""
+    lines = (demo / f"{PHOTOS[part]}.jsonl").read_text(encoding="utf-8").splitlines()
+    for file in dict.fromkeys(json.loads(line)["image"] for line in lines):
+        with Image.open(demo / file) as photo:
+            plain = photo.convert("RGB")
+        plain.thumbnail(LARGEST, Image.Resampling.LANCZOS)
+        for number in range(COPIES[part]):
+            name = f"emoji-{Path(file).stem}-{number}"
+            dice = random.Random(f"{SEED} {name}")
+            chosen, picture = dice.sample(sorted(emoji), dice.randint(2, 3)), plain.copy()
+            forms = [emoji[each].size for each in chosen]
+            boxes = places(dice, picture.size, [(w / max(w, h), h / max(w, h)) for w, h in forms], EMOJI_SIDE)
+            for each, box in zip(chosen, boxes, strict=True):
+                drawn = emoji[each].resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.LANCZOS)
+                picture.paste(drawn, box, drawn)
+            yield name, picture, [(f"the {each}", box) for each, box in zip(chosen, boxes, strict=True)]
+
+
+def places(
+    dice: random.Random, size: tuple[int, int], forms: list[tuple[float, float]], sides: tuple[float, float]
+) -> list[Box]:
+    """Return boxes in pixels for things of these relative widths and heights, none over another."""
+    while True:
+        boxes: list[Box] = []
+        for wide, high in forms:
+            side = dice.uniform(*sides) * min(size)
+            width, height = round(side * wide), round(side * high)
+            left, top = dice.randint(0, size[0] - width), dice.randint(0, size[1] - height)
+            boxes.append((left, top, left + width, top + height))
+        if not any(meet(one, other) for n, one in enumerate(boxes) for other in boxes[:n]):
+            return boxes
+
+
+def meet(one: Box, other: Box) -> bool:
+    """Tell whether two boxes have a pixel in common."""
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def ground(dice: random.Random, name: str, size: tuple[int, int]) -> Image.Image:
+    """Return a ground: from one pale or dark colour to another, turned by quarters, with a little noise."""
+    low, high = (tuple(dice.randint(70, 190) for _ in "rgb") for _ in range(2))
+    slope = Image.linear_gradient("L").rotate(dice.choice((0, 90, 180, 270))).resize(size)
+    plain = np.asarray(ImageOps.colorize(slope, low, high), np.float32)  # (H, W, 3)
+    noise = np.random.default_rng(list(name.encode())).normal(0, NOISE, plain.shape)
+    return Image.fromarray((plain + noise).clip(0, 255).astype(np.uint8))
+
+
+def draw_shape(form: str, side: int) -> Image.Image:
+    """Return a form that touches all four sides of a square, as a mask."""
+    mask = Image.new("L", (side * SMOOTH, side * SMOOTH))
+    pen, last = ImageDraw.Draw(mask), side * SMOOTH - 1
+    corners = SHAPES[form]
+    if corners is None:
+        pen.ellipse((0, 0, last, last), fill=255)
+    else:
+        pen.polygon([(x * last, y * last) for x, y in corners], fill=255)
+    return mask.resize((side, side), Image.Resampling.LANCZOS)
+
+
+def draw_emoji(path: Path) -> dict[str, Image.Image]:
+    """Return the emoji by name, each cut to what is not transparent of it."""
+    font, drawn = ImageFont.truetype(path, FONT_SIZE), {}
+    for name, character in EMOJI.items():
+        canvas = Image.new("RGBA", (2 * FONT_SIZE, 2 * FONT_SIZE))
+        ImageDraw.Draw(canvas).text((FONT_SIZE // 4, FONT_SIZE // 4), character, font=font, embedded_color=True)
+        drawn[name] = canvas.crop(canvas.getchannel("A").getbbox())
+    return drawn
+
+
+if __name__ == "__main__":
+    sys.exit(recipe_main(prepare, recipe_parser(str(__doc__))))

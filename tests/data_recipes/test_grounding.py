@@ -1,0 +1,110 @@
+"""The recipe of boxes: each picture holds what its rows say, where they say it, and nothing else that a name fits."""
+
+import importlib.util
+import json
+import random
+from types import ModuleType
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm_tune.data.dialects.boxes import write_boxes
+from vlm_tune.data.dialects.dialects import parse_record
+from vlm_tune.evaluation.metrics import overlap
+from vlm_tune.recipes.recipe import recipe_folders
+
+
+def load_recipe() -> ModuleType:
+    """Load the recipe from its file: recipes are programs, not modules of the package."""
+    spec = importlib.util.spec_from_file_location("grounding_recipe", recipe_folders()["grounding"] / "prepare.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+grounding = load_recipe()
+
+
+@pytest.fixture
+def few(monkeypatch):
+    monkeypatch.setattr(grounding, "NUM_SHAPES", {"train": 12, "val": 3, "test": 3})
+
+
+@pytest.fixture
+def demo(tmp_path):
+    """Write a prepared demo of one photo in each part."""
+    (tmp_path / "demo/images").mkdir(parents=True)
+    for number, (part, file) in enumerate(grounding.PHOTOS.items()):
+        name = f"images/{part}.jpeg"
+        Image.new("RGB", (900, 500), (90, 60 * number, 90)).save(tmp_path / "demo" / name)
+        (tmp_path / f"demo/{file}.jsonl").write_text(2 * (json.dumps({"image": name}) + "\n"))
+    return tmp_path / "demo"
+
+
+@pytest.mark.parametrize("form", grounding.SHAPES)
+def test_a_form_touches_all_four_sides_of_its_box(form):
+    mask = np.asarray(grounding.draw_shape(form, 60)) > 40
+    assert mask.shape == (60, 60)
+    assert all(side.any() for side in (mask[:2], mask[-2:], mask[:, :2], mask[:, -2:]))
+
+
+def test_a_picture_shows_two_to_four_things_that_differ_in_name_and_do_not_overlap(few):
+    for _, picture, found in grounding.shape_pictures("train"):
+        assert 2 <= len(found) <= 4
+        assert len({expression for expression, _ in found}) == len(found)
+        covered = np.zeros(picture.size[::-1], int)
+        for _, (left, top, right, bottom) in found:
+            assert 0 <= left < right <= picture.width
+            assert 0 <= top < bottom <= picture.height
+            covered[top:bottom, left:right] += 1
+        assert covered.max() == 1
+
+
+def test_the_same_pictures_come_every_time_and_no_picture_comes_twice(few):
+    seen = [picture.tobytes() for part in grounding.NUM_SHAPES for _, picture, _ in grounding.shape_pictures(part)]
+    again = [picture.tobytes() for part in grounding.NUM_SHAPES for _, picture, _ in grounding.shape_pictures(part)]
+    assert seen == again
+    assert len(set(seen)) == len(seen) == 18
+
+
+def test_emoji_lie_on_photos_of_their_own_part_with_tight_boxes(demo):
+    red = Image.new("RGBA", (100, 50), (255, 0, 0, 255))
+    for part in grounding.PHOTOS:
+        made = list(grounding.emoji_pictures(part, demo, {"flag": red, "bar": red, "sign": red}))
+        assert len(made) == grounding.COPIES[part]
+        for name, picture, found in made:
+            assert name.startswith(f"emoji-{part}-")
+            assert max(picture.size) <= max(grounding.LARGEST)
+            is_red = (np.asarray(picture) == (255, 0, 0)).all(-1)
+            boxed = np.zeros_like(is_red)
+            for _, (left, top, right, bottom) in found:
+                boxed[top:bottom, left:right] = True
+            assert (is_red == boxed).all()
+
+
+def test_its_rows_are_read_as_questions_with_one_box():
+    row, _ = grounding.rows_of(
+        "shapes-test-0000", [("the red star", (32, 24, 160, 120)), ("the blue star", (0, 0, 9, 9))]
+    )
+    sample = write_boxes(parse_record(row, "auto", "test.jsonl:1", 0), lambda picture: (320, 240))
+    assert [message.text for message in sample.messages] == [
+        "\nWhere is <ref>the red star</ref>?",
+        "<box>[[100, 100, 500, 500]]</box>",
+    ]
+    assert (row["task"], sample.pictures[0].path) == ("shapes", "images/shapes-test-0000.jpeg")
+
+
+def test_a_blind_guess_is_rarely_right():
+    """The one box that is nearest to most: what an answer without a look at the picture can reach."""
+    dice = random.Random(0)
+    boxes = [
+        tuple(1000 * edge / side for edge, side in zip(box, (*size, *size), strict=True))
+        for size in grounding.SIZES
+        for _ in range(200)
+        for box in grounding.places(dice, size, [(1.0, 1.0)] * 3, grounding.SHAPE_SIDE)
+    ]
+    best = max(sum(overlap(guess, box) >= 0.5 for box in boxes) for guess in boxes[::10])
+    assert best / len(boxes) < 0.15
