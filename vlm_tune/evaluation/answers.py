@@ -25,6 +25,7 @@ from vlm_tune.words import counted
 
 PLACE = "A"  # in place of an answer, which all dialects ask for; no prompt holds it
 REPLIES = {"human": "gpt", "user": "assistant"}
+BEGIN = b'{"row": '  # of each line
 Line = dict[str, Any]
 
 
@@ -135,11 +136,10 @@ def read_answers(out: Path) -> list[Line]:
         lines = [json.loads(line) for line in whole.splitlines()]
     except ValueError:
         lines = [None]
-    if not all(isinstance(line, dict) and line.get("row") == row for row, line in enumerate(lines)):
+    is_ours = all(isinstance(line, dict) and line.get("row") == row for row, line in enumerate(lines))
+    if not (is_ours and BEGIN.startswith(content[len(whole) :][: len(BEGIN)])):
         raise ConfigError(f"out={out}: not a file of answers, and nothing else is overwritten. Name another")
     if len(whole) < len(content):
-        if not content[len(whole) :].startswith(b'{"row": '):
-            raise ConfigError(f"out={out}: not a file of answers, and nothing else is overwritten. Name another")
         out.write_bytes(whole)
     return lines
 

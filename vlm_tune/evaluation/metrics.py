@@ -165,6 +165,11 @@ class Metric:
     is_generated: bool = True  # else the likelihood of what the row holds is measured
     is_choice: bool = False
 
+    @property
+    def is_likelihood(self) -> bool:
+        """Whether the expected answers themselves are measured, and none is chosen."""
+        return not (self.is_generated or self.is_choice)
+
     def graded(self, asked: Prediction) -> Prediction:
         """Score an answer; raise DataError for a question that the metric does not fit."""
         return replace(asked, score=self.grade(asked))

@@ -49,7 +49,7 @@ def evaluate(wanted: Wanted, console: Console) -> Examined:
     samples = {question.row: question.sample for question in questions}
     examined = Examined(test, metric, measure, samples, answers)
     columns = {measure: examined.scores[name]} if len(answers) == 1 else examined.scores
-    if metric.is_generated or metric.is_choice:
+    if not metric.is_likelihood:
         columns = columns | {"majority": metric.majority(first)}
     title = str(test.path) if len(answers) == 1 else f"{test.path}: {measure}"
     console.print(score_table(title, count_tasks(first), columns, metric.shown))

@@ -8,7 +8,7 @@ from vlm_tune.evaluation.prediction import Prediction, by_task
 from vlm_tune.evaluation.verb import Examined
 from vlm_tune.pages.page import picture_url, write_page
 from vlm_tune.pages.report_html import MAX_PICTURES, QUALITY, open_small, shorten
-from vlm_tune.words import percent
+from vlm_tune.words import counted, percent
 
 
 def write_worst(examined: Examined, path: Path) -> None:
@@ -22,7 +22,9 @@ def write_worst(examined: Examined, path: Path) -> None:
         means = sorted((fmean(other.score for other in by_row[each.row]), each.row) for each in asked)
         wrong = [row for mean, row in means if mean < 1]
         cards = [card(examined, row, by_row[row]) for row in wrong[:most]]
-        sections.append({"task": task, "cards": cards, "wrong": len(wrong), "count": len(asked)})
+        sections.append(
+            {"task": task, "cards": cards, "summary": summary(examined, len(wrong), len(cards), len(asked))}
+        )
     scores, shown = examined.scores, examined.metric.shown
     table = [
         {"task": task, "count": len(asked), "scores": [shown(each[task]) for each in scores.values()]}
@@ -30,6 +32,17 @@ def write_worst(examined: Examined, path: Path) -> None:
     ]
     values = {"names": list(scores), "measure": examined.measure, "table": table, "sections": sections}
     write_page(path, "worst.html", heading=examined.test.path.name, file=str(examined.test.path), **values)
+
+
+def summary(examined: Examined, wrong: int, shown: int, count: int) -> str:
+    """Say how many answers of a task could be better, and how many of them are shown."""
+    if examined.metric.is_likelihood:
+        return f"The {shown:,} least likely of {count:,} expected answers."
+    if not wrong:
+        return f"All {counted(count, 'question')} were answered as expected."
+    text = f"{wrong:,} of {counted(count, 'question')} {'was' if wrong == 1 else 'were'} not answered as expected"
+    text += " by at least one model" if len(examined.answers) > 1 else ""
+    return text + (f"; the worst {shown:,} are shown." if shown < wrong else ".")
 
 
 def card(examined: Examined, row: int, predictions: list[Prediction]) -> dict[str, Any]:
