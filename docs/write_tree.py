@@ -35,6 +35,7 @@ PURPOSES = {
     "docs/configuration.md": "Every key, its default and meaning (written by make docs).",
     "docs/data_format.md": "Files, dialects, and every fault of a row.",
     "docs/faq.md": "Error texts, their causes and remedies.",
+    "docs/lmms_eval": "A task of lmms-eval over a file of your own.",
     "docs/recipes.md": "The data recipes, and how to write one.",
     "docs/scaling.md": "Devices and strategies; what was not measured.",
     "notebooks": "Each runs in a minute on a CPU, with the demo's data and model.",
@@ -52,6 +53,7 @@ PURPOSES = {
     "vlm_tune/pages/watch.js": "Draw the curves and answers of runs, and ask for new ones.",
     "vlm_tune/pages/report_chart.css": "The colours of the loss curve.",
     "vlm_tune/pages/report_chart.svg": "The loss curve, placed by its axes.",
+    "vlm_tune/pages/worst.html": "The page of the worst answers of an evaluation.",
     "vlm_tune/py.typed": "Tells type checkers that the package has types.",
 }
 

@@ -166,17 +166,31 @@ def chat_verb(arguments: list[str]) -> int:
 
 
 def evaluate_verb(arguments: list[str]) -> int:
-    """Score a trained model on a test file."""
+    """Score models on a test file."""
     own, overrides = split_own("evaluate", arguments)
-    from vlm_tune.model.ready import new_file, require_questions, require_run
+    from vlm_tune.evaluation.wanted import Wanted
 
-    if own["out"]:
-        new_file(own["out"])
-    require_questions(require_run(own["ckpt"], overrides))
+    wanted = Wanted.read(own, overrides)
     from vlm_tune.evaluation.verb import evaluate
+    from vlm_tune.pages.worst import write_worst
 
-    evaluate(own["ckpt"], own["out"], overrides, make_console())
+    console = make_console()
+    examined = evaluate(wanted, console)
+    if wanted.page:
+        write_worst(examined, Path(wanted.page))
+        console.print(f"page: {wanted.page}", soft_wrap=True)
     return 0
+
+
+def answer_verb(arguments: list[str]) -> int:
+    """Answer a file of questions, or one question about each picture of a folder; 1 where some could not be."""
+    own, overrides = split_own("answer", arguments)
+    from vlm_tune.evaluation.wanted import Asked
+
+    asked = Asked.read(own, overrides)
+    from vlm_tune.evaluation.answers import answer_all
+
+    return answer_all(asked, make_console())
 
 
 def export_verb(arguments: list[str]) -> int:
@@ -330,6 +344,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "chat": chat_verb,
     "evaluate": evaluate_verb,
     "export": export_verb,
+    "answer": answer_verb,
     "merge": merge_verb,
     "check": check_verb,
     "cache": cache_verb,

@@ -2,7 +2,8 @@
 
 import pytest
 
-from vlm_tune.evaluation.metrics import boxes_in, is_match, majority, overlap
+from vlm_tune.evaluation.metrics import AUTO, boxes_in, is_match, overlap
+from vlm_tune.evaluation.prediction import Prediction
 
 
 @pytest.mark.parametrize(
@@ -60,4 +61,5 @@ def test_a_box_is_right_from_an_overlap_of_one_half(answer, expected, is_right):
 
 
 def test_the_most_frequent_box_is_right_where_it_overlaps():
-    assert majority([ONE, ONE, "<box>[[0, 0, 100, 90]]</box>", "<box>[[0, 0, 10, 10]]</box>"]) == 0.75
+    expected = [ONE, ONE, "<box>[[0, 0, 100, 90]]</box>", "<box>[[0, 0, 10, 10]]</box>"]
+    assert AUTO.majority([Prediction(row, "", "all", "", box, "") for row, box in enumerate(expected)]) == {"all": 0.75}

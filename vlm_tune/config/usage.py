@@ -24,6 +24,7 @@ class Verb:
 
 
 CKPT = ("runs/latest", "run folder or checkpoint")
+MODEL = ("", "settings of a model that no run made: a name of `configs list`")
 USAGE = {
     "train": Verb(
         "(default) run a stage",
@@ -46,7 +47,15 @@ USAGE = {
         "score a test file",
         "ckpt=runs/latest data.test=test.jsonl",
         "ckpt",
-        {"ckpt": CKPT, "out": ("", "new file for the answers; left out: predictions.jsonl of the run")},
+        {
+            "ckpt": ("runs/latest", "run, checkpoint, model folder or hub id; several side by side: ONE,OTHER"),
+            "model": MODEL,
+            "metric": ("auto", "exact, vqa, choice, likelihood, anls, iou, caption, perplexity; auto: exact, or boxes"),
+            "by": ("task", "field of the rows that the scores are listed by"),
+            "max_new_tokens": ("auto", "longest answer; auto: as the expected ones need"),
+            "out": ("", "new file for the answers; left out: predictions.jsonl of the run"),
+            "page": ("", "new .html file for the worst answers with their pictures"),
+        },
         RUN_KEYS,
     ),
     "export": Verb(
@@ -62,6 +71,19 @@ USAGE = {
             "max_shard_size": ("2GB", "largest file of weights"),
         },
         RUN_KEYS,
+    ),
+    "answer": Verb(
+        "answer many questions",
+        "ckpt=runs/latest data.path=asked.jsonl out=answers.jsonl",
+        "data.path",
+        {
+            "ckpt": ("runs/latest", "run, checkpoint, model folder or hub id"),
+            "model": MODEL,
+            "out": ("", "file for the answers; those that it holds already are kept"),
+            "question": ("", "asked about each picture of a folder, data.path=FOLDER"),
+            "max_new_tokens": ("256", "longest answer"),
+        },
+        "data.path=FILE: rows of questions, or a folder of pictures; other keys of a run lie over its configuration",
     ),
     "merge": Verb(
         "fold a peft adapter into it",

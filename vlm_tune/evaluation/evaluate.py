@@ -1,10 +1,7 @@
 """Ask a model the questions of a test file and score its answers by task."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -14,41 +11,16 @@ from vlm_tune.config.schema import AugmentConfig, Config
 from vlm_tune.data.sample import Sample
 from vlm_tune.data.sets.dataset import Conversations, PictureSettings
 from vlm_tune.data.sets.paths import find_test
-from vlm_tune.errors import DataError
-from vlm_tune.evaluation.metrics import is_match, majority
+from vlm_tune.errors import ConfigError, DataError
+from vlm_tune.evaluation.metrics import AUTO, Metric
+from vlm_tune.evaluation.prediction import Prediction, Question
 from vlm_tune.model.build import Model
 from vlm_tune.model.generate import Prompt, answer
+from vlm_tune.words import percent
 
 BATCH = 32
-SPARE_TOKENS = 4  # an answer longer than the longest expected one is wrong anyway
-
-
-@dataclass(frozen=True)
-class Question:
-    """One row of a test file: everything before its last answer, and that answer."""
-
-    row: int
-    task: str
-    sample: Sample
-    expected: str
-
-    @property
-    def text(self) -> str:
-        """The last question."""
-        return next(message.text for message in reversed(self.sample.messages) if message.role == "user").strip()
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """A question and what the model answered."""
-
-    row: int
-    id: str
-    task: str
-    question: str
-    expected: str
-    answer: str
-    correct: bool
+SPARE_TOKENS = 4  # beyond the longest expected answer: one that is longer still is wrong anyway ...
+GRADED_TOKENS = 64  # ... but where part of it may be right
 
 
 def open_test(config: Config, model: Model) -> Conversations | None:
@@ -60,10 +32,12 @@ def open_test(config: Config, model: Model) -> Conversations | None:
     return Conversations(path, config.data, model.encoder, pictures)
 
 
-def read_questions(test: Conversations, limit: int = -1, among: npt.NDArray[np.int64] | None = None) -> list[Question]:
-    """Read the rows whose last turn is an answer. The row's own `task` field names its task; the default is "all".
+def read_questions(
+    test: Conversations, limit: int = -1, among: npt.NDArray[np.int64] | None = None, by: str = "task"
+) -> list[Question]:
+    """Read the rows whose last turn is an answer. The row's own field `by` names its task; the default is "all".
 
-    If there are more rows than `limit`, evenly spaced ones are taken.
+    If there are more rows than `limit`, evenly spaced ones are taken. Raise ConfigError where no row has the field.
     """
     rows = np.arange(len(test)) if among is None else among
     if 0 <= limit < len(rows):
@@ -75,14 +49,32 @@ def read_questions(test: Conversations, limit: int = -1, among: npt.NDArray[np.i
             continue
         if sample.messages[-1].role != "assistant":
             raise DataError("the last turn is not an answer: there is nothing to compare with", sample.where, sample.id)
-        task = str(test.rows[row].get("task", "all"))
-        questions.append(Question(row, task, sample, sample.messages[-1].text.strip()))
+        record = test.rows[row]
+        task, answers = str(record.get(by, "all")), accepted_answers(record.get("answers"), sample)
+        questions.append(Question(row, task, sample, sample.messages[-1].text.strip(), answers))
+    if by != "task" and questions and not any(by in test.rows[question.row] for question in questions):
+        raise ConfigError(f"by={by}: no row of {test.path} has this field. Name one that they have")
     return questions
 
 
-def picture_of(test: Conversations, question: Question) -> str | None:
+def accepted_answers(value: object, sample: Sample) -> tuple[str, ...]:
+    """Read the answers that a row accepts: texts, or VQA's objects with an "answer" each."""
+    if value is None:
+        return ()
+    texts = (
+        [each.get("answer") if isinstance(each, dict) else each for each in value]
+        if isinstance(value, list | tuple)
+        else []
+    )
+    found = tuple(text for text in texts if isinstance(text, str))
+    if not found or len(found) < len(texts):
+        raise DataError('"answers" is no list of texts. Write those that are accepted', sample.where, sample.id)
+    return found
+
+
+def picture_of(test: Conversations, sample: Sample) -> str | None:
     """Return the path of a question's first picture; None where it has none, or one that is no file of its own."""
-    first = question.sample.pictures[0] if question.sample.pictures else None
+    first = sample.pictures[0] if sample.pictures else None
     return str(test.root / first.path) if first and first.path and first.frame is None else None
 
 
@@ -96,16 +88,18 @@ def ask(
     model: Model,
     test: Conversations,
     questions: list[Question],
+    metric: Metric = AUTO,
     max_new_tokens: int | None = None,
-    report: Callable[[int], None] = lambda done: None,
 ) -> list[Prediction]:
-    """Answer all questions greedily, in batches of similar length.
+    """Answer all questions greedily, in batches of similar length, and score the answers.
 
-    Without `max_new_tokens` answers may be a little longer than the longest expected one.
+    Without `max_new_tokens` answers may be a little longer than the longest expected one, or twice as long where an
+    answer may be right in part.
     """
     if max_new_tokens is None:
-        expected = [model.tokenizer.encode(q.expected, add_special_tokens=False) for q in questions]
-        max_new_tokens = max(map(len, expected)) + SPARE_TOKENS
+        accepted = [text for question in questions for text in (question.expected, *question.answers)]
+        longest = max(len(model.tokenizer.encode(text, add_special_tokens=False)) for text in accepted)
+        max_new_tokens = longest + SPARE_TOKENS if metric.is_strict else max(2 * longest, GRADED_TOKENS)
     predictions: dict[int, Prediction] = {}
     prompts = {question.row: prompt_of(test, question.sample) for question in questions}
     by_length = sorted(questions, key=lambda question: len(prompts[question.row].example.input_ids))
@@ -113,41 +107,21 @@ def ask(
         batch = by_length[start : start + BATCH]
         answers = answer(model, [prompts.pop(question.row) for question in batch], max_new_tokens)
         for question, text in zip(batch, answers, strict=True):
-            is_right = is_match(text, question.expected)
-            predictions[question.row] = Prediction(
-                question.row, question.sample.id, question.task, question.text, question.expected, text, is_right
-            )
-        report(len(batch))
+            predictions[question.row] = metric.graded(question.answered(text))
     return [predictions[question.row] for question in questions]
 
 
-def score(predictions: list[Prediction]) -> dict[str, float]:
-    """Exact-match accuracy of each task, as a fraction."""
-    return {task: sum(p.correct for p in chosen) / len(chosen) for task, chosen in by_task(predictions)}
-
-
-def majority_scores(predictions: list[Prediction]) -> dict[str, float]:
-    """What always giving the most frequent answer of each task would score."""
-    return {task: majority([p.expected for p in chosen]) for task, chosen in by_task(predictions)}
-
-
-def by_task(predictions: list[Prediction]) -> Iterator[tuple[str, list[Prediction]]]:
-    """Group predictions by task, in order of first appearance."""
-    for task in dict.fromkeys(prediction.task for prediction in predictions):
-        yield task, [prediction for prediction in predictions if prediction.task == task]
-
-
-def score_table(title: str, num_questions: dict[str, int], columns: dict[str, dict[str, float]]) -> Table:
+def score_table(
+    title: str,
+    num_questions: dict[str, int],
+    columns: dict[str, dict[str, float]],
+    shown: Callable[[float], str] = percent,
+) -> Table:
     """Build a table with the scores of each task side by side."""
     table = Table("task", "questions", *columns, title=title, title_justify="left")
     for task, count in num_questions.items():
-        table.add_row(task, str(count), *(f"{scores[task]:.1%}" for scores in columns.values()))
+        table.add_row(task, str(count), *(shown(scores[task]) for scores in columns.values()))
     return table
-
-
-def count_tasks(predictions: list[Prediction]) -> dict[str, int]:
-    """Count the questions of each task."""
-    return {task: len(chosen) for task, chosen in by_task(predictions)}
 
 
 @contextmanager
@@ -158,9 +132,3 @@ def blind(model: Model) -> Iterator[None]:
         yield
     finally:
         model.vlm.is_blind = False
-
-
-def write_predictions(predictions: list[Prediction], path: Path) -> None:
-    """Write one JSON line per question."""
-    lines = [json.dumps(asdict(prediction), ensure_ascii=False) for prediction in predictions]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -3,10 +3,12 @@
 Each is checked again where it is used; nothing here imports torch, lightning or transformers.
 """
 
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 from vlm_tune.config.own_function import require_given
+from vlm_tune.config.parse import find_choice, load_config, load_plain, options
 from vlm_tune.config.schema import Config, Optimizer, Quantize, Strategy
 from vlm_tune.data.dialects.dialects import require_format
 from vlm_tune.data.pictures.images import ImageReader
@@ -15,7 +17,7 @@ from vlm_tune.data.sample import Picture
 from vlm_tune.data.sets.paths import find_file, find_test
 from vlm_tune.errors import ConfigError
 from vlm_tune.model.checkpoint import find_checkpoint, run_config, start_of
-from vlm_tune.model.layouts.folders import find_folder, require_weights
+from vlm_tune.model.layouts.folders import PARTS_SETTINGS, find_folder, require_weights
 from vlm_tune.recipes.recipe import require_recipe
 
 LOGGERS = ("tensorboard", "wandb", "mlflow", "trackio")  # the packages are of the same names
@@ -91,6 +93,36 @@ def require_run(ckpt: str, overrides: list[str]) -> Config:
     return config
 
 
+def is_model(ckpt: str) -> bool:
+    """Return whether `ckpt` names a model that no run made: the folder of one, or a hub id."""
+    folder = Path(ckpt).expanduser()
+    if folder.is_dir():
+        return any((folder / name).is_file() for name in ("config.json", PARTS_SETTINGS))
+    looks_so = ckpt.count("/") == 1 and not ckpt.startswith((".", "/", "~")) and not ckpt.endswith(".ckpt")
+    return looks_so and not folder.parent.exists()  # runs/NAME, where there are runs, is none
+
+
+def config_of(ckpt: str, overrides: list[str], name: str = "") -> Config:
+    """Return the configuration of a run, or the default one around a model that no run made, by model=NAME.
+
+    What its folder does not say (template, system prompt, how pictures are cut) is the choice's; a hub id that is the
+    path of one needs no name. Raises CheckpointError or ConfigError where there is no such run, or no name.
+    """
+    if not is_model(ckpt):
+        if name:
+            raise ConfigError(f"model={name}: {ckpt} is a run, which has its own. Leave model out")
+        return require_run(ckpt, overrides)
+    known = [choice for choice in options("model") if load_plain(find_choice("model", choice)).get("path") == ckpt]
+    if not (name or known):
+        raise ConfigError(
+            f"ckpt={ckpt} is a model without a run: its template and tiles are not known. Name the settings that "
+            "it was trained with, model=NAME (`python -m vlm_tune configs list` shows them)"
+        )
+    given = any(override.startswith("data.path=") for override in overrides)
+    config = load_config([f"model={name or known[0]}", "data=own", *([] if given else ["data.path=none"]), *overrides])
+    return replace(config, model=replace(config.model, path=ckpt))
+
+
 def require_questions(config: Config) -> Path | None:
     """Return the test file of a run, None where it has none; raise for one that is not there or may not be read."""
     path = find_test(config)
@@ -108,11 +140,11 @@ def require_picture(path: str, config: Config) -> Picture:
     return picture
 
 
-def new_file(out: str) -> Path:
+def new_file(out: str, key: str = "out") -> Path:
     """Return the file to write; raise ConfigError, before anything is answered, where one is there already."""
     path = Path(out).expanduser()
     if path.is_dir() or not path.parent.is_dir():
-        raise ConfigError(f"out={out}: not a file in a folder that is there. Name one: out=answers.jsonl")
+        raise ConfigError(f"{key}={out}: not a file in a folder that is there. Name one: {key}=FILE")
     if path.is_file():
-        raise ConfigError(f"out={out}: the file is there already. Name a new one: nothing is overwritten")
+        raise ConfigError(f"{key}={out}: the file is there already. Name a new one: nothing is overwritten")
     return path

@@ -1,4 +1,4 @@
-"""Open a finished run: the base model of its configuration, with the trained weights loaded."""
+"""Open a model that answers: a finished run's, with its trained weights in place, or one that no run made."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +9,7 @@ from vlm_tune.model.checkpoint import find_checkpoint, load_weights, run_config,
 from vlm_tune.model.kernels.freed import hand_back_freed_memory
 from vlm_tune.model.parts.llm import dequantize
 from vlm_tune.model.parts.stage import apply_stage
+from vlm_tune.model.ready import config_of, is_model
 
 
 def open_trained(
@@ -37,3 +38,14 @@ def open_trained(
     model.vlm.eval()
     hand_back_freed_memory()
     return model, config
+
+
+def open_any(ckpt: str, overrides: list[str], name: str = "") -> tuple[Model, Config]:
+    """Load the model of a run folder, a checkpoint, a model's folder or a hub id; the latter as model=NAME is asked."""
+    if not is_model(ckpt):
+        return open_trained(ckpt, overrides)
+    model = build_model(config_of(ckpt, overrides, name))
+    model.vlm.requires_grad_(False)
+    model.vlm.eval()
+    hand_back_freed_memory()
+    return model, model.config

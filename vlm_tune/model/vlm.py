@@ -121,14 +121,18 @@ class VisionLanguageModel(nn.Module):
         must_see = self.is_split or (self.training and self._learns_to_see())
         if batch.tiles is None and batch.features is None and must_see:
             embeddings = embeddings + self._unused_features().to(embeddings.dtype)
+        rows = self.read(embeddings, batch)
+        return supervised_loss(rows, self.llm.get_output_embeddings(), batch.targets, batch.weights)
+
+    def read(self, embeddings: Tensor, batch: Batch) -> Tensor:
+        """Run the language model on the embeddings (B, L, D) of a batch: (N, D) where a supervised token follows."""
         hidden = self.llm.get_decoder()(
             inputs_embeds=embeddings,
             position_ids=batch.position_ids,
             segments=Segments(batch.segments, batch.parents) if batch.segments else None,
             use_cache=False,
         ).last_hidden_state  # (B, L, D)
-        rows = hidden.flatten(0, 1)[batch.predicting]  # (N, D)
-        return supervised_loss(rows, self.llm.get_output_embeddings(), batch.targets, batch.weights)
+        return hidden.flatten(0, 1)[batch.predicting]  # (N, D)
 
     def _noise(self, batch: Batch) -> Tensor:
         """Draw NEFTune's noise for text: U(-m, m) with m = alpha/sqrt(l*D) in a sample of l tokens: (B, L, D).

@@ -129,11 +129,11 @@ def gallery(answers: list[dict[str, Any]], look: ImageConfig) -> dict[str, Any]:
 
 
 def card(picture: str, asked: list[dict[str, Any]], look: ImageConfig) -> dict[str, Any]:
-    """Return one picture with what was asked about it: (question, [(key, answer, whether it is right)])."""
+    """Return one picture with what was asked about it: (question, [(key, answer, whether it is right, note)])."""
     questions = []
     for answer in asked:
         lines = [
-            (key, shorten(str(answer[key]).strip()), is_right(answer, key))
+            (key, shorten(str(answer[key]).strip()), is_right(answer, key), "")
             for key in ("expected", "before", "after")
             if answer.get(key) is not None
         ]
@@ -165,8 +165,13 @@ def thumbnail(picture: str, look: ImageConfig) -> tuple[str, int, int] | None:
 
 def small_picture(picture: str, look: ImageConfig) -> Image.Image | None:
     """Open a picture as training saw it, small; None where the file cannot be read."""
+    return open_small(ImageReader(look, Path("/")), Picture(os.path.abspath(picture)))
+
+
+def open_small(reader: ImageReader, picture: Picture) -> Image.Image | None:
+    """Open a picture, small; None where it cannot be read."""
     try:
-        image = ImageReader(look, Path("/")).open_picture(Picture(os.path.abspath(picture)))
+        image = reader.open_picture(picture)
     except DataError:
         return None
     image.thumbnail(THUMBNAIL, Image.Resampling.LANCZOS)

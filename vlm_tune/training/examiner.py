@@ -11,19 +11,9 @@ from rich.console import Console
 from vlm_tune.config.schema import Config
 from vlm_tune.data.datamodule import DataModule
 from vlm_tune.data.sets.dataset import Conversations
-from vlm_tune.evaluation.evaluate import (
-    Prediction,
-    Question,
-    ask,
-    blind,
-    count_tasks,
-    majority_scores,
-    open_test,
-    picture_of,
-    read_questions,
-    score,
-    write_predictions,
-)
+from vlm_tune.evaluation.evaluate import ask, blind, open_test, picture_of, read_questions
+from vlm_tune.evaluation.metrics import AUTO
+from vlm_tune.evaluation.prediction import Prediction, Question, count_tasks, write_predictions
 from vlm_tune.model.build import Model
 from vlm_tune.training.callbacks.chats import SampleAnswers, takes_part
 from vlm_tune.training.intervals import every
@@ -63,7 +53,7 @@ class Examiner(L.Callback):
         """Score the model as the run finds it; a resumed run reads its scores back."""
         path = self.run / "scores_before.json"
         if self.scored and not trainer.strategy.broadcast(path.exists()) and takes_part(trainer, self.model):
-            scores = score(self._ask(trainer, "before training"))
+            scores = AUTO.scores(self._ask(trainer, "before training"))
             if trainer.is_global_zero:
                 path.write_text(json.dumps(scores), encoding="utf-8")
 
@@ -86,12 +76,12 @@ class Examiner(L.Callback):
     def tell(self, report: RunReport) -> None:
         """Record and print the results."""
         if self.scored:
-            write_predictions(self.predictions, self.run / "predictions.jsonl")
+            write_predictions({self.run.name: self.predictions}, self.run / "predictions.jsonl")
             report.evaluation = {
                 "before": json.loads((self.run / "scores_before.json").read_text(encoding="utf-8")),
-                "after": score(self.predictions),
-                "blind": score(self.unseeing),
-                "majority": majority_scores(self.predictions),
+                "after": AUTO.scores(self.predictions),
+                "blind": AUTO.scores(self.unseeing),
+                "majority": AUTO.majority(self.predictions),
                 "num_questions": count_tasks(self.predictions),
             }
             report.evaluation["verdicts"] = verdicts(report.evaluation)
@@ -113,7 +103,7 @@ class Examiner(L.Callback):
         answers = []
         for question, before, after in zip(self.shown, chats.before, chats.now, strict=True):
             entry = {
-                "picture": picture_of(self.test, question),
+                "picture": picture_of(self.test, question.sample),
                 "question": question.text,
                 "expected": question.expected,
             }

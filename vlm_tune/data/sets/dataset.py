@@ -19,7 +19,7 @@ from vlm_tune.data.pictures.anyres import Spread
 from vlm_tune.data.pictures.augment import augment
 from vlm_tune.data.pictures.feature_cache import FeatureCache
 from vlm_tune.data.pictures.images import ImageReader
-from vlm_tune.data.rows.rows import open_rows
+from vlm_tune.data.rows.rows import Rows, open_rows
 from vlm_tune.data.sample import Picture, Sample
 from vlm_tune.data.tiles import make_tiles, picture_spreads, picture_tiles, tile_limits
 
@@ -42,9 +42,11 @@ class Conversations:
     Workers share only the file: an object holds the offsets of the rows, not the rows.
     """
 
-    def __init__(self, path: Path, config: DataConfig, encoder: Encoder, pictures: PictureSettings) -> None:
+    def __init__(
+        self, path: Path, config: DataConfig, encoder: Encoder, pictures: PictureSettings, rows: Rows | None = None
+    ) -> None:
         self.path = path
-        self.rows = open_rows(path)
+        self.rows = rows or open_rows(path)
         self.encoder = encoder
         self.pictures = pictures
         self.root = Path(config.image.root) if config.image.root else path if path.is_dir() else path.parent

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from vlm_tune.data.batch import Batch
 from vlm_tune.data.sets.dataset import Conversations
-from vlm_tune.evaluation.evaluate import Question, ask, picture_of
+from vlm_tune.evaluation.evaluate import ask, picture_of
+from vlm_tune.evaluation.prediction import Question
 from vlm_tune.model.build import Model
 from vlm_tune.training.callbacks.loggers import show_answers
 from vlm_tune.training.run_folder import append, drop_lines_after
@@ -88,7 +89,7 @@ class SampleAnswers(L.Callback):
         for question, prediction in zip(self.questions, predictions, strict=True):
             entry = {"step": step, "id": prediction.id, "question": prediction.question}
             entry |= {"expected": prediction.expected, "answer": prediction.answer}
-            path = picture_of(self.test, question)
+            path = picture_of(self.test, question.sample)
             entries.append(entry | {"picture": path and os.path.abspath(path)})
         append(self.path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
         for logger in trainer.loggers:
