@@ -13,7 +13,7 @@ from vlm_tune import __version__
 from vlm_tune.config.hints import bare_hint, flag_hint, our_name
 from vlm_tune.config.parse import GROUPS, describe_sources, expand_sweep, load_config, nearest_of, options, short_names
 from vlm_tune.config.schema import Config
-from vlm_tune.config.usage import USAGE, usage, usage_of
+from vlm_tune.config.usage import USAGE, number_of, port_of, usage, usage_of
 from vlm_tune.console import make_console
 from vlm_tune.errors import ConfigError, Stopped, VlmTuneError
 
@@ -149,19 +149,60 @@ def require_all(config: Config) -> None:
 def chat_verb(arguments: list[str]) -> int:
     """Talk to a trained model in the terminal."""
     own, overrides = split_own("chat", arguments)
+    if own["base"] not in ("true", "false"):
+        raise ConfigError(f"base={own['base']}: give true or false")
+    temperature, top_p = number_of("temperature", own, 2), number_of("top_p", own, 1)
+    seed = number_of("seed", own, 2**63 - 1) if own["seed"] else None
     from vlm_tune.model.ready import require_picture, require_run
 
     config = require_run(own["ckpt"], overrides)
-    if own["image"]:
-        require_picture(own["image"], config)
+    images = tuple(filter(None, own["image"].split(",")))
+    for image in images:
+        require_picture(image, config)
     from vlm_tune.serve.tools import parse_tools
 
     tools = parse_tools(own["tools"])
-    from vlm_tune.serve.chat import Chat, chat
+    from vlm_tune.model.generate import Sampling
+    from vlm_tune.serve.chat import Chat, Wishes, chat
     from vlm_tune.serve.react import Agent
 
     begin = partial(Agent, tools, make_console(stderr=True).print) if tools else Chat
-    chat(own["ckpt"], own["image"], overrides, make_console(), begin)
+    sampling = Sampling(temperature, top_p, None if seed is None else int(seed))
+    chat(own["ckpt"], Wishes(images, sampling, own["base"] == "true"), overrides, make_console(), begin)
+    return 0
+
+
+def web_verb(arguments: list[str]) -> int:
+    """Serve a page to talk to one or two models."""
+    own, overrides = split_own("web", arguments)
+    port = port_of(own)
+    user, _, password = own["auth"].partition(":")
+    if own["auth"] and not (user and password):
+        raise ConfigError("auth: give a name and a password: auth=USER:PASSWORD")
+    from vlm_tune.model.ready import require_extra, require_run
+
+    require_extra("gradio")
+    for ckpt in (own["ckpt"], own["ckpt2"]):
+        if ckpt not in ("", "base"):
+            require_run(ckpt, overrides)
+    from vlm_tune.serve.web import web
+
+    web((own["ckpt"], own["ckpt2"]), port, (user, password) if own["auth"] else None, overrides, make_console())
+    return 0
+
+
+def server_verb(arguments: list[str]) -> int:
+    """Answer OpenAI's chat requests."""
+    own, overrides = split_own("server", arguments)
+    port = port_of(own)
+    from vlm_tune.model.ready import require_extra, require_run
+
+    require_extra("uvicorn")
+    require_extra("starlette")
+    require_run(own["ckpt"], overrides)
+    from vlm_tune.serve.server import serve
+
+    serve(own["ckpt"], port, own["token"], overrides, make_console())
     return 0
 
 
@@ -288,12 +329,11 @@ def configs_verb(arguments: list[str]) -> int:
 def watch_verb(arguments: list[str]) -> int:
     """Serve a live page of runs."""
     own, names = words_and_keys("watch", arguments)
-    if not own["port"].isdecimal() or int(own["port"]) > 65535:
-        raise ConfigError(f"port={own['port']}: give a number from 0 to 65535; 0 takes any that is free")
+    port = port_of(own)
     from vlm_tune.pages.recorded import open_run
     from vlm_tune.serve.watch import watch
 
-    watch([open_run(name) for name in names], Path(own["runs"]), int(own["port"]), make_console())
+    watch([open_run(name) for name in names], Path(own["runs"]), port, make_console())
     return 0
 
 
@@ -328,6 +368,8 @@ TAKE_WORDS = ("configs", "watch", "compare")
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": train_verb,
     "chat": chat_verb,
+    "web": web_verb,
+    "server": server_verb,
     "evaluate": evaluate_verb,
     "export": export_verb,
     "merge": merge_verb,

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from vlm_tune.errors import ConfigError
+
 PROGRAM = "python -m vlm_tune"
 RUN_KEYS = "a run's keys with a dot (data.test=FILE) lie over its configuration"
 ALL_KEYS = "all keys of a run: docs/configuration.md"
@@ -37,8 +39,35 @@ USAGE = {
         "ckpt",
         {
             "ckpt": CKPT,
-            "image": ("", "picture of the first question"),
+            "image": ("", "pictures of the first question: photo.jpg,other.jpg"),
             "tools": ("", "that the model may call: calculator,clock,search:FOLDER"),
+            "base": ("false", "true talks to the model before its training"),
+            "temperature": ("0", "above 0 draws each token by chance"),
+            "top_p": ("1", "share of the likeliest tokens that is drawn from"),
+            "seed": ("", "number that makes drawn answers repeatable"),
+        },
+        f"{RUN_KEYS}; stage.quantize=nf4 packs the language model into 4 bits",
+    ),
+    "web": Verb(
+        "a page to talk to it",
+        "ckpt=runs/latest ckpt2=base",
+        "ckpt",
+        {
+            "ckpt": CKPT,
+            "ckpt2": ("", "another run beside it, or base: the model before its training"),
+            "port": ("7860", "where the page is served on this machine"),
+            "auth": ("", "USER:PASSWORD that the page asks for"),
+        },
+        RUN_KEYS,
+    ),
+    "server": Verb(
+        "OpenAI's chat API",
+        "ckpt=runs/latest port=8000",
+        "ckpt",
+        {
+            "ckpt": CKPT,
+            "port": ("8000", "where it answers on this machine"),
+            "token": ("", "that each request must bring as its api_key"),
         },
         RUN_KEYS,
     ),
@@ -134,3 +163,21 @@ def usage_of(name: str) -> str:
     for key, (default, meaning) in verb.keys.items():
         shown += f"  {key:15} {meaning}" + (f" (default {default})\n" if default else "\n")
     return f"{shown}  {verb.more}\n"
+
+
+def number_of(key: str, own: dict[str, str], most: float) -> float:
+    """Return a verb's number; raise ConfigError for anything else, and for one out of its bounds."""
+    try:
+        value = float(own[key]) if key != "seed" else int(own[key])
+    except ValueError:
+        value = -1
+    if not (key != "top_p" or value > 0) or not 0 <= value <= most:
+        raise ConfigError(f"{key}={own[key]}: give a number from 0 to {most:g}")
+    return value
+
+
+def port_of(own: dict[str, str]) -> int:
+    """Return the port of a verb; raise ConfigError for what is none."""
+    if not own["port"].isdecimal() or int(own["port"]) > 65535:
+        raise ConfigError(f"port={own['port']}: give a number from 0 to 65535; 0 takes any that is free")
+    return int(own["port"])

@@ -37,3 +37,12 @@ def open_trained(
     model.vlm.eval()
     hand_back_freed_memory()
     return model, config
+
+
+def open_base(ckpt: str, overrides: list[str]) -> tuple[Model, Config]:
+    """Load the model of a run as it was before any training: the weights that its configuration names."""
+    model = build_model(run_config(find_checkpoint(ckpt), overrides))
+    model.vlm.requires_grad_(False)
+    model.vlm.eval()
+    hand_back_freed_memory()
+    return model, model.config
