@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 
 from vlm_tune import __version__
-from vlm_tune.config.hints import bare_hint, flag_hint, our_name
+from vlm_tune.config.hints import bare_hint, flag_hint
+from vlm_tune.config.own_keys import number_of, port_of, split_own, take_own
 from vlm_tune.config.parse import GROUPS, describe_sources, expand_sweep, load_config, nearest_of, options, short_names
 from vlm_tune.config.schema import Config
-from vlm_tune.config.usage import USAGE, number_of, port_of, usage, usage_of
+from vlm_tune.config.usage import USAGE, usage, usage_of
 from vlm_tune.console import make_console
 from vlm_tune.errors import ConfigError, Stopped, VlmTuneError
 
@@ -381,34 +382,6 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "compare": compare_verb,
     "configs": configs_verb,
 }
-
-
-def split_own(verb: str, arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Separate a verb's own keys from overrides of the run's configuration."""
-    own, overrides = USAGE[verb].defaults, []
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key in own:
-            own[key] = value
-        elif "." in key or key == "seed":
-            overrides.append(argument)
-        else:
-            hint = our_name(key, value)
-            near = nearest_of(key, list(own))
-            said = (
-                f". Did you mean {near}?" if near else f". Write {hint}" if hint and "." in hint.split("=")[0] else ""
-            )
-            raise ConfigError(
-                f"{key}: no such key. This verb has: {', '.join(own)}, and keys of the run (data.test=...){said}"
-            )
-    return own, overrides
-
-
-def take_own(verb: str, arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Separate the keys of a verb that reads the whole configuration, as `train` does, from the overrides."""
-    defaults = USAGE[verb].defaults
-    own = {key: value for key, _, value in (each.partition("=") for each in arguments) if key in defaults}
-    return defaults | own, [each for each in arguments if each.partition("=")[0] not in defaults]
 
 
 def quiet_libraries() -> None:

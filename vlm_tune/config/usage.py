@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass, field
 
-from vlm_tune.errors import ConfigError
-
 PROGRAM = "python -m vlm_tune"
 RUN_KEYS = "a run's keys with a dot (data.test=FILE) lie over its configuration"
 ALL_KEYS = "all keys of a run: docs/configuration.md"
@@ -163,21 +161,3 @@ def usage_of(name: str) -> str:
     for key, (default, meaning) in verb.keys.items():
         shown += f"  {key:15} {meaning}" + (f" (default {default})\n" if default else "\n")
     return f"{shown}  {verb.more}\n"
-
-
-def number_of(key: str, own: dict[str, str], most: float) -> float:
-    """Return a verb's number; raise ConfigError for anything else, and for one out of its bounds."""
-    try:
-        value = float(own[key]) if key != "seed" else int(own[key])
-    except ValueError:
-        value = -1
-    if not (key != "top_p" or value > 0) or not 0 <= value <= most:
-        raise ConfigError(f"{key}={own[key]}: give a number from 0 to {most:g}")
-    return value
-
-
-def port_of(own: dict[str, str]) -> int:
-    """Return the port of a verb; raise ConfigError for what is none."""
-    if not own["port"].isdecimal() or int(own["port"]) > 65535:
-        raise ConfigError(f"port={own['port']}: give a number from 0 to 65535; 0 takes any that is free")
-    return int(own["port"])
