@@ -109,7 +109,11 @@ def test_a_mistake_is_answered_before_torch_is_imported(folder, line, said):
         ("data=mine.jsonl", "Here, a file of rows is named so: data.path=mine.jsonl"),
         ("model=me/mine", "Here, a model's folder or hub id is named so: model.path=me/mine"),
         ("stage=dpo", "Here, only pretraining and supervised fine-tuning are done"),
-        ("chat lr=3", "ckpt, image, tools, and keys of the run (data.test=...). Write stage.lr.llm=3"),
+        (
+            "chat lr=3",
+            "ckpt, image, tools, base, temperature, top_p, seed, and"
+            " keys of the run (data.test=...). Write stage.lr.llm=3",
+        ),
         ("configs x=1", "configs has no keys"),
     ],
 )

@@ -10,10 +10,20 @@ from functools import partial
 from pathlib import Path
 
 from vlm_tune import __version__
-from vlm_tune.config.hints import bare_hint, flag_hint, our_name
-from vlm_tune.config.parse import GROUPS, describe_sources, expand_sweep, load_config, nearest_of, options, short_names
+from vlm_tune.config.hints import bare_hint
+from vlm_tune.config.own_keys import (
+    choices_of_groups,
+    is_word,
+    keys_only,
+    number_of,
+    port_of,
+    split_own,
+    take_own,
+    words_and_keys,
+)
+from vlm_tune.config.parse import describe_sources, expand_sweep, load_config, nearest_of
 from vlm_tune.config.schema import Config
-from vlm_tune.config.usage import USAGE, usage, usage_of
+from vlm_tune.config.usage import usage, usage_of
 from vlm_tune.console import make_console
 from vlm_tune.errors import ConfigError, Stopped, VlmTuneError
 
@@ -67,11 +77,6 @@ def say_os_error(error: OSError) -> int:
     return 2
 
 
-def is_word(argument: str) -> bool:
-    """Return whether an argument is a bare word, which may be a verb, and not a key=value or a flag."""
-    return "=" not in argument and not argument.startswith(("-", "+", "~"))
-
-
 def help_text(verb: str, given: list[str]) -> str:
     """Return the text for `help`, `help VERB`, `VERB --help` or `--version`; "" for anything else."""
     if given and given[0] in ("--version", "-V", "version"):
@@ -89,24 +94,6 @@ def no_verb(word: str) -> ConfigError:
     is_choice = any(word in choices for choices in groups.values())
     hint = f"Did you mean {near}?" if near and not is_choice else bare_hint("train", word, groups)
     return ConfigError(f"{word}: no such verb. There are: {', '.join(VERBS)}. {hint}")
-
-
-def choices_of_groups() -> dict[str, list[str]]:
-    """Map each configuration group to its choices."""
-    return {group: options(group) for group in GROUPS}
-
-
-def keys_only(verb: str, arguments: list[str]) -> list[str]:
-    """Return the arguments unchanged; raise ConfigError, with the correct line, for a flag or a bare word."""
-    for number, argument in enumerate(arguments):
-        following = arguments[number + 1] if number + 1 < len(arguments) else ""
-        if argument.startswith("-") and (verb, argument) not in (("inspect", "--text"), ("train", "-m")):
-            raise ConfigError(flag_hint(verb, argument, following, short_names()))
-        if is_word(argument):
-            own = ", ".join(USAGE[verb].keys) or "the keys of a run"
-            hint = bare_hint(verb, argument, choices_of_groups())
-            raise ConfigError(f"{argument}: keys are written key=value. This verb has: {own}. {hint}")
-    return arguments
 
 
 def train_verb(arguments: list[str]) -> int:
@@ -149,19 +136,60 @@ def require_all(config: Config) -> None:
 def chat_verb(arguments: list[str]) -> int:
     """Talk to a trained model in the terminal."""
     own, overrides = split_own("chat", arguments)
+    if own["base"] not in ("true", "false"):
+        raise ConfigError(f"base={own['base']}: give true or false")
+    temperature, top_p = number_of("temperature", own, 2), number_of("top_p", own, 1)
+    seed = number_of("seed", own, 2**63 - 1) if own["seed"] else None
     from vlm_tune.model.ready import require_picture, require_run
 
     config = require_run(own["ckpt"], overrides)
-    if own["image"]:
-        require_picture(own["image"], config)
+    images = tuple(filter(None, own["image"].split(",")))
+    for image in images:
+        require_picture(image, config)
     from vlm_tune.serve.tools import parse_tools
 
     tools = parse_tools(own["tools"])
-    from vlm_tune.serve.chat import Chat, chat
+    from vlm_tune.model.generate import Sampling
+    from vlm_tune.serve.chat import Chat, Wishes, chat
     from vlm_tune.serve.react import Agent
 
     begin = partial(Agent, tools, make_console(stderr=True).print) if tools else Chat
-    chat(own["ckpt"], own["image"], overrides, make_console(), begin)
+    sampling = Sampling(temperature, top_p, None if seed is None else int(seed))
+    chat(own["ckpt"], Wishes(images, sampling, own["base"] == "true"), overrides, make_console(), begin)
+    return 0
+
+
+def web_verb(arguments: list[str]) -> int:
+    """Serve a page to talk to one or two models."""
+    own, overrides = split_own("web", arguments)
+    port = port_of(own)
+    user, _, password = own["auth"].partition(":")
+    if own["auth"] and not (user and password):
+        raise ConfigError("auth: give a name and a password: auth=USER:PASSWORD")
+    from vlm_tune.model.ready import require_extra, require_run
+
+    require_extra("gradio")
+    for ckpt in (own["ckpt"], own["ckpt2"]):
+        if ckpt not in ("", "base"):
+            require_run(ckpt, overrides)
+    from vlm_tune.serve.web import web
+
+    web((own["ckpt"], own["ckpt2"]), port, (user, password) if own["auth"] else None, overrides, make_console())
+    return 0
+
+
+def server_verb(arguments: list[str]) -> int:
+    """Answer OpenAI's chat requests."""
+    own, overrides = split_own("server", arguments)
+    port = port_of(own)
+    from vlm_tune.model.ready import require_extra, require_run
+
+    require_extra("uvicorn")
+    require_extra("starlette")
+    require_run(own["ckpt"], overrides)
+    from vlm_tune.serve.server import serve
+
+    serve(own["ckpt"], port, own["token"], overrides, make_console())
     return 0
 
 
@@ -302,12 +330,11 @@ def configs_verb(arguments: list[str]) -> int:
 def watch_verb(arguments: list[str]) -> int:
     """Serve a live page of runs."""
     own, names = words_and_keys("watch", arguments)
-    if not own["port"].isdecimal() or int(own["port"]) > 65535:
-        raise ConfigError(f"port={own['port']}: give a number from 0 to 65535; 0 takes any that is free")
+    port = port_of(own)
     from vlm_tune.pages.recorded import open_run
     from vlm_tune.serve.watch import watch
 
-    watch([open_run(name) for name in names], Path(own["runs"]), int(own["port"]), make_console())
+    watch([open_run(name) for name in names], Path(own["runs"]), port, make_console())
     return 0
 
 
@@ -329,19 +356,12 @@ def compare_verb(arguments: list[str]) -> int:
     return 0
 
 
-def words_and_keys(verb: str, arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Separate the keys of a verb that names runs from those names; raise ConfigError for any other key or flag."""
-    own, given = take_own(verb, arguments)
-    for argument in given:
-        if not is_word(argument) and not Path(argument).exists():
-            raise ConfigError(f"{argument}: no such key. This verb has: {', '.join(own)}, and names of runs")
-    return own, given
-
-
 TAKE_WORDS = ("configs", "watch", "compare")
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": train_verb,
     "chat": chat_verb,
+    "web": web_verb,
+    "server": server_verb,
     "evaluate": evaluate_verb,
     "export": export_verb,
     "answer": answer_verb,
@@ -354,34 +374,6 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "compare": compare_verb,
     "configs": configs_verb,
 }
-
-
-def split_own(verb: str, arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Separate a verb's own keys from overrides of the run's configuration."""
-    own, overrides = USAGE[verb].defaults, []
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key in own:
-            own[key] = value
-        elif "." in key or key == "seed":
-            overrides.append(argument)
-        else:
-            hint = our_name(key, value)
-            near = nearest_of(key, list(own))
-            said = (
-                f". Did you mean {near}?" if near else f". Write {hint}" if hint and "." in hint.split("=")[0] else ""
-            )
-            raise ConfigError(
-                f"{key}: no such key. This verb has: {', '.join(own)}, and keys of the run (data.test=...){said}"
-            )
-    return own, overrides
-
-
-def take_own(verb: str, arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Separate the keys of a verb that reads the whole configuration, as `train` does, from the overrides."""
-    defaults = USAGE[verb].defaults
-    own = {key: value for key, _, value in (each.partition("=") for each in arguments) if key in defaults}
-    return defaults | own, [each for each in arguments if each.partition("=")[0] not in defaults]
 
 
 def quiet_libraries() -> None:

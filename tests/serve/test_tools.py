@@ -164,11 +164,11 @@ def agent(toys, monkeypatch):
     agent = Agent(parse_tools("calculator"), seen.append, toys.model(), load_config(toys.arguments()))
     agent.seen, agent.prompts, agent.script = seen, [], []
 
-    def answer(model, prompts, max_new_tokens):
+    def write(model, prompts, writers, sampling):
         agent.prompts.append(model.tokenizer.decode(prompts[0].example.input_ids))
-        return [agent.script.pop(0)]
+        writers[0].text = agent.script.pop(0)
 
-    monkeypatch.setattr("vlm_tune.serve.chat.answer", answer)
+    monkeypatch.setattr("vlm_tune.serve.chat.write", write)
     return agent
 
 

@@ -16,7 +16,7 @@ from vlm_tune.errors import CheckpointError
 from vlm_tune.export.parity import NEW_TOKENS, Parity, precisely
 from vlm_tune.export.peft_folder import PREFIX
 from vlm_tune.model.build import Model
-from vlm_tune.model.generate import Prompt, answering, embed_prompts, greedy
+from vlm_tune.model.generate import Prompt, answering, embed_prompts, settings_of
 from vlm_tune.model.kernels.lora import ADAPTER
 from vlm_tune.model.layouts.pretrained import load_pretrained, read_settings
 from vlm_tune.model.layouts.weights import listed
@@ -81,7 +81,7 @@ def measure(plain: Any, model: Model, prompts: list[Prompt]) -> Parity:
             logits.append(plain(**inputs, use_cache=False).logits[0].float().cpu())  # (L, V)
     for prompt in prompts:
         inputs = picture_inputs(prompt, model, plain.dtype) if has_pictures else embedded(prompt, model)
-        ids = plain.generate(**inputs, generation_config=greedy(model, [prompt], NEW_TOKENS))[0]
+        ids = plain.generate(**inputs, generation_config=settings_of(model, [prompt], NEW_TOKENS))[0]
         answers.append(ids[inputs["input_ids"].shape[1] if has_pictures else 0 :].tolist())
     return Parity(logits, answers)
 

@@ -1,14 +1,15 @@
 """Answer prompts: the encoder builds the tokens, transformers' own generation does the rest."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from vlm_tune.data.example import Example
 from vlm_tune.model.build import Model, answer_settings
@@ -23,6 +24,45 @@ class Prompt:
 
     example: Example
     tiles: npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen: the likeliest one, or by chance where the temperature is above 0."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0  # share of the probability that is drawn from, the likeliest tokens first
+    seed: int | None = None  # makes a drawn answer repeatable
+
+
+GREEDY = Sampling()
+
+
+class Writer:
+    """One answer while it is written: `say` gets its text piece by piece, and ends it by returning False."""
+
+    def __init__(self, model: Model, limit: int, say: Callable[[str], bool] = lambda _: True) -> None:
+        self.model, self.limit, self.say = model, limit, say
+        self.text, self.finish, self.num_tokens = "", "", 0
+
+    def read(self, ids: list[int]) -> bool:
+        """Take all tokens so far; return whether the answer is over: `finish` is stop, length or cancelled then.
+
+        A character is said when all of its bytes are there. Pieces joined are the text that `answer` returns.
+        """
+        if not self.finish:
+            self.num_tokens = len(ids)
+            if ids[-1] in self.model.encoder.stop_ids:
+                self.finish = "stop"
+            elif len(ids) >= self.limit:
+                self.finish = "length"
+            text = answer_text(self.model, ids)
+            text = text if self.finish else text.rstrip("\ufffd").rstrip()
+            piece = text[len(self.text) :]
+            self.text = text
+            if piece and not self.say(piece):
+                self.finish = "cancelled"
+        return bool(self.finish)
 
 
 @contextmanager
@@ -60,28 +100,58 @@ def answer_text(model: Model, ids: list[int]) -> str:
     return str(model.tokenizer.decode(said, skip_special_tokens=False)).strip()
 
 
-def answer_ids(model: Model, prompts: list[Prompt], max_new_tokens: int) -> Tensor:
-    """Return the tokens of the greedy answers, ends and padding included: (B, N)."""
+def write(model: Model, prompts: list[Prompt], writers: Sequence[Writer], sampling: Sampling = GREEDY) -> None:
+    """Answer a batch of prompts, each token read by its prompt's writer at once."""
+
+    def follow(ids: Tensor, scores: object, **_: object) -> Tensor:
+        over = [writer.read(row) for writer, row in zip(writers, ids.tolist(), strict=True)]
+        return torch.tensor(over, device=ids.device)
+
+    seeded = torch.random.fork_rng() if sampling.seed is not None else nullcontext()
+    with seeded:
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
+        answer_ids(model, prompts, max(writer.limit for writer in writers), sampling, [follow])
+    for writer in writers:
+        writer.finish = writer.finish or "length"  # the model's positions have ended
+
+
+def answer_ids(
+    model: Model,
+    prompts: list[Prompt],
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    criteria: Sequence[Callable[..., Tensor]] = (),
+) -> Tensor:
+    """Return the tokens of the answers, ends and padding included: (B, N); `criteria` may end rows early."""
     with answering(model):
         embeddings, mask = embed_prompts(model, prompts)
         ids: Tensor = model.vlm.llm.generate(
             inputs_embeds=embeddings,
             attention_mask=mask,
-            generation_config=greedy(model, prompts, max_new_tokens),
+            generation_config=settings_of(model, prompts, max_new_tokens, sampling),
+            stopping_criteria=StoppingCriteriaList(criteria),
             synced_gpus=model.vlm.is_split,  # devices that share sharded weights stop together
         )
     return ids
 
 
-def greedy(model: Model, prompts: list[Prompt], max_new_tokens: int) -> GenerationConfig:
-    """Describe greedy answers that end where the conversations of the model do, or where its positions end."""
+def settings_of(
+    model: Model, prompts: list[Prompt], max_new_tokens: int, sampling: Sampling = GREEDY
+) -> GenerationConfig:
+    """Describe answers that end where the conversations of the model do, or where its positions end."""
     settings = answer_settings(model.encoder.stop_ids)
-    last = model.encoder.settings.positions.end
-    if last is not None:  # the last generated token needs no position: nothing reads it
-        longest = max(len(prompt.example.input_ids) for prompt in prompts)
-        max_new_tokens = max(1, min(max_new_tokens, last - longest + 1))
-    settings.max_new_tokens = max_new_tokens
+    settings.max_new_tokens = min(max_new_tokens, room(model, prompts))
+    if sampling.temperature > 0:
+        settings.update(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=0)
     return settings
+
+
+def room(model: Model, prompts: list[Prompt]) -> int:
+    """Return how many tokens can follow the longest prompt; the last one needs no position, since nothing reads it."""
+    last = model.encoder.settings.positions.end
+    longest = max(len(prompt.example.input_ids) for prompt in prompts)
+    return sys.maxsize if last is None else max(1, last - longest + 1)
 
 
 def embed_prompts(model: Model, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:

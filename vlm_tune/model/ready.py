@@ -132,11 +132,17 @@ def require_questions(config: Config) -> Path | None:
     return path
 
 
+def require_extra(package: str) -> None:
+    """Raise ConfigError where a package of the extra `serve` is missing."""
+    if find_spec(package) is None:
+        raise ConfigError(f"the package {package} is not installed. Run `pip install 'vlm_tune[serve]'`")
+
+
 def require_picture(path: str, config: Config) -> Picture:
     """Return a picture that the user names; raise DataError where it cannot be read."""
     picture = Picture(str(Path(path).expanduser().resolve()))
     reader = ImageReader(config.data.image, Path(picture.path).parent)
-    reader.open_picture(picture, path, None)
+    reader.open_picture(picture)
     return picture
 
 

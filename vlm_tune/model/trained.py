@@ -42,9 +42,17 @@ def open_trained(
 
 def open_any(ckpt: str, overrides: list[str], name: str = "") -> tuple[Model, Config]:
     """Load the model of a run folder, a checkpoint, a model's folder or a hub id; the latter as model=NAME is asked."""
-    if not is_model(ckpt):
-        return open_trained(ckpt, overrides)
-    model = build_model(config_of(ckpt, overrides, name))
+    return open_untrained(config_of(ckpt, overrides, name)) if is_model(ckpt) else open_trained(ckpt, overrides)
+
+
+def open_base(ckpt: str, overrides: list[str]) -> tuple[Model, Config]:
+    """Load the model of a run as it was before any training: the weights that its configuration names."""
+    return open_untrained(run_config(find_checkpoint(ckpt), overrides))
+
+
+def open_untrained(config: Config) -> tuple[Model, Config]:
+    """Load the model that a configuration names, to be asked and not trained."""
+    model = build_model(config)
     model.vlm.requires_grad_(False)
     model.vlm.eval()
     hand_back_freed_memory()

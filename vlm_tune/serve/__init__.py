@@ -1,1 +1,1 @@
-"""Use a trained model: the terminal chat."""
+"""Use a trained model: in the terminal, on a page, as OpenAI's API; and watch runs."""

@@ -73,8 +73,8 @@ class Agent(Chat):
         self.tools, self.report = tools, report
         self.reset()
 
-    def ask(self, question: str, max_new_tokens: int = 256) -> str:
-        """Answer a question with the help of at most MOST_CALLS calls."""
+    def ask(self, question: str, max_new_tokens: int = 256, say: Callable[[str], bool] = lambda _: True) -> str:
+        """Answer a question with the help of at most MOST_CALLS calls; the answer alone is said, when it is there."""
         text = super().ask(f"{question}\n", max_new_tokens)
         for _ in range(MOST_CALLS):
             call = read_call(text)
@@ -93,6 +93,10 @@ class Agent(Chat):
         super().reset()
         told = react_system({name: tool.told() for name, tool in self.tools.items()})
         self.messages.append(Message("system", (told,)))
+
+    def begin_with(self, messages: list[Message]) -> None:
+        """Refuse: the system text is the tools' own."""
+        raise DataError("with tools= the system text is theirs. Chat without tools for one of your own, or for /load")
 
     def _said(self, text: str) -> None:
         """Keep an answer as the rows of training write it: nothing behind its call, and a line end."""
