@@ -202,7 +202,7 @@ def test_a_hub_model_without_a_network(run_cli, toys, tmp_path):
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("trian", "ConfigError: trian: no such verb. There are: train, chat, evaluate, export"),
+        ("trian", "ConfigError: trian: no such verb. There are: train, chat, web, server, evaluate, answer, export"),
         ("export ckpt=nowhere", "ConfigError: out is not set. Give a folder for the exported model: out=FOLDER"),
         ("evaluate ckpt=nowhere", "CheckpointError: nowhere: no such run folder or checkpoint"),
         ("chat nowhere", "ConfigError: nowhere: keys are written key=value. This verb has: ckpt, image"),

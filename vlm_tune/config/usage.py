@@ -85,6 +85,19 @@ USAGE = {
         },
         RUN_KEYS,
     ),
+    "answer": Verb(
+        "answer many questions",
+        "ckpt=runs/latest data.path=asked.jsonl out=answers.jsonl",
+        "data.path",
+        {
+            "ckpt": ("runs/latest", "run, checkpoint, model folder or hub id"),
+            "model": MODEL,
+            "out": ("", "file for the answers; those that it holds already are kept"),
+            "question": ("", "asked about each picture of a folder, data.path=FOLDER"),
+            "max_new_tokens": ("256", "longest answer"),
+        },
+        "data.path=FILE: rows of questions, or a folder of pictures; other keys of a run lie over its configuration",
+    ),
     "export": Verb(
         "write a merged model folder",
         "ckpt=runs/latest out=my_model layout=hf dtype=bf16",
@@ -98,19 +111,6 @@ USAGE = {
             "max_shard_size": ("2GB", "largest file of weights"),
         },
         RUN_KEYS,
-    ),
-    "answer": Verb(
-        "answer many questions",
-        "ckpt=runs/latest data.path=asked.jsonl out=answers.jsonl",
-        "data.path",
-        {
-            "ckpt": ("runs/latest", "run, checkpoint, model folder or hub id"),
-            "model": MODEL,
-            "out": ("", "file for the answers; those that it holds already are kept"),
-            "question": ("", "asked about each picture of a folder, data.path=FOLDER"),
-            "max_new_tokens": ("256", "longest answer"),
-        },
-        "data.path=FILE: rows of questions, or a folder of pictures; other keys of a run lie over its configuration",
     ),
     "merge": Verb(
         "fold a peft adapter into it",
