@@ -1,5 +1,6 @@
 """A training run from start to end: starting point, model, stage, data, trainer, fit, report."""
 
+import gc
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -124,6 +125,7 @@ def choose_packs(
 
 def fit(trainer: L.Trainer, module: VlmModule, data: DataModule, checkpoint: Path | None) -> None:
     """Train; raise KeyboardInterrupt for an immediate stop, and our own errors for what ends a run from outside."""
+    gc.freeze()  # a full collection would write into all that data workers share with this process, and so copy it
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except Stopped as stopped:
@@ -137,6 +139,8 @@ def fit(trainer: L.Trainer, module: VlmModule, data: DataModule, checkpoint: Pat
         if ours is None:
             raise
         raise ours from error
+    finally:
+        gc.unfreeze()
 
 
 def fill_ahead(config: Config, console: Console) -> None:
