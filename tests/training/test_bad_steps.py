@@ -126,20 +126,24 @@ def test_so_many_in_a_row_end_the_run_with_its_state_saved(toys, tmp_path, monke
     assert [path.name for path in checkpoints(run)] == ["step_00000004.ckpt"]
 
 
+class Spoiled(torch.autograd.Function):
+    """Hand a value on, with a gradient that is multiplied by a factor."""
+
+    @staticmethod
+    def forward(ctx, given, factor):
+        ctx.factor = factor
+        return given.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.factor, None
+
+
 def test_a_gradient_alone_is_seen(toys, tmp_path, monkeypatch):
-    class Poison(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, given):
-            return given.clone()
-
-        @staticmethod
-        def backward(ctx, gradient):
-            return gradient * math.inf
-
     def step(self, batch, batch_idx):
         if self.global_step == 1 and not getattr(self, "handle", None):
             norm = self.vlm.llm.model.layers[1].input_layernorm
-            self.handle = norm.register_forward_hook(lambda layer, given, made: Poison.apply(made))
+            self.handle = norm.register_forward_hook(lambda layer, given, made: Spoiled.apply(made, math.inf))
         elif self.global_step == 2 and self.handle:
             self.handle.remove()
         return begin(self, batch, batch_idx)

@@ -7,24 +7,12 @@ import pytest
 import torch
 from compare import assert_same, metrics_of, state_of
 from processes import run_two
-from test_bad_steps import ALL
+from test_bad_steps import ALL, Spoiled
 
 from vlm_tune.training.module import VlmModule
 
 SLOW = pytest.mark.strategies
 STRATEGIES = ["zero2", *(pytest.param(name, marks=SLOW) for name in ("ddp", "fsdp", "zero1", "zero3", "zero3_offload"))]
-
-
-class Spoiled(torch.autograd.Function):
-    """Hand a value on, with a gradient that is no number."""
-
-    @staticmethod
-    def forward(ctx, given):
-        return given.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient * math.nan
 
 
 def spoil(monkeypatch):
@@ -33,7 +21,7 @@ def spoil(monkeypatch):
 
     def step(self, batch, batch_idx):
         loss = begin(self, batch, batch_idx)
-        return Spoiled.apply(loss) if (self.global_step, self.global_rank) == (2, 1) else loss
+        return Spoiled.apply(loss, math.nan) if (self.global_step, self.global_rank) == (2, 1) else loss
 
     monkeypatch.setattr(VlmModule, "training_step", step)
 

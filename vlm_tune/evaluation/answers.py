@@ -10,6 +10,7 @@ from vlm_tune.config.hints import PICTURE_ENDINGS
 from vlm_tune.config.schema import AugmentConfig
 from vlm_tune.console import follow, tell
 from vlm_tune.data.rows.rows import Rows, open_rows
+from vlm_tune.data.sample import Sample
 from vlm_tune.data.sets.dataset import Conversations, PictureSettings
 from vlm_tune.data.sets.paths import find_file
 from vlm_tune.errors import ConfigError, DataError
@@ -110,18 +111,17 @@ def answer_rows(model: Model, test: Conversations, rows: range, max_new_tokens: 
     prompts = []
     for row in rows:
         try:
-            line = describe(test, row)
-            prompts.append(prompt_of(test, test.sample(row)))
-            lines.append(line)
+            sample = test.sample(row)
+            prompts.append(prompt_of(test, sample))
+            lines.append(describe(test, row, sample))
         except DataError as error:
             lines.append({"row": row, "error": str(error)})
     answers = iter(answer(model, prompts, max_new_tokens) if prompts else [])
     return [line if "error" in line else line | {"answer": next(answers)} for line in lines]
 
 
-def describe(test: Conversations, row: int) -> Line:
+def describe(test: Conversations, row: int, sample: Sample) -> Line:
     """Return what a line says of its question."""
-    sample = test.sample(row)
     question = Question(row, "", sample, "").text
     return {"row": row, "id": sample.id, "picture": picture_of(test, sample), "question": question}
 
@@ -150,5 +150,5 @@ def require_same(done: list[Line], test: Conversations, ckpt: str, out: Path) ->
         row = line["row"]
         if line.get("ckpt") != ckpt:
             raise ConfigError(f"out={out}: row {row} was answered by {line.get('ckpt')}. Name another file")
-        if row >= len(test) or ("error" not in line and describe(test, row).items() - line.items()):
+        if row >= len(test) or ("error" not in line and describe(test, row, test.sample(row)).items() - line.items()):
             raise ConfigError(f"out={out}: row {row} answers another question than {test.path} asks. Name another file")

@@ -34,10 +34,7 @@ def open_trained(
     if start is not None:
         load_weights(model.vlm, trained_weights(start), start, complete=False)
     load_weights(model.vlm, trained_weights(checkpoint), Path(checkpoint), complete=True)
-    model.vlm.requires_grad_(False)
-    model.vlm.eval()
-    hand_back_freed_memory()
-    return model, config
+    return to_be_asked(model), config
 
 
 def open_any(ckpt: str, overrides: list[str], name: str = "") -> tuple[Model, Config]:
@@ -51,9 +48,14 @@ def open_base(ckpt: str, overrides: list[str]) -> tuple[Model, Config]:
 
 
 def open_untrained(config: Config) -> tuple[Model, Config]:
-    """Load the model that a configuration names, to be asked and not trained."""
+    """Load the model that a configuration names."""
     model = build_model(config)
+    return to_be_asked(model), model.config
+
+
+def to_be_asked(model: Model) -> Model:
+    """Set a model up to answer, and not to be trained."""
     model.vlm.requires_grad_(False)
     model.vlm.eval()
     hand_back_freed_memory()
-    return model, model.config
+    return model

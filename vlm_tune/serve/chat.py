@@ -3,11 +3,12 @@
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from rich.console import Console
 
 from vlm_tune.config.schema import Config
@@ -75,18 +76,24 @@ class Chat:
 
         Return a line that says where, or "" where there is nothing to draw; raise DataError where it cannot be written.
         """
-        shown = Sample("chat", tuple(self.messages)).pictures
-        if not shown or "<box>" not in text:
+        found = self.boxed(self.messages, text)
+        if found is None:
             return ""
-        drawn = with_boxes(self._reader(shown[-1]).open_picture(shown[-1], "chat", None), text)
-        if drawn is None:
-            return ""
+        name, drawn = found
         try:
             with tempfile.NamedTemporaryFile(prefix="vlm_tune_boxes_", suffix=".png", delete=False) as file:
                 drawn.save(file, "PNG")
         except OSError as error:
             raise DataError(f"the boxes of this answer are not drawn: {error}. Set TMPDIR to another folder") from error
-        return f"boxes drawn on {Path(shown[-1].path).name}: {file.name}"
+        return f"boxes drawn on {name}: {file.name}"
+
+    def boxed(self, messages: Sequence[Message], text: str) -> tuple[str, Image.Image] | None:
+        """Return the newest picture's name and a copy with the boxes of a text; None where there is nothing to draw."""
+        shown = Sample("chat", tuple(messages)).pictures
+        if not shown or "<box>" not in text:
+            return None
+        drawn = with_boxes(self._reader(shown[-1]).open_picture(shown[-1], "chat", None), text)
+        return None if drawn is None else (Path(shown[-1].path).name, drawn)
 
     def reset(self) -> None:
         """Forget the conversation and its pictures."""

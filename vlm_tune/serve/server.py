@@ -28,7 +28,6 @@ from starlette.routing import Route
 from vlm_tune.console import tell
 from vlm_tune.errors import ConfigError, VlmTuneError
 from vlm_tune.model.checkpoint import find_checkpoint
-from vlm_tune.model.generate import room
 from vlm_tune.model.trained import open_trained
 from vlm_tune.serve.chat import Chat
 from vlm_tune.serve.requests import Refused, read_request
@@ -80,10 +79,8 @@ class Service:
             prompt = await run_in_threadpool(self.chat.prompt, wish.sample)
         except VlmTuneError as error:
             raise Refused(str(error)) from error
-        limit = min(wish.limit, room(self.speaker.model, [prompt]))
-        job = Job(prompt, limit, wish.sampling, asyncio.get_running_loop())
         try:
-            self.speaker.waiting.put_nowait(job)
+            job = self.speaker.take(prompt, wish.limit, wish.sampling)
         except queue.Full:
             raise Refused(f"{MOST_WAITING} requests wait already: try again", 429, "rate_limit_error") from None
         frame = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.name}

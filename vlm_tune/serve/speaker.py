@@ -57,6 +57,12 @@ class Speaker:
             self.waiting.put_nowait(None)
         self.thread.join(timeout=30)
 
+    def take(self, prompt: Prompt, limit: int, sampling: Sampling) -> Job:
+        """Put a question of the running loop's asker into the queue; raise queue.Full where too many wait."""
+        job = Job(prompt, min(limit, room(self.model, [prompt])), sampling)
+        self.waiting.put_nowait(job)
+        return job
+
     def _run(self) -> None:
         """Answer batch after batch."""
         while not self.is_over:

@@ -20,9 +20,8 @@ from vlm_tune.console import tell
 from vlm_tune.data.sample import Message, Part, Picture, Sample
 from vlm_tune.errors import ConfigError, DataError, VlmTuneError
 from vlm_tune.evaluation.evaluate import open_test, picture_of, read_questions
-from vlm_tune.model.generate import GREEDY, Sampling, room
+from vlm_tune.model.generate import GREEDY, Sampling
 from vlm_tune.model.trained import open_base, open_trained
-from vlm_tune.pages.boxes import with_boxes
 from vlm_tune.serve.chat import Chat
 from vlm_tune.serve.speaker import Job, Speaker
 
@@ -44,24 +43,19 @@ class Side:
         """Put the last question of a conversation into the model's queue."""
         open_turn = Message("assistant", ("",), supervised=True)
         prompt = self.chat.prompt(Sample("chat", (*messages, open_turn), "chat"))
-        job = Job(prompt, min(limit, room(self.speaker.model, [prompt])), sampling)
         try:
-            self.speaker.waiting.put_nowait(job)
+            return self.speaker.take(prompt, limit, sampling)
         except queue.Full:
             raise DataError("too many questions wait already: ask again in a while") from None
-        return job
 
     def drawn(self, messages: list[Message]) -> Shown:
         """Show the newest picture with the boxes of the last answer on it; nothing where there are none."""
-        pictures, text = Sample("chat", tuple(messages)).pictures, messages[-1].text
-        if not pictures or "<box>" not in text:
+        found = self.chat.boxed(messages, messages[-1].text)
+        if found is None:
             return []
-        image = with_boxes(self.chat._reader(pictures[-1]).open_picture(pictures[-1]), text)
-        return (
-            [{"role": "assistant", "content": gradio.Image(image, format="png", buttons=["fullscreen", "download"])}]
-            if image
-            else []
-        )
+        _, image = found
+        shown = gradio.Image(image, format="png", buttons=["fullscreen", "download"])
+        return [{"role": "assistant", "content": shown}]
 
 
 def asked_turn(image: str | None, question: str) -> Message:
