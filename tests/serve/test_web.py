@@ -63,7 +63,8 @@ def page(browser, served):
     browser.errors.clear()
     browser.open("about:blank")
     browser.open(served)
-    browser.wait_for("!!document.querySelector('#question textarea')")
+    for part in ("#question textarea", "#ask", "#clear", "#picture input[type=file]"):  # they come one by one
+        browser.wait_for(f"!!document.querySelector('{part}')")
     yield browser
     browser.see("0")
     assert not browser.errors
