@@ -26,14 +26,14 @@ demo-cnn: .venv/installed ## the same with a convolutional vision encoder
 	$(BIN)/python -m vlm_tune stage=finetune model=demo_cnn
 
 test: .venv/installed ## run the tests
-	$(BIN)/python -m pytest -m "not slow and not network and not kill and not strategies"
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow and not network and not kill and not strategies"
 
 test-slow: .venv/installed ## run the tests that take minutes
 	$(BIN)/python -m pytest -m "slow or network"
 
-test-kill: .venv/installed ## run the tests that kill runs and go on with them; KILLS=100 DDP_KILLS=20 FSDP_KILLS=10 ZERO2_KILLS=10 SOAK=20000 measure too
+test-kill: .venv/installed ## run the tests that kill runs and go on with them; TRUST='--kills 100 --ddp-kills 20 --soak 20000' measures too
 	$(BIN)/python -m pytest -m kill
-	$(if $(KILLS)$(SOAK),$(BIN)/python benchmarks/trust.py --kills $(or $(KILLS),0) --ddp-kills $(or $(DDP_KILLS),0) --fsdp-kills $(or $(FSDP_KILLS),0) --zero2-kills $(or $(ZERO2_KILLS),0) --soak $(or $(SOAK),0))
+	$(if $(TRUST),$(BIN)/python benchmarks/trust.py $(TRUST))
 
 test-strategies: .venv/installed ## train under every strategy with two processes, and keep the differences from one process
 	VLM_TUNE_TRUST=benchmarks/results/trust.json $(BIN)/python -m pytest -m strategies

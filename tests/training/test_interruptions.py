@@ -55,7 +55,8 @@ def test_a_stop_during_the_start_shows_no_traceback(seconds):
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
-    if seconds > 0.1:  # before, the interpreter itself may still be starting
+    is_started = seconds > 0.1  # before, the interpreter itself may still be starting, on a busy machine later too
+    if is_started and (process.returncode, said) != (-signal.SIGINT, ""):
         assert "Traceback" not in said
         assert process.returncode in (2, 130)
 
