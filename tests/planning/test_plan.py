@@ -6,7 +6,6 @@ import yaml
 from vlm_tune.config.parse import load_config
 from vlm_tune.errors import ConfigError
 from vlm_tune.planning.fit import make_fit
-from vlm_tune.planning.heap import heap_bytes
 from vlm_tune.planning.plan import KNOWN, open_run
 from vlm_tune.planning.seconds import find_gpu
 from vlm_tune.planning.show import spoken
@@ -108,13 +107,6 @@ def test_a_cheap_setting_that_is_not_needed_beside_another_is_left_out():
 
 def test_a_setting_that_gains_nothing_is_not_proposed():
     assert remedies_of(["stage=finetune"], {}, 24) == []
-
-
-def test_gaps_between_blocks_count():
-    size = 2**20
-    taken = [(number, size) for number in range(8)]
-    freed = [(number, -size) for number in range(0, 8, 2)]
-    assert heap_bytes([*taken, *freed, (9, 3 * size)]) >= 11 * size  # no gap of one block holds three
 
 
 @pytest.mark.parametrize(

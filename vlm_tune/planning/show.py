@@ -15,7 +15,7 @@ MEANING = {
     "activations": "kept for the backward pass",
     "logits": "a chunk of supervised tokens",
     "workspace": "used in between",
-    "gaps": "between blocks of the heap",
+    "gaps": "between blocks of the heap: an estimate",
     "checkpoint": "a copy of what is trained, while it is written",
     "device": "its library, its allocator",
 }
