@@ -23,7 +23,7 @@ Page, Side, answered, asked_turn, launch = web.Page, web.Side, web.answered, web
 pytestmark = pytest.mark.filterwarnings("ignore")
 in_a_browser = pytest.mark.skipif(FOUND is None, reason="no chromium on this machine (apt-get install chromium)")
 PHOTOS = Path("build/screenshots")
-LIMIT = 100  # tokens of an answer: enough to be seen growing
+LIMIT = 60  # tokens of an answer: enough to be seen growing
 
 
 @pytest.fixture(scope="module")
