@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 FOUND = shutil.which("chromium") or shutil.which("google-chrome")
-WAIT = 20.0  # seconds for something to become true on a page
+WAIT = 60.0  # seconds for something to become true on a page, on a busy machine too
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe")
 
 

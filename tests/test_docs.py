@@ -22,8 +22,9 @@ from vlm_tune.data.sample import Picture, Sample
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+CHINESE = ROOT / "README_zh-CN.md"
 DOCS = [
-    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
+    *(ROOT / name for name in ("README.md", "README_zh-CN.md", "CHANGELOG.md", "CONTRIBUTING.md")),
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted(ROOT.glob("benchmarks/*.md")),
     *sorted(ROOT.glob("data_recipes/*/README.md")),
@@ -220,6 +221,30 @@ def test_legend_is_the_package_s() -> None:
     letters = re.findall(r"\b([A-Z])\b(?= )", str(vlm_tune.__doc__).partition("docstring and trailing comment:")[2])
     legend = text_of(README).partition("**Shape legend**")[2].partition("\n\n")[0]
     assert set(letters) == set(re.findall(r"\*\*([A-Z])\*\*", legend))
+
+
+PARTS = {
+    "commands": r"(?:^    |`)((?:python -m vlm_tune|vlm-tune|make)\b[^`\n]*)",
+    "blocks": r"(^ *```(?s:.*?)^ *```|^    .*$)",
+    "headings": r"^(#+) ",
+    "table rows": r"^\|(.*)\|$",
+    "links": r"\]\(((?!README)[^)]+)\)",
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_both_readmes_hold_the_same_in_the_same_order(part: str) -> None:
+    english, chinese = (re.findall(PARTS[part], text_of(path), re.MULTILINE) for path in (README, CHINESE))
+    if part == "table rows":
+        english, chinese = ([re.findall(r"`[^`]+`|\d[\d.]*%?", row) for row in rows] for rows in (english, chinese))
+    assert english == chinese
+
+
+@pytest.mark.parametrize("what", [r"`([^`\n]+)`", r"\d+(?:\.\d+)?%?"], ids=["names", "figures"])
+def test_the_prose_of_both_readmes_names_the_same(what: str) -> None:
+    prose = (re.sub(r"```.*?```", "", text_of(path), flags=re.DOTALL) for path in (README, CHINESE))
+    english, chinese = (sorted(re.findall(what, text)) for text in prose)
+    assert english == chinese
 
 
 def test_row_of_the_readme_is_read() -> None:

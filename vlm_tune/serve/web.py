@@ -108,7 +108,10 @@ class Page:
         self.sides = sides
 
     async def answer(self, *given: Any) -> AsyncIterator[list[Any]]:
-        """Answer with each model: yields the emptied fields, the conversations, and what the page shows of them."""
+        """Answer with each model: yields what `lay_out` names as its outputs, again and again.
+
+        Only the first takes Ask and the fields: what is typed while the answer comes is the next question.
+        """
         picture, words, told, most, warm, share, number, known, *seen = given
         if not (words or "").strip():
             raise gradio.Error("write a question first", print_exception=False)
@@ -117,15 +120,17 @@ class Page:
         turn, before = asked_turn(picture, words), [messages or start for messages in known]
         parts = [gradio.Image(picture, buttons=["fullscreen"]), words] if picture else [words]
         mine = [{"role": "user", "content": part} for part in parts]
+        fields: list[Any] = [gradio.Button(interactive=False), None, ""]
         try:
             async for texts in ask(self.sides, turn, (int(most), sampling), before):
                 now = [[*messages, turn, answered(text)] for messages, text in zip(before, texts, strict=True)]
                 pairs = zip(seen, texts, strict=True)
                 shown = [[*each, *mine, {"role": "assistant", "content": text}] for each, text in pairs]
-                yield [None, "", now, *shown]
+                yield [*fields, now, *shown]
+                fields = [gradio.skip() for _ in fields]
             for side, messages, each in zip(self.sides, now, shown, strict=True):
                 each += side.drawn(messages)
-            yield [None, "", now, *shown]
+            yield [*fields, now, *shown]
         except VlmTuneError as error:
             raise gradio.Error(str(error), print_exception=False) from error
 
@@ -160,9 +165,11 @@ class Page:
                 gradio.Examples(examples, [image, question], label="Of the run's test set", cache_examples=False)
             inputs, outputs = [image, question, *chosen, histories, *bots], [image, question, histories, *bots]
             how: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-            running: list[Any] = [
-                each(self.answer, inputs, outputs, concurrency_limit=8, **how) for each in (send.click, question.submit)
-            ]
+            running: Any = gradio.on(
+                [send.click, question.submit], self.answer, inputs, [send, *outputs], concurrency_limit=8, **how
+            )
+            for over in (running.then, running.failure):  # the page takes no question before: it would drop it
+                over(lambda: gradio.Button(interactive=True), None, send, **how)
             stop.click(None, cancels=running)
             for each in (clear.click, *(bot.clear for bot in bots)):
                 each(self.clear, None, outputs, cancels=running, **how)
