@@ -157,6 +157,7 @@ def test_stop_ends_an_answer_and_frees_the_model(page, sides):
     length = page.see(f"{text_of(1)}.length")
     time.sleep(1)
     assert page.see(f"{text_of(1)}.length") == length
+    page.wait_for("!document.querySelector('#ask').disabled")
     assert all(side.speaker.waiting.empty() for side in sides)
 
 

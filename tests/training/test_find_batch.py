@@ -109,7 +109,8 @@ def test_a_device_that_holds_all_of_a_step_runs_it_at_once(toys):
 
 def test_a_device_too_small_for_the_largest_row_is_named(toys):
     staged = toys.staged(*SETTINGS)
-    with pytest.raises(ConfigError, match=r"packs of \d+ tokens and \d+ tiles, about the largest row, need \d+\.\d+ GiB"):
+    said = r"packs of \d+ tokens and \d+ tiles, about the largest row, need \d+\.\d+ GiB"
+    with pytest.raises(ConfigError, match=said):
         find_passes(staged.model.vlm, staged.data, staged.config, CPU, 10 * MB)
 
 
