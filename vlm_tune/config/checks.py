@@ -9,6 +9,7 @@ from urllib.parse import quote, urlencode
 from vlm_tune.config.schema import (
     AugmentConfig,
     Config,
+    LossWeight,
     Optimizer,
     Precision,
     Quantize,
@@ -30,6 +31,7 @@ def find_problems(config: Config) -> list[str]:
         *_finite(config),
         *_stage(config),
         *_prefixes(config),
+        *_preference(config),
         *_tiles(config),
         *_numbers(config),
         *_recipe(config),
@@ -88,6 +90,36 @@ def _prefixes(config: Config) -> list[str]:
     if stage.share_prefix is not SharePrefix.on:
         return []
     return [f"stage.share_prefix=on, but {reason}: set it to auto" for reason, holds in alone.items() if holds]
+
+
+def _preference(config: Config) -> list[str]:
+    stage, preference = config.stage, config.stage.preference
+    problems = [
+        f"stage.preference.{name}={weight}: set a weight of 0 or more"
+        for name, weight in (("sigmoid", preference.sigmoid), ("bco", preference.bco), ("nll", preference.nll))
+        if weight < 0
+    ]
+    if not 0 <= preference.label_smoothing < 0.5:
+        problems.append(f"stage.preference.label_smoothing={preference.label_smoothing}: set 0 or more, but below 0.5")
+    if preference.beta <= 0:
+        problems.append(f"stage.preference.beta={preference.beta}: set it above 0")
+    if not preference.is_on:
+        return problems
+    name, tied = config.strategy.name, stage.share_prefix is SharePrefix.on
+    obstacles = {
+        "stage.packing=false pads each answer by itself: set it to true, a pair is one prompt with two branches": (
+            not stage.packing
+        ),
+        f"stage.loss={stage.loss.value} weighs tokens: leave it out, pairs count alike": stage.loss
+        is not LossWeight.token,
+        "stage.share_prefix=on lets rows share tokens: set it to off, the answers of a pair share theirs anyway": tied,
+        f"stage.neftune={stage.neftune} draws noise that the reference did not see: set it to 0": stage.neftune > 0,
+        "data.augment shows pictures that the reference did not see: leave it out": config.data.augment
+        != AugmentConfig(),
+        f"strategy={name.value} splits weights, which the reference reads whole: use strategy=ddp or zero2": name
+        in SPLITS_WEIGHTS,
+    }
+    return problems + [f"stage.preference trains on pairs, but {text}" for text, holds in obstacles.items() if holds]
 
 
 def _tiles(config: Config) -> list[str]:
