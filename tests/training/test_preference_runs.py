@@ -106,6 +106,13 @@ def compare(run, other):
     assert rows[-1]["val/accuracy"] == others[-1]["val/accuracy"]
 
 
+def test_what_comes_out_is_evaluated_and_exported(run, run_cli, tmp_path):
+    asked = [f"data.test={run.folder}/val.jsonl", "metric=perplexity"]
+    finished = run_cli("evaluate", f"ckpt={run()}", *asked, f"out={tmp_path}/answers.jsonl")
+    assert finished.code == 0, finished.err
+    assert run_cli("export", f"ckpt={run()}", f"out={tmp_path}/hf").code == 0
+
+
 def interrupt(run, step, runs):
     killed = runs / run.name
     shutil.copytree(run, killed)

@@ -23,7 +23,7 @@ def print_text(seen: Seen, console: Console) -> None:
             console.print(Text(f"  {line}", STYLES[IMAGE]))
     console.print(token_table(seen.tokens, "tokens"))
     if seen.rejected:
-        console.print(token_table(seen.rejected, "rejected answer, in the place of the last tokens"))
+        console.print(token_table(seen.rejected, "rejected answer"))
     if seen.pack is not None:
         console.print(Text(f"\n{pack_title(seen.pack)}"), soft_wrap=True)
         console.print(pack_table(seen.pack))

@@ -89,7 +89,7 @@ def chart(report: dict[str, Any], size: tuple[int, int] = SIZE) -> dict[str, Any
         panels.append(panel(title, lines, axis, [(tick, told(tick)) for tick in axis.ticks(3)]))
     return {
         "width": width,
-        "height": height + max(0, len(below) - 1) * block,
+        "height": height + round(max(0, len(below) - 1) * block),
         "about": describe(train, smooth, val),
         "steps": steps,
         "step_ticks": [tick for tick in steps.ticks(4 if is_narrow else 8) if tick == int(tick)],
