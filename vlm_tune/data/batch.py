@@ -25,15 +25,15 @@ class Batch:
     parents: list[int] | None  # of each stretch the one that holds its prefix, or -1; None: each is a whole sample
     predicting: Tensor  # (N,) flat positions whose next token is supervised
     targets: Tensor  # (N,) that next token
-    weights: Tensor  # (N,) its share of the loss of the optimizer step; of pairs (P,) that of each pair
+    weights: Tensor  # (N,) its share of the loss of the optimizer step; of pairs (pairs,) that of each
     sample_ids: list[str]
     num_tokens: int  # without padding
     image_places: Tensor | None = None  # flat positions of the context tokens, in the order of the pictures' features
     tiles: Tensor | None = None  # (T, H, W, 3) uint8
     features: Tensor | None = None  # (T, P, C) in place of tiles, if a frozen vision tower's output is cached
     spreads: list[Spread] = field(default_factory=list)  # of each picture, if its tokens depend on that
-    answers: list[int] | None = None  # of P pairs, the supervised tokens of each answer, the chosen before the rejected
-    reference: Tensor | None = None  # (P, 2) log-probabilities of the answers under the reference, once they are known
+    answers: list[int] | None = None  # of pairs, the supervised tokens of each answer, the chosen before the rejected
+    reference: Tensor | None = None  # (pairs, 2) log-probabilities under the reference, once they are known
     place: int = 0  # in the optimizer step, counted over all devices
     cursor: tuple[int, int, int] = (0, 0, 0)  # where the stream continues after this batch's optimizer step
 

@@ -46,7 +46,7 @@ class Part:
     data: Conversations | Mixture
     index: Index
     findings: Findings
-    reference: npt.NDArray[np.float32] | None = None  # of pairs (R, 2), once the reference has read them
+    reference: npt.NDArray[np.float32] | None = None  # of pairs (rows, 2), once the reference has read them
 
     def batches(self, settings: StreamSettings, is_training: bool) -> MicroBatches:
         """Make batches of these rows."""

@@ -114,7 +114,7 @@ class VisionLanguageModel(nn.Module):
         return merge_features(embeddings, places, self.project(features, spreads))
 
     def forward(self, batch: Batch) -> Tensor:
-        """Sum of weighted losses of a batch: a scalar in float32; of pairs, the log-probabilities (P, 2) of answers."""
+        """Sum of weighted losses of a batch: a scalar in float32; of pairs, the log-probabilities (pairs, 2)."""
         embeddings = self.embed(batch.input_ids, batch.tiles, batch.features, batch.spreads, batch.image_places)
         if self.training and self.neftune:
             embeddings = embeddings + self._noise(batch).to(embeddings)
@@ -125,7 +125,7 @@ class VisionLanguageModel(nn.Module):
         if batch.answers is None:
             return supervised_loss(rows, head, batch.targets, batch.weights)
         losses = token_losses(rows, head, batch.targets).split(batch.answers)
-        return -torch.stack([each.sum() for each in losses]).view(-1, 2)  # (P, 2)
+        return -torch.stack([each.sum() for each in losses]).view(-1, 2)
 
     def read(self, embeddings: Tensor, batch: Batch) -> Tensor:
         """Run the language model on the embeddings (B, L, D) of a batch: (N, D) where a supervised token follows."""

@@ -89,7 +89,7 @@ class VlmModule(L.LightningModule):
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def loss_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return a batch's share of the loss and, of pairs, of the means of their FACTS: a scalar, (F,) or (0,).
+        """Return a batch's share of the loss and, of pairs, of the means of their FACTS: a scalar, (facts,) or (0,).
 
         BCO's delta is the mean over the steps before this one: that of the step itself is only known at its end.
         """

@@ -28,7 +28,7 @@ class MicroBatches(Dataset[Batch]):
         self.index = index
         self.settings = settings
         self.is_training = is_training
-        self.reference: npt.NDArray[np.float32] | None = None  # of pairs, by entry of the index: (R, 2)
+        self.reference: npt.NDArray[np.float32] | None = None  # of pairs, by entry of the index: (rows, 2)
 
     def __getitem__(self, item: MicroBatch) -> Batch:
         examples, shown, tiles, features = [], [], [], []

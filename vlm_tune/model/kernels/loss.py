@@ -38,7 +38,9 @@ def token_losses(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
 
 
 def _chunk(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
-    return cross_entropy(head(hidden).float(), targets, reduction="none")  # (N,)
+    logits = head(hidden).float()  # (N, V)
+    losses = cross_entropy(logits, targets, reduction="none")  # (N,)
+    return losses
 
 
 class FrozenHeadLoss(torch.autograd.Function):

@@ -13,17 +13,17 @@ from vlm_tune.config.schema import PreferenceConfig
 
 
 def dpo(rewards: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Return DPO's loss of each pair: rewards (P, 2), chosen and rejected -> (P,).
+    """Return DPO's loss of each pair: rewards (pairs, 2), chosen and rejected -> (pairs,).
 
     Source: Rafailov et al. 2023, "Direct Preference Optimization"; label smoothing as in Mitchell 2023, "A note on DPO
     with noisy preferences": the share of the pairs that are taken to be the wrong way round.
     """
-    margins = rewards[:, 0] - rewards[:, 1]  # (P,)
+    margins = rewards[:, 0] - rewards[:, 1]
     return -(1 - label_smoothing) * logsigmoid(margins) - label_smoothing * logsigmoid(-margins)
 
 
 def bco(rewards: Tensor, delta: float) -> Tensor:
-    """Return BCO's loss of each pair: rewards (P, 2) -> (P,). `delta` is the mean of all rewards so far.
+    """Return BCO's loss of each pair: rewards (pairs, 2) -> (pairs,). `delta` is the mean of all rewards so far.
 
     Source: Jung et al. 2024, "Binary Classifier Optimization for Large Language Model Alignment".
     """
@@ -46,12 +46,12 @@ class RunningMean:
 def judge(
     logps: Tensor, num_tokens: Tensor, reference: Tensor, config: PreferenceConfig, delta: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss of each pair, and its FACTS without a gradient: (P,), (F, P).
+    """Return the loss of each pair, and its FACTS without a gradient: (pairs,), (facts, pairs).
 
-    logps, reference   (P, 2) log-probabilities of the chosen and the rejected answer, summed over their tokens
-    num_tokens         (P, 2) those tokens; the chosen answer's loss is the mean over its own
+    logps, reference   (pairs, 2) log-probabilities of the chosen and the rejected answer, summed over their tokens
+    num_tokens         (pairs, 2) those tokens; the chosen answer's loss is the mean over its own
     """
-    rewards = config.beta * (logps - reference)  # (P, 2)
+    rewards = config.beta * (logps - reference)
     chosen, rejected = rewards.unbind(1)
     sigmoid, pair = dpo(rewards, config.label_smoothing), bco(rewards, delta)
     nll = -logps[:, 0] / num_tokens[:, 0]

@@ -21,7 +21,7 @@ from vlm_tune.model.build import DTYPES, resolve_precision
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.recipes.fetch import cache_folder
 
-NAME = "logps.npy"  # (R, 2) float32, by entry of the index: chosen, rejected; NaN = not known yet
+NAME = "logps.npy"  # (rows, 2) float32, by entry of the index: chosen, rejected; NaN = not known yet
 
 
 def fill_reference(vlm: VisionLanguageModel, data: DataModule, device: torch.device, follow: Follow = unseen) -> None:
