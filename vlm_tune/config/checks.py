@@ -105,19 +105,18 @@ def _preference(config: Config) -> list[str]:
         problems.append(f"stage.preference.beta={preference.beta}: set it above 0")
     if not preference.is_on:
         return problems
-    name, tied = config.strategy.name, stage.share_prefix is SharePrefix.on
+    name, weighs = config.strategy.name, stage.loss is not LossWeight.token
+    is_apart, is_tied = not stage.packing, stage.share_prefix is SharePrefix.on
+    is_changed = config.data.augment != AugmentConfig()
     obstacles = {
-        "stage.packing=false pads each answer by itself: set it to true, a pair is one prompt with two branches": (
-            not stage.packing
-        ),
-        f"stage.loss={stage.loss.value} weighs tokens: leave it out, pairs count alike": stage.loss
-        is not LossWeight.token,
-        "stage.share_prefix=on lets rows share tokens: set it to off, the answers of a pair share theirs anyway": tied,
+        "stage.packing=false pads each answer alone: set it to true, a pair is one prompt with two branches": is_apart,
+        f"stage.loss={stage.loss.value} weighs tokens: leave it out, pairs count alike": weighs,
+        "stage.share_prefix=on lets rows share tokens: set it to off, the answers of a pair share theirs": is_tied,
         f"stage.neftune={stage.neftune} draws noise that the reference did not see: set it to 0": stage.neftune > 0,
-        "data.augment shows pictures that the reference did not see: leave it out": config.data.augment
-        != AugmentConfig(),
-        f"strategy={name.value} splits weights, which the reference reads whole: use strategy=ddp or zero2": name
-        in SPLITS_WEIGHTS,
+        "data.augment shows pictures that the reference did not see: leave it out": is_changed,
+        f"strategy={name.value} splits weights: use ddp or zero2, the reference reads them whole": (
+            name in SPLITS_WEIGHTS
+        ),
     }
     return problems + [f"stage.preference trains on pairs, but {text}" for text, holds in obstacles.items() if holds]
 

@@ -99,7 +99,7 @@ class VlmModule(L.LightningModule):
         assert batch.reference is not None, "the reference reads all pairs before the first step"
         num_tokens = made.new_tensor(batch.answers).view(-1, 2)
         losses, facts = judge(made, num_tokens, batch.reference, self.config.stage.preference, self.delta.value)
-        return (losses * batch.weights).sum(), facts @ batch.weights
+        return (losses * batch.weights).sum(), (facts * batch.weights).sum(1)  # no product: autocast would round it
 
     def note_pairs(self, facts: list[float], is_skipped: bool) -> None:
         """Log the means of a step's pairs over all devices, and move delta on."""

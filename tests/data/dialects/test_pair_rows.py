@@ -89,6 +89,12 @@ def test_pictures_without_a_place_stand_before_the_first_question_as_in_trl() ->
     assert sample.messages[0].parts == (Picture("a.png"), Picture("b.png"), "Q?")
 
 
+def test_reading_a_row_does_not_change_it() -> None:
+    record = {"images": ["a.png"], "chosen": [USER, GOOD], "rejected": [USER, BAD]}
+    assert parse(record) == parse(record)
+    assert record["chosen"] == [USER, GOOD]
+
+
 def test_of_several_answers_the_last_alone_is_trained_on() -> None:
     turns = [USER, {"role": "assistant", "content": "Hm."}, USER]
     sample = parse({"messages": [*turns, GOOD], "rejected_response": "A dog."})

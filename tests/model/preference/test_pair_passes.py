@@ -74,6 +74,16 @@ def test_loss_and_every_gradient_are_those_of_plain_passes(staged):
     assert len(facts) == 9
 
 
+def test_what_is_logged_is_not_rounded_to_16_bit(staged):
+    module = VlmModule(staged.model, staged.config, 1)
+    batch = staged.batch(ROWS)
+    batch.reference = torch.from_numpy(staged.data.train.reference[ROWS])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        loss, facts = module.loss_of(batch)
+    sigmoid, bco, nll = facts[:3].tolist()
+    assert float(loss) == pytest.approx(0.8 * sigmoid + 0.2 * bco + nll, rel=1e-6)
+
+
 def test_a_pair_reads_its_prompt_and_its_pictures_once(staged):
     data = staged.data.train.data
     batch = staged.batch(ROWS)

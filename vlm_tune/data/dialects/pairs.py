@@ -86,7 +86,7 @@ def _of_trl(row: Row, rest: Record, answer: object) -> Record:
         raise row.fault('a pair without its question. Name it "question" or "prompt", or write whole conversations.')
     asked: list[object] = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     repeats = any(isinstance(turn, Mapping) and turn.get("content") == prompt for turn in said)
-    turns = said if prompt is None or repeats else [*asked, *said]  # else the answers are whole conversations
+    turns = [*said] if prompt is None or repeats else [*asked, *said]  # the answers may be whole conversations
     pictures = listed(rest.get("images")) or listed(rest.get("image"))
     if pictures and not _has_places(turns):
         for place, turn in enumerate(turns):
@@ -102,14 +102,14 @@ def _of_trl(row: Row, rest: Record, answer: object) -> Record:
 
 def _has_places(turns: list[object]) -> bool:
     """Return whether turns say where pictures stand: by marks, or by parts."""
-    contents = [turn.get("content") for turn in turns if isinstance(turn, Mapping)]
-    return any(
-        IMAGE_MARK in content
-        if isinstance(content, str)
-        else isinstance(content, list)
-        and any(isinstance(part, Mapping) and part.get("type") != "text" for part in content)
-        for content in contents
-    )
+    for turn in turns:
+        content = turn.get("content") if isinstance(turn, Mapping) else None
+        if isinstance(content, str) and IMAGE_MARK in content:
+            return True
+        parts = content if isinstance(content, list) else []
+        if any(isinstance(part, Mapping) and part.get("type") != "text" for part in parts):
+            return True
+    return False
 
 
 def _with_mark(rest: Record, question: str) -> str:
