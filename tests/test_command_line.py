@@ -21,7 +21,7 @@ AT_ONCE = [
     ("trainer=8", "ConfigError: trainer=8: no such trainer. There are: default"),
     (
         "stage=lora",
-        "There are: finetune, finetune_full, pretrain, qlora, sft. Here, write stage=finetune, which trains",
+        "There are: dpo, finetune, finetune_full, mpo, pretrain, qlora, sft. Here, write stage=finetune, which trains",
     ),
     ("data.path={folder}/pictures", "holds no data file but 2 pictures. Write a file of rows that names them"),
     ("data.path={folder}/nowhere.jsonl", "nowhere.jsonl: no such file."),

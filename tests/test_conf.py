@@ -18,7 +18,7 @@ from vlm_tune.errors import ConfigError
 STAGES, MODELS, DATA = options("stage"), options("model"), options("data")
 PACKAGE = Path(__file__).parents[1] / "vlm_tune"
 CANONICAL = {
-    "stage": {"pretrain", "finetune", "finetune_full", "qlora", "sft"},
+    "stage": {"pretrain", "finetune", "finetune_full", "qlora", "sft", "dpo", "mpo"},
     "model": {"internvl2_2b", "internvl2_5_8b", "internvl3_2b", "llava_1_5_7b", "llava_next_7b"}
     | {"demo", "demo_cnn", "tiny"},
 }
@@ -136,7 +136,7 @@ def test_overrides_are_laid_over_a_written_configuration(tmp_path):
         ("trainer.global_batchs=8", "trainer.global_batchs: no such key. Did you mean trainer.global_batch?"),
         ("+stage.lora.rnak=8", "stage.lora.rnak: no such key. Did you mean stage.lora.rank?"),
         ("zzzzzz=1", "zzzzzz: no such key. docs/configuration.md lists all keys"),
-        ("stage=finetun", "stage=finetun: no such stage. There are: finetune, "),
+        ("stage=finetun", "stage=finetun: no such stage. There are: dpo, finetune, "),
         ("model=internvl9", "model=internvl9: no such model. There are: demo, "),
         ("stage.lora.rank=many", "stage.lora.rank: Value 'many' of type 'str' could not be converted to Integer"),
         ("stage.train.llm=half", "stage.train.llm: Invalid value 'half', expected one of [frozen, lora, full]"),

@@ -13,7 +13,8 @@ from transformers import AutoTokenizer, InternVLVisionConfig, InternVLVisionMode
 from vlm_tune.config.parse import load_config
 from vlm_tune.config.schema import Config
 from vlm_tune.data.batch import Batch
-from vlm_tune.data.datamodule import DataModule, MicroBatches
+from vlm_tune.data.datamodule import DataModule
+from vlm_tune.data.sets.micro_batches import MicroBatches
 from vlm_tune.data.stream import MicroBatch
 from vlm_tune.model.build import Model, build_model
 from vlm_tune.model.parts.stage import PartSummary, apply_stage

@@ -15,8 +15,9 @@ from toys import turns, write_jsonl
 from vlm_tune.config.parse import load_config
 from vlm_tune.config.schema import LossWeight
 from vlm_tune.data.batch import add_pictures, collate, token_weight
-from vlm_tune.data.datamodule import DataModule, MicroBatches, validation_packs
+from vlm_tune.data.datamodule import DataModule, validation_packs
 from vlm_tune.data.example import NO_LOSS, Example
+from vlm_tune.data.sets.micro_batches import MicroBatches
 from vlm_tune.data.stream import MicroBatch
 from vlm_tune.errors import DataError
 from vlm_tune.model.encoder import build_encoder

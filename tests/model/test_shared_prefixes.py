@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.toys import Staged
-from vlm_tune.data.datamodule import MicroBatches
+from vlm_tune.data.sets.micro_batches import MicroBatches
 from vlm_tune.data.stream import MicroBatch
 from vlm_tune.errors import ConfigError
 from vlm_tune.model.kernels import attention

@@ -14,8 +14,8 @@ from processes import fork_cli
 from toys import turns, write_jsonl
 
 from vlm_tune.config.parse import load_config
-from vlm_tune.data.datamodule import MicroBatches
 from vlm_tune.data.sets import index
+from vlm_tune.data.sets.micro_batches import MicroBatches
 from vlm_tune.errors import CheckpointError, DataError, TrainingError
 from vlm_tune.model.checkpoint import checkpoints
 from vlm_tune.training.module import VlmModule

@@ -10,7 +10,7 @@ import torch
 
 from vlm_tune.config.parse import load_config
 from vlm_tune.data import progress
-from vlm_tune.data.datamodule import MicroBatches
+from vlm_tune.data.sets.micro_batches import MicroBatches
 from vlm_tune.errors import TrainingError
 from vlm_tune.model.checkpoint import checkpoints, find_runs
 from vlm_tune.training.run import train

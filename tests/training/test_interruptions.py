@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from vlm_tune.config.parse import load_config
-from vlm_tune.data.datamodule import MicroBatches
+from vlm_tune.data.sets.micro_batches import MicroBatches
 from vlm_tune.errors import CheckpointError, DataError, TrainingError
 from vlm_tune.model.checkpoint import checkpoints, trained_weights
 from vlm_tune.training.run import train

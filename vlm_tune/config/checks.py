@@ -9,6 +9,7 @@ from urllib.parse import quote, urlencode
 from vlm_tune.config.schema import (
     AugmentConfig,
     Config,
+    LossWeight,
     Optimizer,
     Precision,
     Quantize,
@@ -30,6 +31,7 @@ def find_problems(config: Config) -> list[str]:
         *_finite(config),
         *_stage(config),
         *_prefixes(config),
+        *_preference(config),
         *_tiles(config),
         *_numbers(config),
         *_recipe(config),
@@ -88,6 +90,35 @@ def _prefixes(config: Config) -> list[str]:
     if stage.share_prefix is not SharePrefix.on:
         return []
     return [f"stage.share_prefix=on, but {reason}: set it to auto" for reason, holds in alone.items() if holds]
+
+
+def _preference(config: Config) -> list[str]:
+    stage, preference = config.stage, config.stage.preference
+    problems = [
+        f"stage.preference.{name}={weight}: set a weight of 0 or more"
+        for name, weight in (("sigmoid", preference.sigmoid), ("bco", preference.bco), ("nll", preference.nll))
+        if weight < 0
+    ]
+    if not 0 <= preference.label_smoothing < 0.5:
+        problems.append(f"stage.preference.label_smoothing={preference.label_smoothing}: set 0 or more, but below 0.5")
+    if preference.beta <= 0:
+        problems.append(f"stage.preference.beta={preference.beta}: set it above 0")
+    if not preference.is_on:
+        return problems
+    name, weighs = config.strategy.name, stage.loss is not LossWeight.token
+    is_apart, is_tied = not stage.packing, stage.share_prefix is SharePrefix.on
+    is_changed = config.data.augment != AugmentConfig()
+    obstacles = {
+        "stage.packing=false pads each answer alone: set it to true, a pair is one prompt with two branches": is_apart,
+        f"stage.loss={stage.loss.value} weighs tokens: leave it out, pairs count alike": weighs,
+        "stage.share_prefix=on lets rows share tokens: set it to off, the answers of a pair share theirs": is_tied,
+        f"stage.neftune={stage.neftune} draws noise that the reference did not see: set it to 0": stage.neftune > 0,
+        "data.augment shows pictures that the reference did not see: leave it out": is_changed,
+        f"strategy={name.value} splits weights: use ddp or zero2, the reference reads them whole": (
+            name in SPLITS_WEIGHTS
+        ),
+    }
+    return problems + [f"stage.preference trains on pairs, but {text}" for text, holds in obstacles.items() if holds]
 
 
 def _tiles(config: Config) -> list[str]:

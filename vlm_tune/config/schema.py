@@ -240,6 +240,22 @@ class LoraConfig:
 
 
 @dataclass
+class PreferenceConfig:
+    """The weights of the losses of pairs of answers; all 0 = the rows are conversations."""
+
+    sigmoid: float = 0.0  # of DPO's loss
+    bco: float = 0.0  # of BCO's: each answer against the running mean of all rewards
+    nll: float = 0.0  # of the chosen answer's mean loss of a token
+    beta: float = 0.1  # a reward is this times the logarithm of how much likelier training made an answer
+    label_smoothing: float = 0.0  # share of the pairs whose answers are taken to be the wrong way round, in DPO's loss
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the rows are pairs."""
+        return any((self.sigmoid, self.bco, self.nll))
+
+
+@dataclass
 class StageConfig:
     """What a stage trains, and how."""
 
@@ -263,6 +279,7 @@ class StageConfig:
     neftune: float = 0.0  # alpha of the noise on text embeddings while training (5, 10 or 15); 0 = off
     drop_path: float = 0.0  # probability of skipping the last layer of a trained vision encoder; lower for earlier ones
     loss: LossWeight = LossWeight.token
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     evaluate: bool = True  # score the test file before and after training
     packing: bool = True  # concatenate samples without padding; false = pad to the longest
     pack_length: int = 4096  # tokens of one pack

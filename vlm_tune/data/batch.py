@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlm_tune.config.schema import LossWeight
-from vlm_tune.data.example import NO_LOSS, Example
+from vlm_tune.data.example import NO_LOSS, Example, common_prefix
 from vlm_tune.data.pictures.anyres import Spread
 
 
@@ -25,13 +25,15 @@ class Batch:
     parents: list[int] | None  # of each stretch the one that holds its prefix, or -1; None: each is a whole sample
     predicting: Tensor  # (N,) flat positions whose next token is supervised
     targets: Tensor  # (N,) that next token
-    weights: Tensor  # (N,) its share of the loss of the optimizer step
+    weights: Tensor  # (N,) its share of the loss of the optimizer step; of pairs (pairs,) that of each
     sample_ids: list[str]
     num_tokens: int  # without padding
     image_places: Tensor | None = None  # flat positions of the context tokens, in the order of the pictures' features
     tiles: Tensor | None = None  # (T, H, W, 3) uint8
     features: Tensor | None = None  # (T, P, C) in place of tiles, if a frozen vision tower's output is cached
     spreads: list[Spread] = field(default_factory=list)  # of each picture, if its tokens depend on that
+    answers: list[int] | None = None  # of pairs, the supervised tokens of each answer, the chosen before the rejected
+    reference: Tensor | None = None  # (pairs, 2) log-probabilities under the reference, once they are known
     place: int = 0  # in the optimizer step, counted over all devices
     cursor: tuple[int, int, int] = (0, 0, 0)  # where the stream continues after this batch's optimizer step
 
@@ -118,6 +120,16 @@ def collate(examples: list[Example], weights: list[float], packing: bool, trees:
     )
 
 
+def as_pairs(batch: Batch, answers: list[int], weight: float, reference: npt.NDArray[np.float32] | None) -> Batch:
+    """Mark a batch whose trees are pairs, the chosen answer before the rejected one.
+
+    `answers` are their supervised tokens, `weight` is that of each pair in the loss of the optimizer step.
+    """
+    ids = batch.sample_ids[::2]
+    known = None if reference is None else torch.from_numpy(reference)
+    return replace(batch, weights=torch.full((len(ids),), weight), sample_ids=ids, answers=answers, reference=known)
+
+
 @dataclass
 class Layout:
     """Where the tokens of each example stand in a batch."""
@@ -151,12 +163,3 @@ def lay_out(examples: list[Example], packing: bool, trees: Sequence[int] | None)
             segments.append(len(own))
             parents.append(parent)
     return Layout(sum(segments), places, segments, parents if max(parents) >= 0 else None)
-
-
-def common_prefix(tokens: list[npt.NDArray[np.int32]]) -> int:
-    """Count the tokens with which all begin, leaving at least one to each."""
-    length = min(map(len, tokens)) - 1
-    for other in tokens[1:]:
-        differs = np.flatnonzero(tokens[0][:length] != other[:length])
-        length = int(differs[0]) if len(differs) else length
-    return length

@@ -12,19 +12,18 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from vlm_tune.config.schema import AugmentConfig, BadSample, Config, SharePrefix
-from vlm_tune.data.batch import Batch, add_pictures, collate, token_weight
+from vlm_tune.config.schema import BadSample, Config, LossWeight, SharePrefix
+from vlm_tune.data.batch import Batch
 from vlm_tune.data.encode import Encoder
-from vlm_tune.data.example import Example
-from vlm_tune.data.packing import cost, shares_head, side_by_side, trees_of
+from vlm_tune.data.packing import cost, shares_head, side_by_side
 from vlm_tune.data.progress import STILL, Follow, Patience, unseen
-from vlm_tune.data.rows.cache import hashed
-from vlm_tune.data.sample import Sample
 from vlm_tune.data.sets.dataset import Conversations
-from vlm_tune.data.sets.index import Findings, picture_files, refuse_faults, trained_content, write_faults
+from vlm_tune.data.sets.index import Findings, refuse_faults, write_faults
+from vlm_tune.data.sets.micro_batches import Handed, MicroBatches
 from vlm_tune.data.sets.mixture import Mixture, is_augmented, open_data, open_sizes
 from vlm_tune.data.sets.paths import find_file, sibling
 from vlm_tune.data.sizes import Index
@@ -40,92 +39,6 @@ VALIDATION_KEYS = (
 PART_KEYS = (("data.path",), VALIDATION_KEYS)
 
 
-class MicroBatches(Dataset[Batch]):
-    """Load the batch of a MicroBatch. Random augmentation depends only on (seed, epoch, row)."""
-
-    def __init__(
-        self, data: Conversations | Mixture, index: Index, settings: StreamSettings, is_training: bool
-    ) -> None:
-        self.data = data
-        self.index = index
-        self.settings = settings
-        self.is_training = is_training
-
-    def __getitem__(self, item: MicroBatch) -> Batch:
-        examples, shown, tiles, features = [], [], [], []
-        trees = trees_of(item.rows, self.index, self.settings.share_prefix)
-        for tree in trees:
-            for place, entry in enumerate(tree):
-                row = int(self.index.rows[entry])
-                data, number = self.data.locate(row)
-                sample = data.sample(number)
-                self._check_content(entry, sample)
-                example = data.encoder.encode(sample, data.tiling(sample))
-                self._check_sizes(entry, example)
-                self._check_pictures(entry, sample, data)
-                examples.append(example)
-                if place:
-                    continue  # its pictures are those of the first row
-                shown.append(example)
-                is_random = self.is_training and data.pictures.augment != AugmentConfig()
-                generator = np.random.default_rng((self.settings.seed, item.epoch, row)) if is_random else None
-                if data.cache is None:
-                    tiles.append(data.make_tiles(sample, example, generator))
-                elif example.num_tiles:
-                    features.append(data.read_features(sample, example))
-        counts = np.array([example.num_supervised for example in examples], dtype=np.int32)
-        weights = token_weight(counts, self.settings.loss) / item.step_weight
-        batch = collate(examples, weights.tolist(), self.settings.packing, [len(tree) for tree in trees])
-        add_pictures(batch, shown, tiles, features, data.encoder.context_id)
-        batch.place, batch.cursor = item.place, item.after
-        return batch
-
-    def _check_content(self, entry: int, sample: Sample) -> None:
-        """Refuse a row whose file was written anew since it was measured: it may be another row's place by now."""
-        if hashed(trained_content(sample)) != int(self.index.content[entry]):
-            reason = (
-                "says something else than when it was measured: the file was changed while the run goes on. Put it "
-                "back and go on with resume=last, or start a new run with stage.init_from=RUN"
-            )
-            raise DataError(reason, sample.where, sample.id)
-
-    def _check_sizes(self, entry: int, example: Example) -> None:
-        """Refuse a row whose pictures were replaced after it was measured: its pack was planned for the old ones."""
-        planned = int(self.index.tokens[entry]), int(self.index.supervised[entry]), int(self.index.tiles[entry])
-        made = len(example.input_ids), example.num_supervised, sum(example.num_tiles)
-        if made != planned:
-            reason = (
-                "has {} tokens, {} supervised, and {} tiles, but had {}, {} and {} when it was measured: a picture was "
-                "replaced. Put it back, or save the data file again, so that all rows are measured again"
-            )
-            raise DataError(reason.format(*made, *planned), example.where, example.id)
-
-    def _check_pictures(self, entry: int, sample: Sample, data: Conversations) -> None:
-        """Refuse a row whose pictures were replaced by others of the same size."""
-        if picture_files(sample, data.reader) != int(self.index.pictures[entry]):
-            reason = (
-                "shows another picture than when it was measured, of the same size. Put it back, or save the data file "
-                "again, so that all rows are measured again"
-            )
-            raise DataError(reason, sample.where, sample.id)
-
-
-class Handed(Dataset[Batch | VlmTuneError]):
-    """Return a row's fault as a value: raised in a worker process, it would arrive as text with torch's traceback."""
-
-    def __init__(self, batches: MicroBatches) -> None:
-        self.batches = batches
-
-    def __getitem__(self, item: MicroBatch) -> Batch | VlmTuneError:
-        try:
-            return self.batches[item]
-        except VlmTuneError as error:
-            return error
-        except OSError as error:
-            reason = f"{error.strerror}: it was there when the run began. Put it back and go on with resume=last"
-            return DataError(reason, str(error.filename))
-
-
 @dataclass
 class Part:
     """An opened data file, or several as a mixture, with their sizes."""
@@ -133,6 +46,13 @@ class Part:
     data: Conversations | Mixture
     index: Index
     findings: Findings
+    reference: npt.NDArray[np.float32] | None = None  # of pairs (rows, 2), once the reference has read them
+
+    def batches(self, settings: StreamSettings, is_training: bool) -> MicroBatches:
+        """Make batches of these rows."""
+        made = MicroBatches(self.data, self.index, settings, is_training)
+        made.reference = self.reference
+        return made
 
     def contents(self) -> dict[str, str]:
         """Return a hash of the rows of each file (in a mixture: of each set, including its degradation)."""
@@ -264,7 +184,7 @@ class DataModule(L.LightningDataModule):
             budget=(stage.pack_length, stage.pack_tiles),
             micro_batch=trainer.micro_batch,
             groups_per_step=groups_per_step,
-            loss=stage.loss,
+            loss=LossWeight.sample if stage.preference.is_on else stage.loss,  # each pair counts alike
             seed=self.config.seed,
             draw=train.data.draw(train.index) if train is not None and isinstance(train.data, Mixture) else None,
             share_prefix=share_prefix,
@@ -274,6 +194,8 @@ class DataModule(L.LightningDataModule):
         """Whether rows that begin alike may share their tokens: nothing random makes those of each row its own."""
         stage = self.config.stage
         data = self.train.data if self.train is not None else None
+        if stage.preference.is_on:  # the answers of a pair share their prompt: a tree has one fork
+            return False
         return stage.packing and not stage.neftune and not (data is not None and is_augmented(data))
 
     def stream(self, rank: int = 0, world: int = 1) -> BatchStream:
@@ -295,16 +217,19 @@ class DataModule(L.LightningDataModule):
         assert self.train is not None
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         stream = self.stream(rank, world)
-        return self._loader(MicroBatches(self.train.data, self.train.index, stream.settings, True), stream)
+        return self._loader(self.train.batches(stream.settings, True), stream)
 
     def val_dataloader(self) -> list[TimedLoader]:
         """Return a loader of the validation rows in packs, in their order."""
         if self.val is None:
             return []
-        settings = self.settings(1)
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        packs = share(validation_packs(self.val.index, settings), rank, world)
-        return [self._loader(MicroBatches(self.val.data, self.val.index, settings, False), packs)]
+        packs = share(validation_packs(self.val.index, self.settings(1)), rank, world)
+        return [self.reading(self.val, packs)]
+
+    def reading(self, part: Part, packs: list[MicroBatch]) -> TimedLoader:
+        """Return a loader of given packs of a part's rows, without anything random."""
+        return self._loader(part.batches(self.settings(1), False), packs)
 
     def _loader(self, dataset: MicroBatches, sampler: Any) -> TimedLoader:
         workers = self.config.data.workers

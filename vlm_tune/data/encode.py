@@ -2,13 +2,14 @@
 
 from array import array
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlm_tune.data.example import NO_LOSS, Example, Lengths
+from vlm_tune.data.example import NO_LOSS, Example, Lengths, common_prefix
 from vlm_tune.data.fit import EncoderSettings, Fit, Tiling, fault_of, fit_pictures, no_pictures, too_long, trim
 from vlm_tune.data.sample import Sample
 from vlm_tune.data.text.control import find_image_ids, find_stop_ids, refuse_control
@@ -75,8 +76,37 @@ class Encoder:
         fit = self._fit(sample, num_fixed, num_supervised, tiling)
         return self._trim(sample, fit) if fit.is_long else _assemble(sample, items, fit)
 
+    def encode_all(self, sample: Sample, tiling: Tiling = no_pictures) -> list[Example]:
+        """Encode a conversation, or both answers of a pair, the chosen one first, behind pictures of the same tiles.
+
+        Raises what `encode` raises; for a pair it says which answer is meant.
+        """
+        branches = sample.branches
+        if len(branches) == 1:
+            return [self.encode(sample, tiling)]
+        examples: list[Example] = []
+        faults: dict[str, DataError] = {}
+        for name, branch in zip(("chosen", "rejected"), branches, strict=True):
+            try:
+                examples.append(self.encode(branch, tiling))
+            except DataError as error:
+                faults[name] = error
+        if faults:
+            first = next(iter(faults.values()))
+            which = "both answers" if len(faults) > 1 else f"the {next(iter(faults))} answer"
+            raise type(first)(f"with {which}: {first.reason}", first.where, first.sample_id)
+        fewest = min(example.max_tiles for example in examples)
+        if any(example.max_tiles > fewest for example in examples):  # one answer left less room for the pictures
+            limited = copy(self)
+            limited.settings = replace(self.settings, max_tiles=fewest)
+            note = next(example.note for example in examples if example.max_tiles == fewest)
+            examples = [replace(limited.encode(branch, tiling), note=note) for branch in branches]
+        return examples
+
     def shortened(self, sample: Sample) -> Sample:
         """Return the Beginning of a row that is far too long, else the sample itself."""
+        if sample.rejected is not None:  # its two conversations are shortened, one by one
+            return sample
         return shortened(sample, self._tokens, self.settings.limit.tokens)
 
     def encode_prompt(self, sample: Sample, tiling: Tiling = no_pictures) -> Example:
@@ -116,6 +146,10 @@ class Encoder:
 
     def _try_lay_out(self, sample: Sample) -> list[Item] | DataError:
         try:
+            if self.settings.pairs is not (sample.rejected is not None):
+                raise _no_fit(sample)
+            if sample.rejected is not None:
+                return []  # measured whole, answer by answer
             return self._lay_out(sample)
         except DataError as error:
             return error
@@ -123,6 +157,8 @@ class Encoder:
     def _try_measure(self, sample: Sample, items: list[Item], tiling: Tiling) -> Lengths | DataError:
         num_fixed, num_supervised = count(items)
         try:
+            if sample.rejected is not None:
+                return _measure_pair(self.encode_all(sample, tiling), sample)
             fit = self._fit(sample, num_fixed, num_supervised, tiling)
             if not fit.is_long:
                 num_image = sum(fit.num_tokens)
@@ -160,6 +196,33 @@ class Encoder:
         items = self._lay_out(sample)
         tokenize(items, self._tokens)
         return _assemble(sample, items, fit)
+
+
+def _no_fit(sample: Sample) -> DataError:
+    if sample.rejected is None:
+        return fault_of(
+            sample,
+            "one answer, but this stage trains on pairs (stage.preference): give the row a rejected answer too "
+            "(docs/preferences.md), or take stage=finetune",
+        )
+    return fault_of(
+        sample,
+        "a pair of answers, but this stage trains on conversations: take stage=dpo or stage=mpo, or keep one answer",
+    )
+
+
+def _measure_pair(examples: list[Example], sample: Sample) -> Lengths:
+    """Count the tokens of a pair as it stands in a pack: those that both answers begin with count once."""
+    chosen, rejected = (example.input_ids for example in examples)
+    if np.array_equal(chosen, rejected):
+        raise fault_of(sample, "both answers of the pair have the same tokens: there is nothing to prefer")
+    num_shared = common_prefix((chosen, rejected))
+    num_tokens = len(chosen) + len(rejected) - num_shared
+    num_supervised = sum(example.num_supervised for example in examples)
+    note = next((example.note for example in examples if example.note), "")
+    return Lengths(
+        num_tokens, num_supervised, examples[0].num_tiles, examples[0].max_tiles, note, num_shared=num_shared
+    )
 
 
 def _assemble(sample: Sample, items: list[Item], fit: Fit) -> Example:

@@ -1,8 +1,10 @@
 """What a Sample becomes: token ids with their labels, or only their numbers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from vlm_tune.data.pictures.anyres import Spread
 
@@ -39,3 +41,13 @@ class Lengths:
     note: str = ""
     head: str = ""  # what the tokens up to the last picture's end are made of; "" = no pictures
     num_head: int = 0  # those tokens
+    num_shared: int = 0  # tokens with which both answers of a pair begin, which stand in a pack once
+
+
+def common_prefix(tokens: Sequence[npt.NDArray[np.int32]]) -> int:
+    """Count the tokens with which all begin, leaving at least one to each."""
+    length = min(map(len, tokens)) - 1
+    for other in tokens[1:]:
+        differs = np.flatnonzero(tokens[0][:length] != other[:length])
+        length = int(differs[0]) if len(differs) else length
+    return length

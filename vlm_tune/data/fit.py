@@ -46,6 +46,7 @@ class EncoderSettings:
     add_bos: bool | None = None  # None = as the tokenizer itself does
     markup: tuple[str, ...] | None = None  # added tokens that texts may contain; None = all that control nothing
     reasoning_loss: bool = True  # the reasoning before an answer is supervised too
+    pairs: bool = False  # the rows to train on are pairs of answers
 
     @property
     def image_tokens(self) -> tuple[str, str, str]:

@@ -1,6 +1,6 @@
 """(1) One conversation, independent of any dialect: `dialects` creates it, `encode` turns it into tokens."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Role = Literal["system", "user", "assistant"]
@@ -53,6 +53,20 @@ class Sample:
     where: str = ""  # "train.jsonl:17"
     is_plain: bool = False  # plain text for continued pretraining: no turns, so no template
     boxes: tuple[Boxes, ...] = ()  # that are not in the text yet: `<bbox>` marks stand in their places
+    rejected: Message | None = None  # of a pair: the answer that is worse than the last one, which alone is supervised
+
+    @property
+    def turns(self) -> tuple[Message, ...]:
+        """Return all messages, of a pair the rejected answer too."""
+        return self.messages if self.rejected is None else (*self.messages, self.rejected)
+
+    @property
+    def branches(self) -> tuple["Sample", ...]:
+        """Return the conversation with each of its last answers: itself, or of a pair the chosen and the rejected."""
+        if self.rejected is None:
+            return (self,)
+        chosen = replace(self, rejected=None)
+        return chosen, replace(chosen, messages=(*self.messages[:-1], self.rejected))
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
@@ -62,4 +76,4 @@ class Sample:
     @property
     def is_located(self) -> bool:
         """Return whether the text says where something is in a picture, which must not be mirrored or cropped then."""
-        return any("<box>" in message.text for message in self.messages)
+        return any("<box>" in message.text for message in self.turns)

@@ -2,9 +2,7 @@
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from vlm_tune.data.batch import Batch, add_pictures, collate
 from vlm_tune.data.example import Example
@@ -13,7 +11,7 @@ from vlm_tune.evaluation.metrics import Metric, options_of
 from vlm_tune.evaluation.prediction import Prediction, Question
 from vlm_tune.model.build import Model
 from vlm_tune.model.generate import answering
-from vlm_tune.model.kernels.loss import CHUNK
+from vlm_tune.model.kernels import loss
 
 PACK = 4096  # tokens of one pass, or those of one question with its choices
 
@@ -83,7 +81,5 @@ def batch_losses(model: Model, batch: Batch) -> Tensor:
     vlm = model.vlm
     with answering(model):
         embeddings = vlm.embed(batch.input_ids, batch.tiles, None, batch.spreads, batch.image_places)
-        rows, head = vlm.read(embeddings, batch), vlm.llm.get_output_embeddings()
-        pieces = zip(rows.split(CHUNK), batch.targets.split(CHUNK), strict=True)
-        losses = [cross_entropy(head(some).float(), targets, reduction="none") for some, targets in pieces]
-    return torch.cat(losses).double().cpu()
+        losses = loss.token_losses(vlm.read(embeddings, batch), vlm.llm.get_output_embeddings(), batch.targets)
+    return losses.double().cpu()

@@ -40,6 +40,7 @@ def summarise(found: Findings, config: Config, settings: EncoderSettings) -> dic
         "images": {name: found.images[name] for name in ("found", "missing", "broken")} | {"distinct": int(distinct)},
         "transparency": {name: found.images[name] for name in ("alpha", "decoded", "transparent")},
         "trained": {name: trained[name] for name in ("rows", "tokens", "supervised")},
+        "pair_share": trained["shared"] / trained["tokens"] if trained["shared"] else None,
         "supervised_share": trained["supervised"] / trained["tokens"] if trained["tokens"] else None,
         "tokens": spread(found.tokens, bins([found.tokens])),
         "tiles": spread(found.tiles, bins([found.tiles])),
@@ -147,8 +148,7 @@ def facts(report: dict[str, Any]) -> dict[str, str]:
         about = "about " * settings["newline"]
         told["tiles a row"] = f"{in_words(tiles)}, of {about}{settings['tokens_per_tile']} tokens each"
     if trained["rows"]:
-        share = f"{report['supervised_share']:.1%} of {trained['tokens']:,} tokens supervised"
-        told["trained on"] = f"{counted(trained['rows'], 'row')}, {share}"
+        told["trained on"] = trained_in_words(report)
     if report["markup"]:
         told["markup"] = ", ".join(f"{name} {count:,}" for name, count in report["markup"].items()) + ": one token each"
     policy = settings["on_too_long"]
@@ -165,6 +165,16 @@ def facts(report: dict[str, Any]) -> dict[str, str]:
         others = "" if images["distinct"] == images["found"] else ", and other rows show the same pictures"
         told["validation"] = f"no file for it: {settings['val_share']:.0%} of the rows are put aside{others}"
     return told
+
+
+def trained_in_words(report: dict[str, Any]) -> str:
+    """Describe what is trained on: '80 rows, 12.0% of 9,000 tokens supervised', and what the answers of pairs share."""
+    trained = report["trained"]
+    share = f"{report['supervised_share']:.1%} of {trained['tokens']:,} tokens supervised"
+    told = f"{counted(trained['rows'], 'row')}, {share}"
+    if report["pair_share"] is None:
+        return told
+    return f"{told}; pairs: {report['pair_share']:.1%} of the tokens are read for both answers at once"
 
 
 def answers_in_words(answers: dict[str, Any]) -> str:

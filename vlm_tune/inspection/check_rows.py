@@ -43,6 +43,10 @@ ROW_KINDS = {
     "turns out of order": r"are both from the|may only speak first",
     "empty conversation": r"the conversation is empty",
     "marks and images differ": r'"<(image|video)>" marks? but|belong to no image part|an image without a source',
+    "pair or not": r"but this stage trains on",
+    "equal answers": r"^both answers of the pair|^the answers of the pair differ only in white space",
+    "half a pair": r'^a pair of answers has|^a pair without its question|^"rejected_\w+" (needs|without)',
+    "pair of two questions": r'^the two conversations of the pair differ|^"rejected_images" differ',
     "no supervised token": r"nothing to train on|no supervised token",
     "too long": r"but data\.max_length=|but the language model's max_position",
     "field not read": r'" (is|are) not read in |^the text names a file in',
@@ -97,7 +101,7 @@ class Findings:
     tiles: Counter[int] = field(default_factory=Counter)  # tiles of a row -> rows
     tokens: Counter[int] = field(default_factory=Counter)  # tokens of a row, before data.on_too_long -> rows
     by_rule: dict[str, Counter[int]] = field(default_factory=dict)  # the same under each of RULES
-    trained: Counter[str] = field(default_factory=Counter)  # rows, tokens, supervised: what training will see
+    trained: Counter[str] = field(default_factory=Counter)  # rows, tokens, supervised, shared: what training will see
     faults: list[Fault] = field(default_factory=list)
     long_rows: list[LongRow] = field(default_factory=list)
     stretched_rows: list[LongRow] = field(default_factory=list)  # beyond max_position_embeddings, by rope scaling
@@ -167,7 +171,7 @@ class RowCheck(Dataset[Findings]):
                 pictures.update(hashed([name_of(picture)]) for picture in sample.pictures)
                 found.answers.add(sample)
                 if self.markup is not None:
-                    said = (text for turn in sample.messages for text in (turn.reasoning, *turn.parts))
+                    said = (text for turn in sample.turns for text in (turn.reasoning, *turn.parts))
                     texts = (text for text in said if isinstance(text, str))
                     found.markup.update(name for text in texts for name in self.markup.findall(text))
                 tiling = self._look(row, sample, found)
@@ -235,6 +239,7 @@ class RowCheck(Dataset[Findings]):
                 found.stretched_rows.append(LongRow(sample.where, row, sample.id, kept.num_tokens, outcome))
             if kept is not None:
                 found.trained.update(rows=1, tokens=kept.num_tokens, supervised=kept.num_supervised)
+                found.trained["shared"] += kept.num_shared
 
     def _shorten(self, good: GoodRow, num_tokens: int, found: Findings) -> Lengths | None:
         """Record what happens to a row that is too long."""

@@ -192,7 +192,7 @@ def open_held(config: Config, encoder: Encoder, path: Path) -> Iterator[HeldOut]
 
 
 def text_digest(sample: Sample) -> bytes:
-    """Hash the turns of a row, with marks for pictures: spaces and line ends do not count."""
+    """Hash the turns of a row (of a pair, with its chosen answer), with marks for pictures; white space is left out."""
     digest = blake2b(digest_size=16)
     for message in sample.messages:
         parts = (part if isinstance(part, str) else "\0" for part in message.parts)

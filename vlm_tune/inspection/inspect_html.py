@@ -22,13 +22,13 @@ Run = tuple[int, str, int, list[Token]]  # position of the first token, kind, ti
 
 def write_html(seen: Seen, path: Path) -> None:
     """Write the page of a row."""
-    runs = list(placed_runs(seen.tokens))
+    runs, worse = list(placed_runs(seen.tokens)), list(placed_runs(seen.rejected))
     lines = list(token_lines(runs))
-    said = "".join(message.text for message in seen.sample.messages)
+    said = "".join(message.text for message in seen.sample.turns)
     size = seen.pictures[0].image.size if seen.pictures else (0, 0)
     drawn = [("expected", "", box) for box in clipped_boxes(said, size)]
-    values = {"seen": seen, "runs": runs, "lines": lines[:MAX_TOKENS], "num_lines": len(lines), "boxes": drawn}
-    limits = {"max_tiles": MAX_TILES, "url": small_url, "words": inspect_text}
+    values = {"seen": seen, "runs": runs, "worse": worse, "lines": lines[:MAX_TOKENS], "num_lines": len(lines)}
+    limits = {"boxes": drawn, "max_tiles": MAX_TILES, "url": small_url, "words": inspect_text}
     write_page(path, "inspect.html", heading=seen.sample.id, **values, **limits)
 
 

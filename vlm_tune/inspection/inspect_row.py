@@ -10,10 +10,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from vlm_tune.config.schema import BadSample, Config, TileRule, TilesConfig
-from vlm_tune.data.batch import common_prefix
 from vlm_tune.data.datamodule import DataModule, Part, validation_packs
 from vlm_tune.data.encode import Encoder
-from vlm_tune.data.example import NO_LOSS, Example
+from vlm_tune.data.example import NO_LOSS, Example, common_prefix
 from vlm_tune.data.fit import EncoderSettings
 from vlm_tune.data.packing import trees_of
 from vlm_tune.data.pictures.anyres import NEWLINE, token_order
@@ -92,6 +91,7 @@ class Seen:
     sample: Sample
     example: Example
     tokens: list[Token]
+    rejected: list[Token]  # of a pair: the rejected answer, behind the tokens with which both begin
     markup: dict[str, int]  # tokens of the tokenizer that the texts contain (<box>), and how often
     pictures: list[SeenPicture]
     pack: Pack | None  # None where the run sees the row neither in training nor in validation
@@ -119,12 +119,14 @@ def look(config: Config, encoder: Encoder, tokenizer: "PreTrainedTokenizerBase",
         )
     data, number = rows.locate(row)
     sample = data.sample(number)
-    example = data.encoder.encode(sample, data.tiling(sample, data.reader.check_picture))
+    example, *worse = data.encoder.encode_all(sample, data.tiling(sample, data.reader.check_picture))
+    num_shared = common_prefix([example.input_ids, *(each.input_ids for each in worse)])
     return Seen(
         row=row,
         sample=sample,
         example=example,
         tokens=list(read_tokens(example, data.encoder, tokenizer)),
+        rejected=[token for each in worse for token in list(read_tokens(each, data.encoder, tokenizer))[num_shared:]],
         markup=count_markup(example, data.encoder),
         pictures=list(cut_pictures(data, sample, example)),
         pack=find_pack(config, encoder, row),

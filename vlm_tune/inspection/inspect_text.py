@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vlm_tune.inspection.inspect_row import CONTEXT, IMAGE, SUPERVISED, Pack, Seen, SeenPicture, runs_of
+from vlm_tune.inspection.inspect_row import CONTEXT, IMAGE, SUPERVISED, Pack, Seen, SeenPicture, Token, runs_of
 from vlm_tune.words import counted
 
 STYLES = {SUPERVISED: "bold green", CONTEXT: "", IMAGE: "magenta"}
@@ -21,7 +21,9 @@ def print_text(seen: Seen, console: Console) -> None:
         console.print(Text(f"\n{picture.name}: {describe(picture)}"), soft_wrap=True)
         for line in draw_grid(picture):
             console.print(Text(f"  {line}", STYLES[IMAGE]))
-    console.print(token_table(seen))
+    console.print(token_table(seen.tokens, "tokens"))
+    if seen.rejected:
+        console.print(token_table(seen.rejected, "rejected answer"))
     if seen.pack is not None:
         console.print(Text(f"\n{pack_title(seen.pack)}"), soft_wrap=True)
         console.print(pack_table(seen.pack))
@@ -67,12 +69,12 @@ def draw_grid(picture: SeenPicture) -> list[str]:
     return lines
 
 
-def token_table(seen: Seen) -> Table:
+def token_table(tokens: list[Token], title: str) -> Table:
     """List the runs of tokens of one kind: position, kind and text."""
-    table = Table("position", "tokens", "kind", "text", title="\ntokens", title_justify="left", box=None)
+    table = Table("position", "tokens", "kind", "text", title=f"\n{title}", title_justify="left", box=None)
     table.columns[0].justify = table.columns[1].justify = "right"
     position = 0
-    for kind, tile, run in runs_of(seen.tokens):
+    for kind, tile, run in runs_of(tokens):
         text = f"tile {tile}" if tile else "".join(token.text for token in run)
         shown = text if tile else text.replace("\n", "⏎\n").removesuffix("\n")
         table.add_row(str(position), str(len(run)), Text(kind, STYLES[kind]), Text(shown, STYLES[kind]))

@@ -60,6 +60,7 @@ def make_encoder(
         system=model.system,
         markup=None if model.markup is None else tuple(model.markup),
         reasoning_loss=data.reasoning_loss,
+        pairs=config.stage.preference.is_on,
     )
     return Encoder(tokenizer, choose_template(model.template, tokenizer), settings)
 

@@ -94,7 +94,7 @@ def keep_row(vlm: VisionLanguageModel, part: Part, row: int, target: tuple[Featu
     cache, device = target
     data, number = part.data.locate(row)
     sample = data.sample(number)
-    example = data.encoder.encode(sample, data.tiling(sample))
+    example = data.encoder.encode_all(sample, data.tiling(sample))[0]
     for picture, limit in data.limited_pictures(sample, example):
         key = cache.key(data.reader.read_content(picture, sample.where, sample.id), limit)
         if not cache.has(key):

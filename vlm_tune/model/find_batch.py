@@ -13,7 +13,8 @@ import torch.distributed
 
 from vlm_tune.config.schema import Config, Optimizer, Precision, StageConfig
 from vlm_tune.data.batch import Batch
-from vlm_tune.data.datamodule import DataModule, MicroBatches
+from vlm_tune.data.datamodule import DataModule
+from vlm_tune.data.sets.micro_batches import MicroBatches
 from vlm_tune.data.sizes import Index
 from vlm_tune.data.stream import MicroBatch
 from vlm_tune.errors import ConfigError
@@ -132,7 +133,7 @@ def run_twice(vlm: VisionLanguageModel, batch: Batch, config: Config) -> None:
         for _ in range(2):
             with torch.autocast(vlm.device.type, DTYPES[precision], enabled=precision is not Precision.fp32):
                 loss = vlm(batch)
-            loss.backward()
+            loss.sum().backward()  # of pairs, their log-probabilities
     finally:
         vlm.zero_grad()
 

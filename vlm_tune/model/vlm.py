@@ -11,7 +11,7 @@ from vlm_tune.data.batch import Batch
 from vlm_tune.data.pictures.anyres import Spread
 from vlm_tune.data.tiles import normalize
 from vlm_tune.model.kernels.attention import Segments
-from vlm_tune.model.kernels.loss import supervised_loss
+from vlm_tune.model.kernels.loss import supervised_loss, token_losses
 from vlm_tune.model.parts.projector import Projector
 from vlm_tune.model.parts.vision import VisionEncoder
 
@@ -114,15 +114,18 @@ class VisionLanguageModel(nn.Module):
         return merge_features(embeddings, places, self.project(features, spreads))
 
     def forward(self, batch: Batch) -> Tensor:
-        """Sum of weighted losses of a batch: a scalar in float32."""
+        """Sum of weighted losses of a batch: a scalar in float32; of pairs, the log-probabilities (pairs, 2)."""
         embeddings = self.embed(batch.input_ids, batch.tiles, batch.features, batch.spreads, batch.image_places)
         if self.training and self.neftune:
             embeddings = embeddings + self._noise(batch).to(embeddings)
         must_see = self.is_split or (self.training and self._learns_to_see())
         if batch.tiles is None and batch.features is None and must_see:
             embeddings = embeddings + self._unused_features().to(embeddings.dtype)
-        rows = self.read(embeddings, batch)
-        return supervised_loss(rows, self.llm.get_output_embeddings(), batch.targets, batch.weights)
+        rows, head = self.read(embeddings, batch), self.llm.get_output_embeddings()
+        if batch.answers is None:
+            return supervised_loss(rows, head, batch.targets, batch.weights)
+        losses = token_losses(rows, head, batch.targets).split(batch.answers)
+        return -torch.stack([each.sum() for each in losses]).view(-1, 2)
 
     def read(self, embeddings: Tensor, batch: Batch) -> Tensor:
         """Run the language model on the embeddings (B, L, D) of a batch: (N, D) where a supervised token follows."""

@@ -5,6 +5,7 @@ Nothing here waits for torch.
 
 import csv
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from enum import Enum
 from math import isfinite
@@ -18,6 +19,7 @@ from vlm_tune.config.schema import flatten
 from vlm_tune.errors import ConfigError
 from vlm_tune.evaluation.metrics import fold
 from vlm_tune.model.checkpoint import CONFIG
+from vlm_tune.model.preference.facts import FACTS
 
 COLUMNS = (
     "step",
@@ -41,6 +43,8 @@ COLUMNS = (
     "speed/seconds",
     "max_steps",
 )
+PAIR_COLUMNS = (*(f"{part}/{name}" for part in ("pairs", "val") for name in FACTS), "pairs/delta")  # of such runs alone
+DRAWN = (*COLUMNS[1:-2], *PAIR_COLUMNS)
 WHOLE = ("step", "max_steps")
 METRICS, ANSWERS, UNUSUAL, REPORT = "metrics.csv", "sample_answers.jsonl", "unusual_steps.jsonl", "report.json"
 LOOK = "data.image."  # how pictures are read, among the settings
@@ -48,10 +52,10 @@ MOST, MOST_UNUSUAL = 5, 200  # runs, and marked steps, that one page shows
 MAX_POINTS = 400  # of a curve
 
 
-def write_metrics(path: Path, rows: list[dict[str, float]]) -> None:
+def write_metrics(path: Path, rows: list[dict[str, float]], columns: Sequence[str] = COLUMNS) -> None:
     """Write the rows of a metrics file, below its header."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
 
@@ -106,7 +110,7 @@ def describe(run: Path) -> dict[str, Any]:
         "seconds_left": seconds_left(trained),
         "is_finished": bool(report) and changes(run)[4] >= changes(run)[1],
         "scores": ((report.get("evaluation") or {}).get("after") or {}) if isinstance(report, dict) else {},
-        "curves": {name: curve(rows, name) for name in COLUMNS[1:-2] if any(name in row for row in rows)},
+        "curves": {name: curve(rows, name) for name in DRAWN if any(name in row for row in rows)},
         "unusual": [entry for entry in read_lines(run / UNUSUAL) if "step" in entry][-MOST_UNUSUAL:],
         "answers": group_answers(read_lines(run / ANSWERS)),
     }

@@ -19,6 +19,11 @@ NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 SIZE, NARROW_SIZE = (880, 420), (330, 400)  # pixels; text is 12 pixels high, so a phone gets a drawing of its own
 NARROW = 500  # pixels: a drawing below this width has fewer ticks, and its legends in a line of their own
 LEFT, RIGHT, TOP, BOTTOM = 48.0, 14.0, 34.0, 42.0  # pixels around the panels
+RATES = "learning rate"
+PAIR_PANELS = {  # of runs on pairs: title -> column and name of each line
+    "chosen above rejected": (("pairs/accuracy", "training"), ("val/accuracy", "validation")),
+    "reward": (("pairs/reward_chosen", "chosen"), ("pairs/reward_rejected", "rejected")),
+}
 RATE_TOP, RATE_HEIGHT, LEGEND = 40.0, 56.0, 18.0
 MARGIN = 20  # pixels around the drawing in a file of its own
 
@@ -59,31 +64,32 @@ def chart(report: dict[str, Any], size: tuple[int, int] = SIZE) -> dict[str, Any
     """Lay out the loss curve for its template; None when no finite loss was logged.
 
     Training loss as logged (faint) and smoothed, validation losses as dots, the best one labelled; below it the
-    learning rate of each part. The loss axis is logarithmic if the largest is over LOG_FROM times the smallest.
+    learning rate of each part, and what became of pairs. The loss axis is logarithmic if the largest is over LOG_FROM
+    times the smallest.
     """
     width, height = size
-    train, val, rates = curve(report, "loss_curve"), curve(report, "val_curve"), rate_curves(report)
+    train, val = curve(report, "loss_curve"), curve(report, "val_curve")
     if not train and not val:
         return None
     smooth, best, is_narrow = smoothed(train), report.get("best"), width < NARROW
     room = LEGEND if is_narrow else 0.0
-    bottom = height - BOTTOM - (RATE_TOP + RATE_HEIGHT + room if rates else 0)
+    below, block = lower_panels(report), RATE_TOP + RATE_HEIGHT + room
+    bottom = height - BOTTOM - (block if below else 0)
     steps = Axis(0, max(step for step, _ in train + val) or 1, LEFT, width - RIGHT)
     losses = loss_axis(train, smooth, val, (bottom, TOP + room))
     lines = [("raw", "as logged", thinned(train))] if len(train) > 2 else []
     lines += [("train", "smoothed" if lines else "training", thinned(smooth)), ("val", "validation", thinned(val))]
     title = "loss, log scale" if losses.is_log else "loss"
     panels = [panel(title, lines, losses, [(tick, number_text(tick)) for tick in losses.ticks(6)])]
-    if rates:
-        top = bottom + RATE_TOP + room
-        highest = max(value for points in rates.values() for _, value in points)
-        step = round_step(highest / 3)
-        axis = Axis(0, step * math.ceil(highest / step - 1e-9), top + RATE_HEIGHT, top)
-        lines = [(f"part{index % 3}", name, thinned(points)) for index, (name, points) in enumerate(rates.items())]
-        panels.append(panel("learning rate", lines, axis, [(tick, words.rate(tick)) for tick in axis.ticks(3)]))
+    for number, (title, curves) in enumerate(below.items()):
+        top = bottom + RATE_TOP + room + number * block
+        axis = small_axis(curves, (top + RATE_HEIGHT, top))
+        lines = [(f"part{index % 3}", name, thinned(points)) for index, (name, points) in enumerate(curves.items())]
+        told = words.rate if title == RATES else number_text
+        panels.append(panel(title, lines, axis, [(tick, told(tick)) for tick in axis.ticks(3)]))
     return {
         "width": width,
-        "height": height,
+        "height": height + round(max(0, len(below) - 1) * block),
         "about": describe(train, smooth, val),
         "steps": steps,
         "step_ticks": [tick for tick in steps.ticks(4 if is_narrow else 8) if tick == int(tick)],
@@ -92,6 +98,24 @@ def chart(report: dict[str, Any], size: tuple[int, int] = SIZE) -> dict[str, Any
         "dots": val if len(val) <= MAX_DOTS else [],
         "best": best if best and math.isfinite(best["loss"]) else None,
     }
+
+
+def lower_panels(report: dict[str, Any]) -> dict[str, dict[str, list[Point]]]:
+    """Return what is drawn below the losses: title -> name of a line -> its points."""
+    drawn, pairs = {RATES: rate_curves(report)}, report.get("pairs") or {}
+    for title, names in PAIR_PANELS.items():
+        drawn[title] = {
+            name: smoothed([(step, value) for step, value in pairs[key]]) for key, name in names if key in pairs
+        }
+    return {title: curves for title, curves in drawn.items() if curves}
+
+
+def small_axis(curves: dict[str, list[Point]], pixels: tuple[float, float]) -> Axis:
+    """Choose the range of a small panel: from 0, or as far below it as its values go, in round steps."""
+    values = [value for points in curves.values() for _, value in points]
+    low, high = min(0.0, *values), max(0.0, *values)
+    step = round_step((high - low) / 3 or 1.0)
+    return Axis(step * math.floor(low / step + 1e-9), step * max(1, math.ceil(high / step - 1e-9)), *pixels)
 
 
 def panel(

@@ -3,6 +3,11 @@
 
 const PLOTS = [
   { title: "Loss", log: true, series: [["train/loss", "training"], ["val/loss", "validation"]] },
+  { title: "Loss of pairs, by its parts", series: [["pairs/sigmoid", "DPO"], ["pairs/bco", "BCO"], ["pairs/nll", "chosen answer"]] },
+  { title: "Chosen above rejected", zero: true, percent: true, series: [["pairs/accuracy", "training"], ["val/accuracy", "validation"]] },
+  { title: "Reward", series: [["pairs/reward_chosen", "chosen"], ["pairs/reward_rejected", "rejected"], ["pairs/margin", "margin"]] },
+  { title: "Reward, validation", series: [["val/reward_chosen", "chosen"], ["val/reward_rejected", "rejected"], ["val/margin", "margin"]] },
+  { title: "Log-probability of an answer", series: [["pairs/logp_chosen", "chosen"], ["pairs/logp_rejected", "rejected"]] },
   { title: "Learning rate", series: [["lr/vision", "vision"], ["lr/projector", "projector"], ["lr/llm", "language model"]] },
   { title: "Gradient norm, before clipping", log: true, series: [["grad/vision", "vision"], ["grad/projector", "projector"], ["grad/llm", "language model"]] },
   { title: "Tokens a second", zero: true, series: [["speed/tokens", "all devices"]] },
@@ -88,7 +93,7 @@ function linesOf(plot) {
       const points = (run.curves[column] || []).map(([step, ...values]) => [step, ...values.map((value) => value * scale)]);
       if (!points.some((point) => point[1] !== 0) && column.startsWith("lr/")) return;  // frozen
       if (!points.length) return;
-      const all = smoothed(points), isVal = column === "val/loss";
+      const all = smoothed(points), isVal = column.startsWith("val/");
       lines.push({
         run, column, isVal, dash: several || isVal ? DASHES[index] : "", colour: colour(several ? run.place : index),
         label: several ? (plot.series.length > 1 ? `${run.label}, ${label}` : run.label) : label,
@@ -161,7 +166,7 @@ function chart(plot, lines, width, number) {
     if (line.isVal || line.points.length === 1)
       for (const [step, value] of line.points.length <= 40 ? line.points : [])
         svg.append(make("circle", { class: "dot", style, r: 4, ...place(step, value) }, make("title", {}, `${line.label}, step ${step}: ${short(value)}`)));
-    if (line.isVal && line.run.best && line.points.some((point) => point[0] === line.run.best[0]))
+    if (line.column === "val/loss" && line.run.best && line.points.some((point) => point[0] === line.run.best[0]))
       svg.append(make("circle", { class: "best", style, r: 8, ...place(...line.run.best) }, make("title", {}, `best: ${short(line.run.best[1])} at step ${line.run.best[0]}`)));
   }
   if (!number) for (const run of shownRuns()) for (const odd of run.unusual) {

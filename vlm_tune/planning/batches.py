@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vlm_tune.config.schema import Config, FeatureCaching
-from vlm_tune.data.batch import Batch, collate
+from vlm_tune.data.batch import Batch, as_pairs, collate
 from vlm_tune.data.datamodule import DataModule
 from vlm_tune.data.sets.mixture import is_augmented
 from vlm_tune.data.stream import MicroBatch
@@ -66,14 +66,17 @@ def real_work(config: Config, data: DataModule, picture: Picture) -> Work:
 def real_batch(data: DataModule, group: MicroBatch, packing: bool, picture: Picture) -> Batch:
     """Encode the text of a micro-batch's rows."""
     assert data.train is not None
-    examples = []
+    trees = []
     for entry in group.rows:
         rows, number = data.train.data.locate(int(data.train.index.rows[entry]))
         sample = rows.sample(number)
-        examples.append(rows.encoder.encode(sample, rows.tiling(sample)))
-    batch = collate(examples, [1.0] * len(examples), packing)
-    batch.spreads = [spread for example in examples for spread in example.spreads]
-    return show(batch, sum(sum(example.num_tiles) for example in examples), picture)
+        trees.append(rows.encoder.encode_all(sample, rows.tiling(sample)))
+    examples = [example for tree in trees for example in tree]
+    batch = collate(examples, [1.0] * len(examples), packing, [len(tree) for tree in trees])
+    if len(examples) > len(trees):
+        batch = as_pairs(batch, [example.num_supervised for example in examples], 1.0, None)
+    batch.spreads = [spread for tree in trees for spread in tree[0].spreads]
+    return show(batch, sum(sum(tree[0].num_tiles) for tree in trees), picture)
 
 
 def supposed_work(config: Config, picture: Picture, context_id: int) -> Work:

@@ -176,7 +176,7 @@ def run_step(
     arithmetic = torch.autocast("cpu", DTYPES[how.precision], enabled=how.precision is not Precision.fp32)
     with ledger:
         with arithmetic:
-            total = vlm(batch)
+            total = vlm(batch).sum()  # of pairs, their log-probabilities
         ledger.hold_all("activations")
         if not how.accumulates:
             optimizer.zero_grad()

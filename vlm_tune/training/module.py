@@ -1,6 +1,7 @@
 """(6) The LightningModule: batch -> loss on the supervised positions -> logs."""
 
 import time
+from dataclasses import asdict
 from typing import Any
 
 import lightning as L
@@ -16,6 +17,8 @@ from vlm_tune.model.flops import count_flops
 from vlm_tune.model.optim import make_optimizer, make_schedule
 from vlm_tune.model.parts.shards import fully_split, held
 from vlm_tune.model.parts.stage import set_modes, trained_parameters
+from vlm_tune.model.preference.facts import FACTS
+from vlm_tune.model.preference.loss import RunningMean, judge
 from vlm_tune.training.resume import count_anew
 
 
@@ -33,6 +36,8 @@ class VlmModule(L.LightningModule):
         self.num_samples = self.num_tokens = 0  # of the run so far, all processes; `WatchSteps` adds each step's
         self.step_sizes = (0, 0, 0)  # samples, tokens and tiles of the optimizer step so far, of this process
         self.step_loss = torch.zeros(())  # of the optimizer step so far
+        self.step_facts = torch.zeros(0)  # FACTS of its pairs so far, shares of their mean
+        self.delta = RunningMean()  # of the rewards of all steps so far
         self.step_ids: list[str] = []
         self.is_in_step = False  # between the micro-batches of one
         self.train_seconds = 0.0  # wall time of the run so far, without interruptions
@@ -69,11 +74,12 @@ class VlmModule(L.LightningModule):
         Weights are normalised over the whole step, all devices: Lightning divides by the accumulated batches and the
         strategies average over the devices, so both are multiplied back in.
         """
-        loss = self.vlm(batch)
+        loss, facts = self.loss_of(batch)
         self.step_ids = batch.sample_ids + (self.step_ids if self._continues(batch_idx) else [])
         samples, tokens, tiles = self.step_sizes if self._continues(batch_idx) else (0, 0, 0)
         self.step_sizes = samples + len(batch.sample_ids), tokens + batch.num_tokens, tiles + batch.num_tiles
         self.step_loss = loss.detach() + (self.step_loss if self._continues(batch_idx) else 0.0)
+        self.step_facts = facts + (self.step_facts if self._continues(batch_idx) else 0.0)
         self.num_flops += self.flops.of(batch) if self.flops else 0.0
         self.is_in_step = self._continues(batch_idx + 1)
         if not self.is_in_step:
@@ -81,6 +87,27 @@ class VlmModule(L.LightningModule):
             # callbacks save before this module's own hook at the batch's end would run, so the cursor moves here
             self.trainer.datamodule.cursor = batch.cursor  # type: ignore[attr-defined]
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def loss_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return a batch's share of the loss and, of pairs, of the means of their FACTS: a scalar, (facts,) or (0,).
+
+        BCO's delta is the mean over the steps before this one: that of the step itself is only known at its end.
+        """
+        made = self.vlm(batch)
+        if batch.answers is None:
+            return made, made.new_zeros(0)
+        assert batch.reference is not None, "the reference reads all pairs before the first step"
+        num_tokens = made.new_tensor(batch.answers).view(-1, 2)
+        losses, facts = judge(made, num_tokens, batch.reference, self.config.stage.preference, self.delta.value)
+        return (losses * batch.weights).sum(), (facts * batch.weights).sum(1)  # no product: autocast would round it
+
+    def note_pairs(self, facts: list[float], is_skipped: bool) -> None:
+        """Log the means of a step's pairs over all devices, and move delta on."""
+        self.log_dict({f"pairs/{name}": value for name, value in zip(FACTS, facts, strict=True)})
+        self.log("pairs/delta", self.delta.value)
+        if not is_skipped:
+            known = dict(zip(FACTS, facts, strict=True))
+            self.delta.add((known["reward_chosen"] + known["reward_rejected"]) / 2)
 
     def _continues(self, batch_idx: int) -> bool:
         return batch_idx % self.trainer.accumulate_grad_batches != 0
@@ -102,17 +129,20 @@ class VlmModule(L.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Reset the sums over the validation rows; dropout is off."""
         self.vlm.eval()
-        self.val_sums = torch.zeros(2, device=self.device)
+        num_facts = len(FACTS) if self.config.stage.preference.is_on else 0
+        self.val_sums = torch.zeros(2 + num_facts, device=self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add up loss and weight."""
-        loss = self.vlm(batch)
-        self.val_sums += torch.stack([loss, batch.weights.sum()])
+        loss, facts = self.loss_of(batch)
+        self.val_sums += torch.cat([torch.stack([loss, batch.weights.sum()]), facts])
 
     def on_validation_epoch_end(self) -> None:
-        """Log the mean loss of all validation tokens, over all devices."""
-        total, weight = self.trainer.strategy.reduce(self.val_sums, reduce_op="sum")
+        """Log the mean loss of all validation tokens, or pairs, over all devices."""
+        total, weight, *facts = self.trainer.strategy.reduce(self.val_sums, reduce_op="sum")
         self.log("val/loss", total / weight, prog_bar=True, rank_zero_only=True)
+        for name, value in zip(FACTS, facts, strict=False):
+            self.log(f"val/{name}", value / weight, rank_zero_only=True)
         set_modes(self.vlm, self.config.stage)
 
     def configure_optimizers(self) -> Any:
@@ -136,6 +166,8 @@ class VlmModule(L.LightningModule):
         now = time.perf_counter()
         self.train_seconds, self.clock = self.train_seconds + now - self.clock, now
         checkpoint["counts"] = {"samples": self.num_samples, "tokens": self.num_tokens, "seconds": self.train_seconds}
+        if self.config.stage.preference.is_on:
+            checkpoint["delta"] = asdict(self.delta)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the counts."""
@@ -143,6 +175,7 @@ class VlmModule(L.LightningModule):
         self.num_samples, self.num_tokens, self.train_seconds = (
             counts[key] for key in ("samples", "tokens", "seconds")
         )
+        self.delta = RunningMean(**checkpoint.get("delta", {}))
         count_anew(checkpoint, self.trainer.accumulate_grad_batches)
 
 

@@ -23,6 +23,7 @@ from vlm_tune.evaluation.evaluate import score_table
 from vlm_tune.model.build import resolve_precision
 from vlm_tune.model.checkpoint import CONFIG, run_of
 from vlm_tune.model.parts.stage import PartSummary
+from vlm_tune.pages.recorded import PAIR_COLUMNS
 from vlm_tune.pages.report_chart import write_loss_svg
 from vlm_tune.pages.report_html import write_html
 from vlm_tune.training.callbacks.metrics import read_metrics
@@ -47,6 +48,7 @@ class RunReport:
         earlier = previous_seconds(self.start)
         metrics = read_metrics(self.run / "metrics.csv")
         validation = [{"step": row["step"], "loss": row["val/loss"]} for row in metrics if "val/loss" in row]
+        pairs = {name: [[row["step"], row[name]] for row in metrics if name in row] for name in PAIR_COLUMNS}
         report = {
             "run": self._run(module),
             "train_seconds": round(earlier + module.train_seconds, 1),
@@ -56,6 +58,7 @@ class RunReport:
             "evaluation": self.evaluation or None,
             "loss_curve": [point(row) for row in metrics if "train/loss" in row],
             "val_curve": validation,
+            "pairs": {name: points for name, points in pairs.items() if points} or None,
             "best": min(validation, key=lambda row: row["loss"]) if validation else None,
             "answers": self.answers,
             "image": asdict(self.config.data.image),

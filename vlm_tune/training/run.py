@@ -21,6 +21,7 @@ from vlm_tune.model.fill_cache import fill_cache, plan_cache
 from vlm_tune.model.find_batch import find_passes, regroup
 from vlm_tune.model.kernels.freed import hand_back_freed_memory
 from vlm_tune.model.parts.stage import apply_stage
+from vlm_tune.model.preference.reference import fill_reference
 from vlm_tune.model.vlm import VisionLanguageModel
 from vlm_tune.training.callbacks.checkpoints import catch_up
 from vlm_tune.training.callbacks.faults import explain
@@ -60,8 +61,6 @@ def train(config: Config, console: Console | None = None) -> Path:
     parts = apply_stage(model.vlm, config)
     if start is not None:
         start_from(model.vlm, start)
-    if checkpoint is not None:
-        go_on_from(model.vlm, checkpoint)
 
     data = DataModule(config, model.encoder, follow)
     data.setup()
@@ -92,6 +91,9 @@ def train(config: Config, console: Console | None = None) -> Path:
         if trainer.is_global_zero:  # every rank finds the same rows
             data.write_quarantine(run / "quarantine.jsonl")
         keep_features(model.vlm, data, config, trainer.strategy.root_device, console)
+        fill_reference(model.vlm, data, trainer.strategy.root_device, follow)  # by the weights that the run began with
+        if checkpoint is not None:
+            go_on_from(model.vlm, checkpoint)
         hand_back_freed_memory()
         fit(trainer, module, data, checkpoint)
         if is_finished:

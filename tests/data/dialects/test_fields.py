@@ -58,7 +58,7 @@ def test_a_field_that_nobody_knows_is_refused(dialect: str) -> None:
 
 
 @by_dialect
-@pytest.mark.parametrize("field", ["bbox", "tools", "kto_tag", "rejected", "rejected_response", "audio", "loss_scale"])
+@pytest.mark.parametrize("field", ["bbox", "tools", "kto_tag", "audio", "loss_scale"])
 def test_a_field_that_changes_a_row_is_refused_with_its_way_out(dialect: str, field: str) -> None:
     reason = f'"{field}" is not read in rows of {dialect}. {TABLE["hints"][field]}.'
     with pytest.raises(DataError, match=re.escape(reason)):
@@ -222,7 +222,6 @@ def test_swift_rows_are_read() -> None:
     [
         ({"history": [["only one"]]}, '"history" 1 is not a pair'),
         ({"images": ["a.jpg"]}, '0 "<image>" marks but 1 image'),
-        ({"rejected_response": "Red."}, "Rows of preferences are not read"),
         ({"response": " "}, '"query" or "response": the answer is empty'),
         ({"objects": {"bbox": [[1, 2, 3, 4]]}}, 'the turns hold 0 marks "<bbox>", but "bbox" of "objects" lists 1'),
     ],

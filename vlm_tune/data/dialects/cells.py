@@ -6,7 +6,7 @@ The name of the field decides, never the look of the text: an answer may be JSON
 from vlm_tune.data.dialects.row import Record, literal
 from vlm_tune.errors import DataError
 
-_LISTS = ("conversations", "messages", "conversation", "history")  # text is never right here
+_LISTS = ("conversations", "messages", "conversation", "history", "rejected_messages")  # text is never right here
 _MEDIA = ("image", "images", "video", "videos", "objects")  # the name of a file may begin with a bracket
 
 

@@ -20,6 +20,7 @@ from vlm_tune.data.dialects.boxes import place_names
 from vlm_tune.data.dialects.cells import read_cells
 from vlm_tune.data.dialects.chat import LLAVA_ROLES, read_llava, read_openai, read_sharegpt, read_swift, read_xtuner
 from vlm_tune.data.dialects.fields import Fields, check_fields, without
+from vlm_tune.data.dialects.pairs import halves, joined
 from vlm_tune.data.dialects.row import IMAGE_MARK, VIDEO_MARK, Record, Row, check_answered, kind_of
 from vlm_tune.data.dialects.table import CAPTION_FIELDS, IMAGE_FIELDS, read_caption, read_vqa
 from vlm_tune.data.dialects.text import read_alpaca, read_msagent, read_oasst1, read_openorca, read_text
@@ -87,6 +88,13 @@ def parse_record(
     if ignored:  # after read_cells: a table may hold its turns as text
         record = {key: without(value, ignored) for key, value in record.items() if key not in ignored}
         own_id = _sample_id(record, where)
+    if (pair := halves(Row(record, where, own_id, image_root))) is not None:
+        chosen = parse_record(pair[0], fmt, where, index, image_root)
+        try:
+            rejected = parse_record(pair[1], fmt, where, index, image_root)
+        except DataError as error:
+            raise DataError(f"rejected: {error.reason}", where, own_id) from error
+        return joined(Row(record, where, own_id, image_root), chosen, rejected)
     name = recognise(record, where) if fmt == "auto" else fmt
     reader = DIALECTS.get(name)
     if reader is None:
@@ -143,6 +151,7 @@ def recognise(record: Record, where: str = "") -> str:
     """
     is_text = isinstance(record.get("conversations"), str)
     record = read_cells(record, where)
+    record, _ = halves(Row(record, where, None, Path())) or (record, None)  # a pair is what its chosen half is
     keys = record.keys()
     has_picture = any(record.get(key) for key in (*_MEDIA, *IMAGE_FIELDS))
     if "messages" in keys:

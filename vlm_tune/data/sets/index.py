@@ -214,7 +214,7 @@ def trained_content(sample: Sample) -> Iterator[bytes]:
     Its id, its file and the kind of the file do not count.
     """
     yield b"plain" if sample.is_plain else b""
-    for message in sample.messages:
+    for message in sample.turns:
         yield f"{message.role} {message.supervised}".encode()
         yield message.reasoning.encode("utf-8", "surrogatepass")
         for part in message.parts:

@@ -12,7 +12,12 @@ CACHE = 2**18  # logits that are worked on at one time on a CPU: in float32 they
 
 
 def supervised_loss(hidden: Tensor, head: nn.Module, targets: Tensor, weights: Tensor) -> Tensor:
-    """Sum of weighted cross entropies: hidden (N, D), targets (N,), weights (N,) -> scalar, float32.
+    """Sum of weighted cross entropies: hidden (N, D), targets (N,), weights (N,) -> scalar, float32."""
+    return (token_losses(hidden, head, targets) * weights).sum()
+
+
+def token_losses(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
+    """Return the cross entropy of each token: hidden (N, D), targets (N,) -> (N,), float32.
 
     Rows are taken in chunks, so that memory does not grow with N times V. With a frozen head the gradient is computed
     with the loss, while a chunk's logits exist; a trained head recomputes each chunk.
@@ -20,30 +25,29 @@ def supervised_loss(hidden: Tensor, head: nn.Module, targets: Tensor, weights: T
     is_plain = isinstance(head, nn.Linear) and head.bias is None and not head.weight.requires_grad
     is_plain = is_plain and not hasattr(head.weight, "ds_id")  # ZeRO-3 gathers a layer's weights when it is called
     if is_plain and hidden.requires_grad:
-        total: Tensor = FrozenHeadLoss.apply(hidden, head.weight, targets, weights)
-        return total
-    total = hidden.new_zeros((), dtype=torch.float32)
+        losses: Tensor = FrozenHeadLoss.apply(hidden, head.weight, targets)
+        return losses
+    chunks = [hidden.new_zeros(0, dtype=torch.float32)]
     for start in range(0, len(targets), CHUNK):
-        rows = slice(start, start + CHUNK)
-        inputs = (hidden[rows], head, targets[rows], weights[rows])
+        inputs = hidden[start : start + CHUNK], head, targets[start : start + CHUNK]
         if len(targets) <= CHUNK or not torch.is_grad_enabled():
-            total = total + _chunk(*inputs)
+            chunks.append(_chunk(*inputs))
         else:
-            total = total + checkpoint(_chunk, *inputs, use_reentrant=False)
-    return total
+            chunks.append(checkpoint(_chunk, *inputs, use_reentrant=False))
+    return torch.cat(chunks)
 
 
-def _chunk(hidden: Tensor, head: nn.Module, targets: Tensor, weights: Tensor) -> Tensor:
+def _chunk(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
     logits = head(hidden).float()  # (N, V)
     losses = cross_entropy(logits, targets, reduction="none")  # (N,)
-    return (losses * weights).sum()
+    return losses
 
 
 class FrozenHeadLoss(torch.autograd.Function):
-    """Sum of weighted cross entropies, and its gradient by the hidden states in the same pass."""
+    """The cross entropy of each token, and its gradient by the hidden states in the same pass."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:  # noqa: D102
         rows = hidden.to(head.dtype)  # (N, D)
         gradient = torch.empty_like(rows)
         losses = hidden.new_empty(len(rows), dtype=torch.float32)
@@ -56,14 +60,14 @@ class FrozenHeadLoss(torch.autograd.Function):
                 some = slice(first, min(first + block, stop))
                 losses[some] = _differentiate(z[first - start : some.stop - start], targets[some])
             torch.mm(z, head, out=gradient[start:stop])  # weighed later: 16 bit has no room for small weights
-        ctx.save_for_backward(gradient, weights)
+        ctx.save_for_backward(gradient)
         ctx.dtype = hidden.dtype
-        return (losses * weights).sum()  # no product: autocast would round it
+        return losses
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None]:  # noqa: D102
-        gradient, weights = ctx.saved_tensors
-        return (gradient * (weights * gradients[0]).unsqueeze(1)).to(ctx.dtype), None, None, None
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:  # noqa: D102
+        (gradient,) = ctx.saved_tensors
+        return (gradient * gradients[0].unsqueeze(1)).to(ctx.dtype), None, None
 
 
 def _differentiate(logits: Tensor, targets: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from rich.console import Console
 from vlm_tune.console import make_console
 from vlm_tune.data.batch import Batch
 from vlm_tune.model.checkpoint import write_atomically
-from vlm_tune.pages.recorded import COLUMNS, write_metrics
+from vlm_tune.pages.recorded import COLUMNS, PAIR_COLUMNS, write_metrics
 from vlm_tune.pages.recorded import read_metrics as read_metrics
 from vlm_tune.training.run_folder import append
 
@@ -26,18 +26,20 @@ class MetricsFile(L.Callback):
         self.console = console
         self.path = run / "metrics.csv"
         self.log_every = log_every
+        self.columns: tuple[str, ...] = COLUMNS
         self.pending: list[dict[str, float]] = []  # rows not yet written because the disk was full
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         """Keep the rows up to the step that the run continues from; that step's validation is repeated."""
         if not trainer.is_global_zero:
             return
+        self.columns = (*COLUMNS, *PAIR_COLUMNS) if module.config.stage.preference.is_on else COLUMNS
         step = trainer.global_step
         rows = read_metrics(self.path)
         rows += [row for row in self.pending if row not in rows]
         rows.sort(key=lambda row: (row["step"], "val/loss" in row))
         kept = [row for row in rows if row["step"] < step or (row["step"] == step and "val/loss" not in row)]
-        write_atomically(self.path, lambda partial: write_metrics(partial, kept))
+        write_atomically(self.path, lambda partial: write_metrics(partial, kept, self.columns))
         self.pending = []
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
@@ -45,12 +47,13 @@ class MetricsFile(L.Callback):
         step = trainer.global_step
         is_whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if is_whole_step and step % self.log_every == 0:
-            self._write(trainer, [name for name in COLUMNS if name != "val/loss"], {"max_steps": trainer.max_steps})
+            place: dict[str, float] = {"max_steps": trainer.max_steps}
+            self._write(trainer, [name for name in self.columns if not name.startswith("val/")], place)
 
     def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
         """Write the validation loss in a row of its own."""
         if not trainer.sanity_checking:
-            self._write(trainer, ["val/loss"], {})
+            self._write(trainer, [name for name in self.columns if name.startswith("val/")], {})
 
     def _write(self, trainer: L.Trainer, names: list[str], place: dict[str, float]) -> None:
         if not trainer.is_global_zero:
@@ -60,7 +63,7 @@ class MetricsFile(L.Callback):
         said_before = bool(self.pending)
         self.pending.append({"step": trainer.global_step, **values, **place})
         lines = io.StringIO(newline="")
-        csv.DictWriter(lines, COLUMNS).writerows(self.pending)
+        csv.DictWriter(lines, self.columns).writerows(self.pending)
         try:
             append(self.path, lines.getvalue())
             self.pending = []

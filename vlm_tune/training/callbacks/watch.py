@@ -73,22 +73,27 @@ class WatchSteps(L.Callback):
         shares = [0] * (2 * trainer.world_size)  # tokens of each rank, and tiles: a sum over ranks leaves each its own
         shares[trainer.global_rank], shares[trainer.global_rank - trainer.world_size] = tokens, tiles
         wishes = module.step_loss.new_tensor([bool(self.stop.asked), is_due, samples, *shares])
-        facts = torch.cat([module.step_loss.view(1), gradient_squares(trainer, module, optimizer), wishes])
+        known = module.step_loss.view(1), gradient_squares(trainer, module, optimizer), wishes, module.step_facts
+        facts = torch.cat(known)
         loss, *summed = trainer.strategy.reduce(facts, reduce_op="sum").tolist()
         squares, (stop, save, samples, *dealt) = summed[: len(PARTS)], summed[len(PARTS) :]
-        tokens_of, tiles_of = dealt[: trainer.world_size], dealt[trainer.world_size :]
+        ranks = trainer.world_size
+        tokens_of, tiles_of, pairs = dealt[:ranks], dealt[ranks : 2 * ranks], dealt[2 * ranks :]
         module.num_samples += int(samples)
         module.num_tokens += int(sum(tokens_of))
         self.must_stop, self.must_save = stop > 0, save > 0
         # the squares of large numbers may be infinite, which they are not
         is_sure = all(map(math.isfinite, squares)) or is_scaled(trainer, module)
         is_gradient_bad = not is_sure and not is_every_gradient_finite(trainer, module, optimizer)
-        if not math.isfinite(loss) or is_gradient_bad:
+        is_skipped = not math.isfinite(loss) or is_gradient_bad
+        if is_skipped:
             self._skip(trainer, module, loss, is_gradient_bad)
         else:
             self.in_row = 0
             self._compare(trainer, module, loss)
         module.log("train/loss", loss, prog_bar=True)
+        if pairs:
+            module.note_pairs(pairs, is_skipped)
         module.log_dict({"imbalance/tokens": imbalance(tokens_of), "imbalance/tiles": imbalance(tiles_of)})
         module.log("skipped", float(self.skipped))
         is_logged = (trainer.global_step + 1) % module.config.trainer.log_every == 0
