@@ -1,5 +1,6 @@
 """Build a model from its configuration: find the weights, load each part, join the parts."""
 
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def build_model(config: Config) -> Model:
     positions = Positions.of(vlm.llm.config.get_text_config())
     encoder = make_encoder(config, tokenizer, found.tokens, num_patches, positions)
     vlm.llm.generation_config = answer_settings(encoder.stop_ids)  # type: ignore[assignment]
-    return Model(vlm, tokenizer, encoder, config, told)
+    return Model(vlm, tokenizer, encoder, config, (*told, *slow_arithmetic(config)))
 
 
 def answer_settings(stop_ids: tuple[int, ...]) -> GenerationConfig:
@@ -89,6 +90,29 @@ def resolve_precision(precision: Precision) -> Precision:
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # emulated, it is slower than float32
         return Precision.bf16 if has_bf16 else Precision.fp16
     return Precision.bf16 if "avx512_bf16" in _cpu_flags() else Precision.fp32
+
+
+def slow_arithmetic(config: Config) -> list[str]:
+    """Say by how much bf16 is slower than float32 here, if it was asked for on a processor without units for it."""
+    is_asked = config.trainer.precision is Precision.bf16 and resolve_precision(Precision.auto) is Precision.fp32
+    if not is_asked:
+        return []
+    taken = product_seconds(torch.bfloat16) / product_seconds(torch.float32)
+    return [
+        f"trainer.precision=bf16, but this processor has no bf16 units: a matrix product takes {taken:.1f} times as "
+        "long as in float32, measured now. Set trainer.precision=fp32"
+    ]
+
+
+def product_seconds(dtype: torch.dtype) -> float:
+    """Time a product of matrices (128, 512) and (512, 512): the faster of two, as the first one warms up."""
+    left, right = torch.ones(128, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        left @ right
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def _cpu_flags() -> str:

@@ -100,16 +100,15 @@ class LowRankLinear(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
         rows = x.flatten(0, -2).to(dtype)  # (L, _)
         mask = _draw_mask(rows, dropout) if dropout else None
-        read = rows if mask is None else rows * mask  # (L, _)
         kept = 1 / (1 - dropout)  # what remains is scaled up
         down = (torch.cat(adapters[::2]) * kept).to(dtype)  # (n*r, _)
         ups = [(up * scaling).to(dtype) for up in adapters[1::2]]
-        lows = (read @ down.T).split([len(each) for each in adapters[::2]], dim=1)  # n of (L, r)
+        lows = (_drop(rows, mask) @ down.T).split([len(each) for each in adapters[::2]], dim=1)  # n of (L, r)
         outputs = [
             low @ up.T if own is None else linear(rows, *own).addmm_(low, up.T)
             for own, low, up in zip(frozen, lows, ups, strict=True)
         ]
-        ctx.save_for_backward(read, mask, down, *lows, *ups)
+        ctx.save_for_backward(rows, mask, down, *lows, *ups)
         ctx.weights, ctx.scales, ctx.shape, ctx.dtype = (
             [None if own is None else own[0] for own in frozen],
             (kept, scaling),
@@ -120,17 +119,17 @@ class LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:  # noqa: D102
-        read, mask, down, *saved = ctx.saved_tensors
+        rows, mask, down, *saved = ctx.saved_tensors
         lows, ups = saved[: len(gradients)], saved[len(gradients) :]
         d_outputs = [gradient.flatten(0, -2) for gradient in gradients]  # n of (L, O)
         d_low = torch.cat([d_output @ up for d_output, up in zip(d_outputs, ups, strict=True)], dim=1)  # (L, n*r)
         kept, scaling = ctx.scales
-        d_downs = ((d_low.T @ read).float() * kept).split([low.shape[1] for low in lows])
+        d_downs = ((d_low.T @ _drop(rows, mask)).float() * kept).split([low.shape[1] for low in lows])
         d_ups = [((low.T @ d_output).T.float() * scaling) for low, d_output in zip(lows, d_outputs, strict=True)]
         d_x = None
         if ctx.needs_input_grad[0]:
             own = [
-                (d_output, weight.to(read.dtype))
+                (d_output, weight.to(rows.dtype))
                 for d_output, weight in zip(d_outputs, ctx.weights, strict=True)
                 if weight is not None
             ]
@@ -142,6 +141,10 @@ class LowRankLinear(torch.autograd.Function):
             d_x = d_x.view(ctx.shape).to(ctx.dtype)
         pairs = [gradient for pair in zip(d_downs, d_ups, strict=True) for gradient in pair]
         return d_x, None, None, None, *pairs
+
+
+def _drop(rows: Tensor, mask: Tensor | None) -> Tensor:
+    return rows if mask is None else rows * mask
 
 
 def _draw_mask(like: Tensor, dropout: float) -> Tensor:

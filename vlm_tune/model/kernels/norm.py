@@ -11,26 +11,41 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from vlm_tune.model.kernels.kept import made_again
+
 
 def join_norms(model: nn.Module) -> None:
     """Let every frozen RMS norm whose code is Llama's (that of 138 kinds) compute by `ScaleToUnit`, in 16 bit."""
-    norms: list[Any] = [module for module in model.modules() if _is_llamas(module)]
+    norms: list[Any] = [module for module in model.modules() if has_code_of(module, LlamaRMSNorm)]
     for norm in norms:
         if not norm.weight.requires_grad:
             norm.forward = partial(_forward, norm)
 
 
-def _is_llamas(module: nn.Module) -> bool:
-    ours, theirs = (getattr(kind.forward, "__code__", None) for kind in (type(module), LlamaRMSNorm))
+def has_code_of(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Return whether a module's forward function is that of another kind, whatever it is called."""
+    ours, theirs = (getattr(each.forward, "__code__", None) for each in (type(module), kind))
     return all(getattr(ours, part, None) == getattr(theirs, part) for part in ("co_code", "co_names", "co_consts"))
 
 
 def _forward(norm: Any, hidden: Tensor) -> Tensor:
     if hidden.dtype is torch.float32:
-        plain: Tensor = type(norm).forward(norm, hidden)
-        return plain
+        plain = partial(type(norm).forward, norm)
+        return made_again(plain(hidden), plain, hidden)
     made: Tensor = ScaleToUnit.apply(hidden, norm.weight, norm.variance_epsilon)  # type: ignore[no-untyped-call]
-    return made
+    return made_again(made, partial(_scaled, norm), hidden)
+
+
+def _scaled(norm: Any, hidden: Tensor) -> Tensor:
+    return scale_to_unit(hidden, norm.weight, norm.variance_epsilon)[0]
+
+
+def scale_to_unit(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Return x (..., D) over the root of its mean square, times a weight (D,), and one over that root: (..., 1)."""
+    wide = x.float()
+    scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])  # (..., 1)
+    scale = scale.add_(epsilon).rsqrt_()
+    return wide.mul_(scale).to(x.dtype) * weight, scale
 
 
 class ScaleToUnit(torch.autograd.Function):
@@ -41,11 +56,9 @@ class ScaleToUnit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:  # noqa: D102
-        wide = x.float()
-        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])  # (..., 1)
-        scale = scale.add_(epsilon).rsqrt_()
+        made, scale = scale_to_unit(x, weight, epsilon)
         ctx.save_for_backward(x, scale, weight)
-        return wide.mul_(scale).to(x.dtype) * weight
+        return made
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:  # noqa: D102

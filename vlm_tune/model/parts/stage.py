@@ -11,6 +11,8 @@ from torch import nn
 
 from vlm_tune.config.schema import Config, LoraConfig, StageConfig, Train
 from vlm_tune.errors import ConfigError
+from vlm_tune.model.kernels.gate import join_gates
+from vlm_tune.model.kernels.kept import spare
 from vlm_tune.model.kernels.lora import spare_casts
 from vlm_tune.model.kernels.norm import join_norms
 from vlm_tune.model.parts.layers import drop_paths, recompute
@@ -49,6 +51,7 @@ def apply_stage(model: VisionLanguageModel, config: Config) -> list[PartSummary]
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     join_norms(model)
+    join_gates(model)
     set_aids(model, stage)
     set_modes(model, stage)
     summary = [_summarize(name, getattr(model, name), stage) for name in PARTS]
@@ -99,6 +102,9 @@ def set_aids(model: VisionLanguageModel, stage: StageConfig) -> None:
         layers += layer_list(model.vision.tower, "stage.gradient_checkpointing.vision")
     if aids.llm:
         layers += model.llm.get_decoder().layers
+    else:
+        for layer in model.llm.get_decoder().layers:
+            spare(layer)
     for layer in layers:
         recompute(layer)
 
