@@ -40,14 +40,14 @@ def make_pairs(run: Path, file: Path, to: Path) -> None:
         wrong = min((group for group in groups if group != question.expected), key=totals.__getitem__)
         record: dict[str, Any] = test.rows[question.row]
         prompt = record["conversations"][0]["value"]
-        row = {"id": question.sample.id, "image": str(file.parent / record["image"]), "question": prompt}
+        row = {"id": question.sample.id, "image": record["image"], "question": prompt}
         rows.append(row | {"chosen": question.expected, "rejected": wrong})
     to.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def perplexity(run: Path, pairs: Path) -> float:
+def perplexity(run: Path, pairs: Path, data: Path) -> float:
     """Measure how surprised a run is by the chosen answers."""
-    model, config = open_trained(str(run), [f"data.test={pairs}", "data.image.root=/"])
+    model, config = open_trained(str(run), [f"data.test={pairs}", f"data.image.root={data}"])
     test = open_test(config, model)
     assert test is not None
     metric = METRICS["perplexity"]
@@ -56,8 +56,8 @@ def perplexity(run: Path, pairs: Path) -> float:
 
 
 def train(stage: str, rows: Path, runs: Path, *more: str) -> Path:
-    """Train a stage of the demo on rows of absolute picture paths; return its run."""
-    given = [f"stage={stage}", "model=demo", f"data.path={rows}", "data.image.root=/", f"runs={runs}", *more]
+    """Train a stage of the demo on some rows; return its run."""
+    given = [f"stage={stage}", "model=demo", f"data.path={rows}", f"runs={runs}", *more]
     subprocess.run([sys.executable, "-m", "vlm_tune", *given], check=True)
     return (runs / "latest").resolve()
 
@@ -80,7 +80,8 @@ def measure(seed: int, stage: str, data: Path, root: Path, settings: list[str]) 
     for part in ("train", "val"):
         make_pairs(start, data / f"finetune_{part}.jsonl", runs / f"pairs_{part}.jsonl")
         keep_chosen(runs / f"pairs_{part}.jsonl", runs / f"chosen_{part}.jsonl")
-    common = [f"seed={seed}", f"stage.init_from={start}", f"data.test={data}/test.jsonl", "trainer.num_chats=0"]
+    common = [f"seed={seed}", f"stage.init_from={start}", f"data.test={data}/test.jsonl"]
+    common += [f"data.image.root={data}", "trainer.num_chats=0"]
     found: dict[str, Any] = {"seed": seed, "stage": stage, "settings": settings}
     for name, kind, more in (
         (stage, "pairs", settings),
@@ -94,8 +95,8 @@ def measure(seed: int, stage: str, data: Path, root: Path, settings: list[str]) 
             "peak_rss_mb": report["peak_rss_mb"],
             "test_before": report["evaluation"]["before"],
             "test_after": report["evaluation"]["after"],
-            "perplexity_before": perplexity(start, runs / "pairs_val.jsonl"),
-            "perplexity_after": perplexity(run, runs / "pairs_val.jsonl"),
+            "perplexity_before": perplexity(start, runs / "pairs_val.jsonl", data),
+            "perplexity_after": perplexity(run, runs / "pairs_val.jsonl", data),
             "curves": report["pairs"] and {key: points[-1] for key, points in report["pairs"].items()},
         }
     return found
