@@ -91,7 +91,7 @@ def prepare(options: argparse.Namespace) -> None:
         shapes, photos = list(shape_pictures(part)), list(emoji_pictures(part, demo, emoji))
         if part == "train":
             shapes += shape_pictures(part, alone=True)
-        rows = []
+        rows: list[dict[str, Any]] = []
         for name, picture, found in shapes + photos:
             picture.save(options.out / "images" / f"{name}.jpeg", quality=QUALITY)
             rows += rows_of(name, found)
@@ -143,7 +143,7 @@ def emoji_pictures(part: str, demo: Path, emoji: dict[str, Image.Image]) -> Iter
         with Image.open(demo / file) as photo:
             plain = photo.convert("RGB")
         plain.thumbnail(LARGEST, Image.Resampling.LANCZOS)
-        plain = plain.crop((0, 0, *(side - side % CELLS for side in plain.size)))
+        plain = plain.crop((0, 0, plain.width - plain.width % CELLS, plain.height - plain.height % CELLS))
         for number in range(COPIES[part]):
             name = f"emoji-{Path(file).stem}-{number}"
             dice = random.Random(f"{SEED} {name}")
