@@ -21,11 +21,13 @@ FONT_SHA256 = "1eb9d65e50be8d7fe3235f48c24c9a4d63aeeaca65d0ed5dd51f956537543a76"
 FONT_SIZE = 109  # the one size that the font holds pictures for
 
 SEED = 0
-NUM_SHAPES = {"train": 900, "val": 40, "test": 80}  # pictures
+NUM_SHAPES = {"train": 300, "val": 40, "test": 80}  # pictures
+NUM_ALONE = 400  # pictures of one shape, for training
 PHOTOS = {"train": "pretrain_train", "val": "pretrain_val", "test": "test"}  # the demo's own split, by food
-COPIES = {"train": 2, "val": 1, "test": 1}  # pictures made of one photo, each with other emoji
+COPIES = {"train": 2, "val": 1, "test": 1}  # pictures made of one photo, each with other emoji; the second has one
 SIZES = ((320, 240), (240, 320), (280, 280))
-SHAPE_SIDE, EMOJI_SIDE = (0.25, 0.5), (0.35, 0.65)  # of the picture's shorter side
+SHAPE_SIDE, EMOJI_SIDE = (0.3, 0.5), (0.35, 0.6)  # of the picture's shorter side
+CELLS = 20  # of a picture's width and height: boxes end where cells do
 LARGEST = (480, 480)  # pixels of a photo
 SMOOTH = 4  # a shape is drawn so much larger, and made smaller
 NOISE = 6.0  # of the grounds, in grey levels
@@ -57,35 +59,19 @@ SHAPES = {
 EMOJI = {
     "dog": "🐶",
     "cat": "🐱",
-    "mouse": "🐭",
-    "rabbit": "🐰",
     "fox": "🦊",
-    "bear": "🐻",
     "panda": "🐼",
     "frog": "🐸",
     "pig": "🐷",
-    "chicken": "🐔",
     "penguin": "🐧",
-    "fish": "🐠",
-    "octopus": "🐙",
-    "ladybird": "🐞",
     "sunflower": "🌻",
-    "rose": "🌹",
-    "tree": "🌳",
     "sun": "🌞",
     "football": "⚽",
-    "basketball": "🏀",
     "balloon": "🎈",
-    "gift": "🎁",
     "guitar": "🎸",
     "car": "🚗",
-    "bus": "🚌",
     "rocket": "🚀",
-    "clock": "⏰",
-    "umbrella": "☂",
-    "key": "🔑",
     "heart": "💙",
-    "ghost": "👻",
     "robot": "🤖",
 }
 
@@ -103,10 +89,13 @@ def prepare(options: argparse.Namespace) -> None:
         emoji = draw_emoji(unpack(font, Path(unpacked)) / "package" / "ttf" / "NotoColorEmoji.ttf")
     for part in NUM_SHAPES:
         shapes, photos = list(shape_pictures(part)), list(emoji_pictures(part, demo, emoji))
-        rows = []
+        if part == "train":
+            shapes += shape_pictures(part, alone=True)
+        rows: list[dict[str, Any]] = []
         for name, picture, found in shapes + photos:
             picture.save(options.out / "images" / f"{name}.jpeg", quality=QUALITY)
             rows += rows_of(name, found)
+            rows += [naming_row(name, found)] if part == "train" else []
         write_rows(rows, options.out / f"{part}.jsonl")
         print(f"grounding: {part}: {len(shapes)} pictures of shapes, {len(photos)} photos with emoji, {len(rows)} rows")
 
@@ -122,32 +111,43 @@ def rows_of(name: str, found: Found) -> Iterator[dict[str, Any]]:
         yield {**row, "objects": {"ref": [expression], "bbox": [list(box)]}, "task": name.partition("-")[0]}
 
 
-def shape_pictures(part: str) -> Iterator[tuple[str, Image.Image, Found]]:
-    """Yield pictures of 2 to 4 shapes, no two of one colour and form, with their names."""
+def naming_row(name: str, found: Found) -> dict[str, Any]:
+    """Return a row that asks for the names of all that a picture shows, from left to right, and for no box."""
+    names = ", ".join(expression for expression, _ in sorted(found, key=lambda one: one[1][0]))
+    turns = [
+        {"role": "user", "content": "<image>\nWhat is here, from left to right?"},
+        {"role": "assistant", "content": names},
+    ]
+    return {"id": f"{name}-all", "messages": turns, "images": [f"images/{name}.jpeg"], "task": "names"}
+
+
+def shape_pictures(part: str, alone: bool = False) -> Iterator[tuple[str, Image.Image, Found]]:
+    """Yield pictures of 2 to 3 shapes, no two of one colour and form, with their names; or of one `alone`."""
     every = [(colour, form) for colour in COLOURS for form in SHAPES]
-    for number in range(NUM_SHAPES[part]):
-        name = f"shapes-{part}-{number:04d}"
+    for number in range(NUM_ALONE if alone else NUM_SHAPES[part]):
+        name = f"shapes-{part}-{'alone-' * alone}{number:04d}"
         dice = random.Random(f"{SEED} {name}")
         picture = ground(dice, name, dice.choice(SIZES))
-        chosen = dice.sample(every, dice.randint(2, 4))
+        chosen = dice.sample(every, 1 if alone else dice.randint(2, 3))
         boxes = places(dice, picture.size, [(1.0, 1.0)] * len(chosen), SHAPE_SIDE)
         for (colour, form), box in zip(chosen, boxes, strict=True):
-            shape = draw_shape(form, box[2] - box[0])
-            picture.paste(COLOURS[colour], box, shape)
+            size = (box[2] - box[0], box[3] - box[1])
+            picture.paste(COLOURS[colour], box, draw_shape(form, max(size)).resize(size, Image.Resampling.LANCZOS))
         yield name, picture, [(f"the {colour} {form}", box) for (colour, form), box in zip(chosen, boxes, strict=True)]
 
 
 def emoji_pictures(part: str, demo: Path, emoji: dict[str, Image.Image]) -> Iterator[tuple[str, Image.Image, Found]]:
-    """Yield photos of one part of the demo with 2 to 3 different emoji on them."""
+    """Yield photos of one part of the demo with 2 to 3 different emoji on them, or with one."""
     lines = (demo / f"{PHOTOS[part]}.jsonl").read_text(encoding="utf-8").splitlines()
     for file in dict.fromkeys(json.loads(line)["image"] for line in lines):
         with Image.open(demo / file) as photo:
             plain = photo.convert("RGB")
         plain.thumbnail(LARGEST, Image.Resampling.LANCZOS)
+        plain = plain.crop((0, 0, plain.width - plain.width % CELLS, plain.height - plain.height % CELLS))
         for number in range(COPIES[part]):
             name = f"emoji-{Path(file).stem}-{number}"
             dice = random.Random(f"{SEED} {name}")
-            chosen, picture = dice.sample(sorted(emoji), dice.randint(2, 3)), plain.copy()
+            chosen, picture = dice.sample(sorted(emoji), 1 if number == 1 else dice.randint(2, 3)), plain.copy()
             forms = [emoji[each].size for each in chosen]
             boxes = places(dice, picture.size, [(w / max(w, h), h / max(w, h)) for w, h in forms], EMOJI_SIDE)
             for each, box in zip(chosen, boxes, strict=True):
@@ -159,13 +159,14 @@ def emoji_pictures(part: str, demo: Path, emoji: dict[str, Image.Image]) -> Iter
 def places(
     dice: random.Random, size: tuple[int, int], forms: list[tuple[float, float]], sides: tuple[float, float]
 ) -> list[Box]:
-    """Return boxes in pixels for things of these relative widths and heights, none over another."""
+    """Return boxes in pixels for things of these relative widths and heights, none over another, of whole cells."""
+    across, down = size[0] // CELLS, size[1] // CELLS  # pixels of a cell
     while True:
         boxes: list[Box] = []
         for wide, high in forms:
             side = dice.uniform(*sides) * min(size)
-            width, height = round(side * wide), round(side * high)
-            left, top = dice.randint(0, size[0] - width), dice.randint(0, size[1] - height)
+            width, height = round(side * wide / across) * across, round(side * high / down) * down
+            left, top = dice.randrange(0, size[0] - width + 1, across), dice.randrange(0, size[1] - height + 1, down)
             boxes.append((left, top, left + width, top + height))
         if not any(meet(one, other) for n, one in enumerate(boxes) for other in boxes[:n]):
             return boxes

@@ -63,6 +63,20 @@ def test_a_picture_shows_two_to_four_things_that_differ_in_name_and_do_not_overl
         assert covered.max() == 1
 
 
+def test_a_picture_of_one_shape_shows_nothing_else(few, monkeypatch):
+    monkeypatch.setattr(grounding, "NUM_ALONE", 5)
+    alone = list(grounding.shape_pictures("train", alone=True))
+    assert [len(found) for _, _, found in alone] == [1] * 5
+    assert not {name for name, _, _ in alone} & {name for name, _, _ in grounding.shape_pictures("train")}
+
+
+@pytest.mark.parametrize("size", grounding.SIZES)
+def test_boxes_end_where_cells_do(size):
+    across, down = (side // grounding.CELLS for side in size)
+    for box in grounding.places(random.Random(0), size, [(1.0, 1.0), (0.5, 1.0)], grounding.EMOJI_SIDE):
+        assert [edge % cell for edge, cell in zip(box, (across, down) * 2, strict=True)] == [0] * 4
+
+
 def test_the_same_pictures_come_every_time_and_no_picture_comes_twice(few):
     seen = [picture.tobytes() for part in grounding.NUM_SHAPES for _, picture, _ in grounding.shape_pictures(part)]
     again = [picture.tobytes() for part in grounding.NUM_SHAPES for _, picture, _ in grounding.shape_pictures(part)]
@@ -95,6 +109,12 @@ def test_its_rows_are_read_as_questions_with_one_box():
         "<box>[[100, 100, 500, 500]]</box>",
     ]
     assert (row["task"], sample.pictures[0].path) == ("shapes", "images/shapes-test-0000.jpeg")
+
+
+def test_names_are_asked_for_from_left_to_right():
+    row = grounding.naming_row("shapes-train-0000", [("the red star", (50, 0, 90, 9)), ("the blue star", (0, 5, 9, 9))])
+    assert row["messages"][1]["content"] == "the blue star, the red star"
+    assert "objects" not in row
 
 
 def test_a_blind_guess_is_rarely_right():
