@@ -141,7 +141,7 @@ def test_system_prompt_without_a_place_is_refused():
 # -------------------------------------------------------------------------------------- the user's text is only text
 
 
-CONTROL = sorted(TOKENIZER.get_added_vocab().keys() - CHATML.markup.keys(), key=len)
+CONTROL = sorted(TOKENIZER.get_added_vocab().keys() - CHATML.markup.keys(), key=lambda name: (len(name), name))
 
 
 @pytest.mark.parametrize("literal", CONTROL)
