@@ -108,7 +108,10 @@ def test_a_mistake_is_answered_before_torch_is_imported(folder, line, said):
         ("dataset=mine.jsonl", "Write data.path=mine.jsonl"),
         ("data=mine.jsonl", "Here, a file of rows is named so: data.path=mine.jsonl"),
         ("model=me/mine", "Here, a model's folder or hub id is named so: model.path=me/mine"),
-        ("stage=dpo", "Here, only pretraining and supervised fine-tuning are done"),
+        (
+            "stage=rlhf",
+            "Here, only pretraining, supervised fine-tuning and preference tuning (stage=dpo, stage=mpo) are done",
+        ),
         (
             "chat lr=3",
             "ckpt, image, tools, base, temperature, top_p, seed, and"

@@ -53,6 +53,7 @@ def test_two_runs_lie_over_one_another_in_each_chart_and_say_how_they_differ(pag
     with served(runs, tmp_path) as port:
         page.open(f"http://127.0.0.1:{port}/")
         page.wait_for("document.querySelectorAll('#plot0 polyline.train').length === 4")  # training and validation
+        page.wait_for("document.querySelectorAll('#plot2 .train.line').length > 1")
         strokes = page.see(
             "[...document.querySelectorAll('#plot2 .train.line')].map((e) => getComputedStyle(e).stroke)"
         )

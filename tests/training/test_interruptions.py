@@ -55,10 +55,9 @@ def test_a_stop_during_the_start_shows_no_traceback(seconds):
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
-    is_started = seconds > 0.1  # before, the interpreter itself may still be starting, on a busy machine later too
-    if is_started and (process.returncode, said) != (-signal.SIGINT, ""):
+    if seconds > 0.1:  # before, the interpreter itself may still be starting; on a busy machine later too
         assert "Traceback" not in said
-        assert process.returncode in (2, 130)
+        assert process.returncode in (2, 130, -signal.SIGINT)
 
 
 # ------------------------------------------------------------------------------------- a checkpoint that lies

@@ -69,11 +69,11 @@ CHOICES: dict[str, dict[str, str | None]] = {  # a choice that a group does not 
         "train": "stage=finetune",
         "finetuning": "stage=finetune",
         "instruct": "stage=finetune",
-        "dpo": None,
         "rlhf": None,
         "grpo": None,
     }
 }
+NOT_DONE = "only pretraining, supervised fine-tuning and preference tuning (stage=dpo, stage=mpo) are done"
 FLAG_VALUES = {"resume": "last"}  # a flag of its own, without a value
 PICTURE_ENDINGS = (  # that mark a name as a picture's, where only the name is checked
     *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"),
@@ -96,7 +96,7 @@ def choice_hint(group: str, choice: str) -> str | None:
     known = CHOICES.get(group, {})
     if choice not in known:
         return None
-    return f"write {known[choice]}" if known[choice] else "only pretraining and supervised fine-tuning are done"
+    return f"write {known[choice]}" if known[choice] else NOT_DONE
 
 
 def flag_hint(verb: str, flag: str, following: str, known: dict[str, str]) -> str:

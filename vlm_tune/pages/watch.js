@@ -3,11 +3,6 @@
 
 const PLOTS = [
   { title: "Loss", log: true, series: [["train/loss", "training"], ["val/loss", "validation"]] },
-  { title: "Loss of pairs, by its parts", series: [["pairs/sigmoid", "DPO"], ["pairs/bco", "BCO"], ["pairs/nll", "chosen answer"]] },
-  { title: "Chosen above rejected", zero: true, percent: true, series: [["pairs/accuracy", "training"], ["val/accuracy", "validation"]] },
-  { title: "Reward", series: [["pairs/reward_chosen", "chosen"], ["pairs/reward_rejected", "rejected"], ["pairs/margin", "margin"]] },
-  { title: "Reward, validation", series: [["val/reward_chosen", "chosen"], ["val/reward_rejected", "rejected"], ["val/margin", "margin"]] },
-  { title: "Log-probability of an answer", series: [["pairs/logp_chosen", "chosen"], ["pairs/logp_rejected", "rejected"]] },
   { title: "Learning rate", series: [["lr/vision", "vision"], ["lr/projector", "projector"], ["lr/llm", "language model"]] },
   { title: "Gradient norm, before clipping", log: true, series: [["grad/vision", "vision"], ["grad/projector", "projector"], ["grad/llm", "language model"]] },
   { title: "Tokens a second", zero: true, series: [["speed/tokens", "all devices"]] },
@@ -15,6 +10,11 @@ const PLOTS = [
   { title: "Memory, GiB", zero: true, scale: 1 / 1024, series: [["speed/memory_mb", "highest so far"]] },
   { title: "Arithmetic, TFLOP/s of a device", zero: true, series: [["speed/tflops", "estimated"]] },
   { title: "Model FLOPs utilisation", zero: true, percent: true, series: [["speed/mfu", "of the card's published rate"]] },
+  { title: "Loss of pairs, by its parts", series: [["pairs/sigmoid", "DPO"], ["pairs/bco", "BCO"], ["pairs/nll", "chosen answer"]] },
+  { title: "Chosen above rejected", zero: true, percent: true, series: [["pairs/accuracy", "training"], ["val/accuracy", "validation"]] },
+  { title: "Reward", series: [["pairs/reward_chosen", "chosen"], ["pairs/reward_rejected", "rejected"], ["pairs/margin", "margin"]] },
+  { title: "Reward, validation", series: [["val/reward_chosen", "chosen"], ["val/reward_rejected", "rejected"], ["val/margin", "margin"]] },
+  { title: "Log-probability of an answer", series: [["pairs/logp_chosen", "chosen"], ["pairs/logp_rejected", "rejected"]] },
 ];
 const COLOURS = ["#2a78d6", "#d9551c", "#0f8f69", "#6a57d5", "#b07a00", "#c2306f", "#1d8ba8", "#6d7a1e"];
 const DARK = ["#5b9eec", "#f0854f", "#35c296", "#9c8cf5", "#dca832", "#ee79ab", "#4fbfdc", "#b0c04a"];

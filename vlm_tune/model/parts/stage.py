@@ -103,7 +103,7 @@ def set_aids(model: VisionLanguageModel, stage: StageConfig) -> None:
     if aids.llm:
         layers += model.llm.get_decoder().layers
     else:
-        for layer in model.llm.get_decoder().layers:
+        for layer in getattr(model.llm.get_decoder(), "layers", ()):  # an old kind of decoder keeps more
             spare(layer)
     for layer in layers:
         recompute(layer)
