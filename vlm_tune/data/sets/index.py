@@ -7,9 +7,11 @@ of the content of each row, by which an interrupted run recognises its rows.
 import gc
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,6 +143,12 @@ def measure_all(data: Conversations, rows: npt.NDArray[np.int64], workers: int, 
         for table, found in follow(loader, f"measuring {data.path.name}", "rows", len(rows), num_measured):
             tables.append(table)
             findings.merge(found)
+    except KeyboardInterrupt:
+        for process in multiprocessing.active_children():  # the loader would wait 5 seconds for each that is busy
+            with suppress(RuntimeError):  # torch's, that a worker was killed
+                process.kill()
+                process.join()
+        raise
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
