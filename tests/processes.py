@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -30,6 +31,7 @@ def fork_cli(arguments: list[str], log: Path, **environment: str) -> BaseProcess
 
 def _run(arguments: list[str], log: Path, environment: dict[str, str]) -> None:
     sys.stdout = sys.stderr = log.open("w", encoding="utf-8")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # processes of pytest-xdist ignore it
     torch.set_num_threads(1)
     os.environ |= environment
     code = 1
