@@ -16,6 +16,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from speed import medians
+
+from vlm_tune.config.schema import Precision
+from vlm_tune.model.build import resolve_precision
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "faster.json"
 PACK = ["stage=finetune", "stage.init_from=none", "stage.pack_length=8192", "stage.pack_tiles=512", "data.workers=0"]
@@ -28,12 +33,12 @@ QUIET = [
 
 def step_packs(precision: str, steps: int, out: str) -> None:
     """Train a few steps on packs of 8,192 tokens of the demo; write what each took. Run with a build on PYTHONPATH."""
-    from speed_steps import run_steps  # the build's own, beside the build's package
+    from plan import status  # the build's own, as all that follows
+    from speed_steps import run_steps
 
     from vlm_tune.config.parse import load_config
     from vlm_tune.data.datamodule import DataModule
     from vlm_tune.data.encode import Encoder
-    from vlm_tune.model.find_batch import in_kilobytes
 
     config = load_config([*PACK, *QUIET, f"stage.max_steps={steps}", f"trainer.precision={precision}"])
     made: dict[str, Any] = {"steps": []}
@@ -44,7 +49,7 @@ def step_packs(precision: str, steps: int, out: str) -> None:
         return data
 
     run_steps(config, steps, open_rows, made)
-    made["peak_mb"] = (in_kilobytes("self/status", "VmHWM") - in_kilobytes("self/status", "RssFile")) / 2**20
+    made["peak_rss_mb"] = status("VmHWM") - status("RssFile")
     Path(out).write_text(json.dumps(made), encoding="utf-8")
 
 
@@ -59,7 +64,7 @@ def run_packs(build: Path, precision: str, steps: int) -> dict[str, float]:
     later = made["steps"][1:]
     return {
         "cpu": sum(step["cpu"] for step in later) / sum(step["nonpad"] for step in later),
-        "peak_mb": made["peak_mb"],
+        "peak_rss_mb": made["peak_rss_mb"],
         "loss": made["steps"][0]["loss"][0],
     }
 
@@ -67,25 +72,12 @@ def run_packs(build: Path, precision: str, steps: int) -> dict[str, float]:
 def run_work(build: Path, work: Path) -> dict[str, float]:
     """Run w2 of one build, in the precision that the processor has."""
     with tempfile.NamedTemporaryFile(suffix=".json") as out:
-        options = [
-            "--workload",
-            "w2",
-            "--bs",
-            "2",
-            "--steps",
-            "8",
-            "--dtype",
-            "bf16" if "avx512_bf16" in flags() else "fp32",
-        ]
-        subprocess.run(
-            [sys.executable, str(build / "benchmarks" / "speed_steps.py"), *options],
-            check=True,
-            env=os.environ | {"PYTHONPATH": str(build), "BENCH_WORK": str(work), "BENCH_OUT": out.name},
-        )
-        made = json.loads(Path(out.name).read_text(encoding="utf-8"))
-    later = made["steps"][2:]
-    cpu = sum(step["cpu"] for step in later) / len(later)
-    return {"cpu": cpu, "peak_mb": made["peak_rss_mb"], "loss": made["steps"][0]["loss"][0]}
+        precision = resolve_precision(Precision.auto).value
+        options = ["--workload", "w2", "--bs", "2", "--steps", "8", "--dtype", precision]
+        paths = {"PYTHONPATH": str(build), "BENCH_WORK": str(work), "BENCH_OUT": out.name}
+        steps = str(build / "benchmarks" / "speed_steps.py")
+        subprocess.run([sys.executable, steps, *options], check=True, env=os.environ | paths)
+        return medians([json.loads(Path(out.name).read_text(encoding="utf-8"))])
 
 
 def in_turns(reps: int, other: Path, run: Any, *arguments: Any) -> dict[str, Any]:
@@ -97,13 +89,15 @@ def in_turns(reps: int, other: Path, run: Any, *arguments: Any) -> dict[str, Any
     middle = {
         name: {key: statistics.median(row[key] for row in made) for key in made[0]} for name, made in rows.items()
     }
-    shares = {key: middle["ours"][key] / middle["today"][key] for key in ("cpu", "peak_mb")}
-    return {"reps": reps, **middle, "time": shares["cpu"], "memory": shares["peak_mb"]}
+    shares = {key: middle["ours"][key] / middle["today"][key] for key in ("cpu", "peak_rss_mb")}
+    return {"reps": reps, **middle, "time": shares["cpu"], "memory": shares["peak_rss_mb"]}
 
 
-def flags() -> str:
-    """Read what Linux says about the processor."""
-    return Path("/proc/cpuinfo").read_text(encoding="utf-8")
+def processor() -> str:
+    """Name the processor, as Linux does."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    name = next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    return name + (" (bf16 units)" if resolve_precision(Precision.auto) is Precision.bf16 else "")
 
 
 def main() -> None:
@@ -117,8 +111,7 @@ def main() -> None:
     options = parser.parse_args()
     other = options.other.resolve()
     made = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    name = next(line.partition(": ")[2] for line in flags().splitlines() if line.startswith("model name"))
-    made["processor"] = name + (" (bf16 units)" if "avx512_bf16" in flags() else "")
+    made["processor"] = processor()
     for precision in options.packs:
         found = in_turns(options.reps, other, run_packs, precision, options.steps)
         made.setdefault("pack8192", {})[precision] = found

@@ -35,7 +35,7 @@ from vlm_tune.config.parse import load_config  # noqa: E402
 from vlm_tune.config.schema import Config  # noqa: E402
 from vlm_tune.console import make_console  # noqa: E402
 from vlm_tune.data.batch import Batch  # noqa: E402
-from vlm_tune.data.datamodule import DataModule, MicroBatches, Part  # noqa: E402
+from vlm_tune.data.datamodule import DataModule, Part  # noqa: E402
 from vlm_tune.data.encode import Encoder  # noqa: E402
 from vlm_tune.data.stream import MicroBatch  # noqa: E402
 from vlm_tune.model.build import build_model  # noqa: E402
@@ -64,7 +64,7 @@ class InFileOrder(DataModule):
         """Serve those steps."""
         assert self.train is not None
         settings = self.settings(1)
-        return self._loader(MicroBatches(self.train.data, self.train.index, settings, True), self.groups)
+        return self._loader(self.train.batches(settings, True), self.groups)
 
 
 def groups_of(part: Part, num_rows: int, num_steps: int, max_length: int | None) -> list[MicroBatch]:

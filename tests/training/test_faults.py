@@ -202,7 +202,7 @@ def test_a_stop_while_rows_are_measured_shows_no_traceback(many, monkeypatch, tm
         time.sleep(0.05)
     time.sleep(0.5)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    process.join(50)
+    process.join(30)
     said = (tmp_path / "log").read_text(encoding="utf-8")
     assert process.exitcode == 130, said
     assert "Traceback" not in said

@@ -1,5 +1,7 @@
 """trainer.find_batch divides a step into the largest packs that fit, and leaves nothing behind by trying."""
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -85,8 +87,9 @@ def test_a_budget_is_filled_with_the_rows_of_most_tiles_first():
 
 def test_memory_is_that_of_the_moment(toys):
     memory = Memory(CPU)
+    gc.collect()  # as a peak does, of what earlier tests left
     before = memory.used()
-    assert 280 * MB < memory.peak(lambda: torch.ones(300 * MB // 4)) - before < 330 * MB
+    assert 290 * MB < memory.peak(lambda: torch.ones(300 * MB // 4)) - before < 330 * MB
     assert memory.peak(lambda: None) - before < 30 * MB
     assert memory.peak(lambda: torch.empty(2**50)) == float("inf")
 

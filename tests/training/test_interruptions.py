@@ -57,7 +57,9 @@ def test_a_stop_during_the_start_shows_no_traceback(seconds):
     _, said = process.communicate()
     if seconds > 0.1:  # before, the interpreter itself may still be starting; on a busy machine later too
         assert "Traceback" not in said
-        assert process.returncode in (2, 130, -signal.SIGINT)
+        # the signal ends an interpreter that is not up yet, or that has said its error and is going down
+        is_outside = not said or "CheckpointError" in said
+        assert process.returncode in (2, 130) or (process.returncode == -signal.SIGINT and is_outside)
 
 
 # ------------------------------------------------------------------------------------- a checkpoint that lies

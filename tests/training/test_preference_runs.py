@@ -1,17 +1,16 @@
 """Runs on pairs: what is logged, that a killed one goes on, and that a step does not depend on how it is divided."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
 from compare import assert_same, metrics_of, state_of
 from pair_toys import pair_arguments
 from processes import run_two
+from test_resume import interrupt
 
 from vlm_tune.config.parse import load_config
 from vlm_tune.errors import ConfigError, DataError
-from vlm_tune.model.checkpoint import CHECKPOINTS, checkpoints
 from vlm_tune.model.preference.facts import FACTS
 from vlm_tune.pages.recorded import describe
 from vlm_tune.training.callbacks.metrics import read_metrics
@@ -113,19 +112,9 @@ def test_what_comes_out_is_evaluated_and_exported(run, run_cli, tmp_path):
     assert run_cli("export", f"ckpt={run()}", f"out={tmp_path}/hf").code == 0
 
 
-def interrupt(run, step, runs):
-    killed = runs / run.name
-    shutil.copytree(run, killed)
-    for path in (*checkpoints(killed)[step:], killed / CHECKPOINTS / "best.ckpt", killed / "report.json"):
-        path.unlink()
-    return killed
-
-
 @pytest.mark.parametrize("keeps_cache", [True, False], ids=["cache", "no cache"])
 def test_a_killed_run_goes_on_bit_by_bit(toys, run, tmp_path, monkeypatch, keeps_cache):
-    if (
-        not keeps_cache
-    ):  # the reference is then that of the weights that the run began with, not of those it goes on with
+    if not keeps_cache:  # the reference is that of the weights that the run began with, not of those it goes on with
         monkeypatch.setenv("VLM_TUNE_CACHE", str(tmp_path / "cache"))
     killed = interrupt(run(), 2, tmp_path)
     again = train(load_config(pair_arguments(toys, run.folder, *ALL, "resume=last", runs=tmp_path)))

@@ -50,9 +50,7 @@ class Part:
 
     def batches(self, settings: StreamSettings, is_training: bool) -> MicroBatches:
         """Make batches of these rows."""
-        made = MicroBatches(self.data, self.index, settings, is_training)
-        made.reference = self.reference
-        return made
+        return MicroBatches(self.data, self.index, settings, is_training, self.reference)
 
     def contents(self) -> dict[str, str]:
         """Return a hash of the rows of each file (in a mixture: of each set, including its degradation)."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlm_tune.data.example import NO_LOSS, Example, Lengths, common_prefix
+from vlm_tune.data.example import NO_LOSS, Example, Lengths, common_prefix, num_in_pack
 from vlm_tune.data.fit import EncoderSettings, Fit, Tiling, fault_of, fit_pictures, no_pictures, too_long, trim
 from vlm_tune.data.sample import Sample
 from vlm_tune.data.text.control import find_image_ids, find_stop_ids, refuse_control
@@ -212,17 +212,14 @@ def _no_fit(sample: Sample) -> DataError:
 
 
 def _measure_pair(examples: list[Example], sample: Sample) -> Lengths:
-    """Count the tokens of a pair as it stands in a pack: those that both answers begin with count once."""
-    chosen, rejected = (example.input_ids for example in examples)
-    if np.array_equal(chosen, rejected):
+    """Count the tokens of a pair as it stands in a pack."""
+    ids, first = [example.input_ids for example in examples], examples[0]
+    if np.array_equal(ids[0], ids[1]):
         raise fault_of(sample, "both answers of the pair have the same tokens: there is nothing to prefer")
-    num_shared = common_prefix((chosen, rejected))
-    num_tokens = len(chosen) + len(rejected) - num_shared
     num_supervised = sum(example.num_supervised for example in examples)
     note = next((example.note for example in examples if example.note), "")
-    return Lengths(
-        num_tokens, num_supervised, examples[0].num_tiles, examples[0].max_tiles, note, num_shared=num_shared
-    )
+    sizes = num_in_pack(ids), num_supervised, first.num_tiles, first.max_tiles
+    return Lengths(*sizes, note, num_shared=common_prefix(ids))
 
 
 def _assemble(sample: Sample, items: list[Item], fit: Fit) -> Example:

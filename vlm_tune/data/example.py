@@ -51,3 +51,8 @@ def common_prefix(tokens: Sequence[npt.NDArray[np.int32]]) -> int:
         differs = np.flatnonzero(tokens[0][:length] != other[:length])
         length = int(differs[0]) if len(differs) else length
     return length
+
+
+def num_in_pack(tokens: Sequence[npt.NDArray[np.int32]]) -> int:
+    """Count the tokens of a conversation, or of both answers of a pair: those that both begin with count once."""
+    return sum(map(len, tokens)) - (len(tokens) - 1) * common_prefix(tokens)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from vlm_tune.data.example import Example, common_prefix
+from vlm_tune.data.example import Example
 from vlm_tune.data.sample import Sample
 from vlm_tune.data.sets.dataset import Conversations
 from vlm_tune.errors import DataError
-from vlm_tune.inspection.inspect_row import CONTEXT, Token, read_tokens
+from vlm_tune.inspection.inspect_row import CONTEXT, Token, read_rejected, read_tokens
 from vlm_tune.words import counted
 
 if TYPE_CHECKING:
@@ -60,12 +60,11 @@ def look_at_some(sets: Sequence[Conversations], tokenizer: "PreTrainedTokenizerB
 def look(data: Conversations, number: int, row: int, tokenizer: "PreTrainedTokenizerBase") -> Look:
     """Encode one row of a set as training does; `row` is its number through all sets. Raise DataError."""
     sample = data.sample(number)
-    example, *worse = data.encoder.encode_all(sample, data.tiling(sample, data.reader.check_picture))
+    examples = data.encoder.encode_all(sample, data.tiling(sample, data.reader.check_picture))
+    example = examples[0]
     shown = list(small_pictures(data, sample, example))
     runs = list(joined(list(read_tokens(example, data.encoder, tokenizer))))
-    for other in worse:
-        num_shared = common_prefix((example.input_ids, other.input_ids))
-        rejected = list(read_tokens(other, data.encoder, tokenizer))[num_shared:]
+    if rejected := read_rejected(examples, data.encoder, tokenizer):
         runs += [(CONTEXT, "\nor, rejected: "), *joined(rejected)]
     sizes = len(example.input_ids), example.num_supervised
     return Look(sample.where, row, sample.id, *sizes, len(example.num_tiles), shown, runs)

@@ -119,14 +119,14 @@ def look(config: Config, encoder: Encoder, tokenizer: "PreTrainedTokenizerBase",
         )
     data, number = rows.locate(row)
     sample = data.sample(number)
-    example, *worse = data.encoder.encode_all(sample, data.tiling(sample, data.reader.check_picture))
-    num_shared = common_prefix([example.input_ids, *(each.input_ids for each in worse)])
+    examples = data.encoder.encode_all(sample, data.tiling(sample, data.reader.check_picture))
+    example = examples[0]
     return Seen(
         row=row,
         sample=sample,
         example=example,
         tokens=list(read_tokens(example, data.encoder, tokenizer)),
-        rejected=[token for each in worse for token in list(read_tokens(each, data.encoder, tokenizer))[num_shared:]],
+        rejected=read_rejected(examples, data.encoder, tokenizer),
         markup=count_markup(example, data.encoder),
         pictures=list(cut_pictures(data, sample, example)),
         pack=find_pack(config, encoder, row),
@@ -159,6 +159,12 @@ def read_tokens(example: Example, encoder: Encoder, tokenizer: "PreTrainedTokeni
             yield Token(token_id, text, SUPERVISED)
         else:
             yield Token(token_id, text, IMAGE if token_id in (start, end) else CONTEXT)
+
+
+def read_rejected(examples: list[Example], encoder: Encoder, tokenizer: "PreTrainedTokenizerBase") -> list[Token]:
+    """List the tokens of a pair's rejected answer, behind those with which both begin; none of a conversation."""
+    num_shared = common_prefix([example.input_ids for example in examples])
+    return [token for worse in examples[1:] for token in list(read_tokens(worse, encoder, tokenizer))[num_shared:]]
 
 
 def count_markup(example: Example, encoder: Encoder) -> dict[str, int]:

@@ -14,7 +14,6 @@ import torch.distributed
 from vlm_tune.config.schema import Config, Optimizer, Precision, StageConfig
 from vlm_tune.data.batch import Batch
 from vlm_tune.data.datamodule import DataModule
-from vlm_tune.data.sets.micro_batches import MicroBatches
 from vlm_tune.data.sizes import Index
 from vlm_tune.data.stream import MicroBatch
 from vlm_tune.errors import ConfigError
@@ -109,8 +108,7 @@ def largest_batch(data: DataModule, config: Config) -> Batch:
     micro_batch, stage = config.trainer.micro_batch, config.stage
     rows = fill(data.train.index, (micro_batch * stage.pack_length, micro_batch * stage.pack_tiles))
     settings = replace(data.settings(1), share_prefix=False)
-    batches = MicroBatches(data.train.data, data.train.index, settings, is_training=False)
-    return batches[MicroBatch(rows, 0, 1.0, (0, 0, 0))]
+    return data.train.batches(settings, is_training=False)[MicroBatch(rows, 0, 1.0, (0, 0, 0))]
 
 
 def fill(index: Index, budget: tuple[int, int]) -> tuple[int, ...]:

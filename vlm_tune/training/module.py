@@ -103,10 +103,9 @@ class VlmModule(L.LightningModule):
 
     def note_pairs(self, facts: list[float], is_skipped: bool) -> None:
         """Log the means of a step's pairs over all devices, and move delta on."""
-        self.log_dict({f"pairs/{name}": value for name, value in zip(FACTS, facts, strict=True)})
-        self.log("pairs/delta", self.delta.value)
+        known = dict(zip(FACTS, facts, strict=True))
+        self.log_dict({f"pairs/{name}": value for name, value in known.items()} | {"pairs/delta": self.delta.value})
         if not is_skipped:
-            known = dict(zip(FACTS, facts, strict=True))
             self.delta.add((known["reward_chosen"] + known["reward_rejected"]) / 2)
 
     def _continues(self, batch_idx: int) -> bool:

@@ -6,7 +6,7 @@ from torch.utils.data import Dataset
 
 from vlm_tune.config.schema import AugmentConfig
 from vlm_tune.data.batch import Batch, add_pictures, as_pairs, collate, token_weight
-from vlm_tune.data.example import Example, common_prefix
+from vlm_tune.data.example import Example, num_in_pack
 from vlm_tune.data.packing import trees_of
 from vlm_tune.data.rows.cache import hashed
 from vlm_tune.data.sample import Sample
@@ -19,21 +19,28 @@ from vlm_tune.errors import DataError, VlmTuneError
 
 
 class MicroBatches(Dataset[Batch]):
-    """Load the batch of a MicroBatch. Random augmentation depends only on (seed, epoch, row)."""
+    """Load the batch of a MicroBatch. Random augmentation depends only on (seed, epoch, row).
+
+    reference   of pairs, by entry of the index: (rows, 2) log-probabilities, once they are known
+    """
 
     def __init__(
-        self, data: Conversations | Mixture, index: Index, settings: StreamSettings, is_training: bool
+        self,
+        data: Conversations | Mixture,
+        index: Index,
+        settings: StreamSettings,
+        is_training: bool,
+        reference: npt.NDArray[np.float32] | None = None,
     ) -> None:
         self.data = data
         self.index = index
         self.settings = settings
         self.is_training = is_training
-        self.reference: npt.NDArray[np.float32] | None = None  # of pairs, by entry of the index: (rows, 2)
+        self.reference = reference
 
     def __getitem__(self, item: MicroBatch) -> Batch:
         examples, shown, tiles, features = [], [], [], []
         trees = trees_of(item.rows, self.index, self.settings.share_prefix)
-        num_branches = 0
         for tree in trees:
             for place, entry in enumerate(tree):
                 row = int(self.index.rows[entry])
@@ -41,7 +48,7 @@ class MicroBatches(Dataset[Batch]):
                 sample = data.sample(number)
                 self._check_content(entry, sample)
                 branches = data.encoder.encode_all(sample, data.tiling(sample))
-                example, num_branches = branches[0], len(branches)
+                example = branches[0]
                 self._check_sizes(entry, branches)
                 self._check_pictures(entry, sample, data)
                 examples += branches
@@ -56,6 +63,7 @@ class MicroBatches(Dataset[Batch]):
                     features.append(data.read_features(sample, example))
         counts = np.array([example.num_supervised for example in examples], dtype=np.int32)
         weights = token_weight(counts, self.settings.loss) / item.step_weight
+        num_branches = len(examples) // len(item.rows)  # 2 of pairs
         sizes = [len(tree) * num_branches for tree in trees]
         batch = collate(examples, weights.tolist(), self.settings.packing, sizes)
         if num_branches == 2:
@@ -77,10 +85,7 @@ class MicroBatches(Dataset[Batch]):
     def _check_sizes(self, entry: int, branches: list[Example]) -> None:
         """Refuse a row whose pictures were replaced after it was measured: its pack was planned for the old ones."""
         planned = int(self.index.tokens[entry]), int(self.index.supervised[entry]), int(self.index.tiles[entry])
-        ids, example = [each.input_ids for each in branches], branches[0]
-        num_tokens = sum(map(len, ids)) - (len(ids) - 1) * common_prefix(
-            ids
-        )  # what both answers of a pair share counts once
+        example, num_tokens = branches[0], num_in_pack([each.input_ids for each in branches])
         made = num_tokens, sum(each.num_supervised for each in branches), sum(example.num_tiles)
         if made != planned:
             reason = (
