@@ -22,6 +22,16 @@ SMALL_VISION = SIZES | {
 }
 SMALL_LLM = SIZES | {"num_key_value_heads": 2, "vocab_size": 2509, "tie_word_embeddings": False, "pad_token_id": 3}
 
+MIXTURE = {  # of experts, as in InternVL3.5-30B-A3B
+    "model_type": "qwen3_moe",
+    "head_dim": 32,
+    "rope_theta": 1e6,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+}
+
 
 def official_config(vision: dict[str, Any], llm: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """Write the configuration of an InternVLChatModel."""

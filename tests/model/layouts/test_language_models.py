@@ -26,6 +26,7 @@ KINDS = {
     "qwen2 sliding": QWEN_WINDOW,
     "qwen3": {},
     "qwen3 sliding": QWEN_WINDOW,
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [1]},
     "phi3": {"pad_token_id": 0},
     "phi3 sliding": {"pad_token_id": 0, **WINDOW},
     "mistral": {"sliding_window": None},

@@ -11,7 +11,7 @@ from vlm_tune.errors import ConfigError
 from vlm_tune.model.kernels.attention import Segments
 
 # Tested against plain transformers (tests/model/test_language_models.py); any other kind proves itself when it loads.
-TESTED = ("llama", "internlm3", "qwen2", "qwen3", "phi3", "mistral", "gemma", "gemma3_text", "smollm3")
+TESTED = ("llama", "internlm3", "qwen2", "qwen3", "qwen3_moe", "phi3", "mistral", "gemma", "gemma3_text", "smollm3")
 # What a layer or the head does besides a product with its weights; each is off if it is None, 0 or 1.
 UNKNOWN_TO_US = {
     "attn_logit_softcapping": "caps its attention scores",

@@ -17,6 +17,10 @@ from vlm_tune.model.parts.vision import cut_layers, whole_weights
 from vlm_tune.model.vlm import VisionLanguageModel
 
 HEAD = "llm.lm_head.weight"
+EXPERTS = {  # a parameter of ours that holds all experts of a layer -> the stored tensors of one, one below the other
+    "experts.gate_up_proj": ("gate_proj", "up_proj"),
+    "experts.down_proj": ("down_proj",),
+}
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,13 @@ class Names:
 
 @dataclass(frozen=True)
 class Entry:
-    """One stored tensor, and the one or three parameters of ours that it holds."""
+    """One stored tensor, and the one or three parameters of ours that it holds, or the part of one that it is."""
 
     stored: str
     ours: tuple[str, ...]
     shape: Shape  # of the stored one
     heads: Heads | None = None  # None: three parts are concatenated
+    place: tuple[int, slice] | None = None  # expert and rows, in a parameter that holds all experts
 
     def split(self, tensor: Tensor) -> list[Tensor]:
         """Split a stored tensor: views of it, in the order of `ours`."""
@@ -68,6 +73,8 @@ class Entry:
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """Join parts into a stored tensor: the inverse of `split`."""
+        if self.place is not None:
+            return parts[0][self.place]
         if len(parts) == 1:
             return parts[0]
         if self.heads is None:
@@ -103,10 +110,29 @@ def entries(model: nn.Module, table: Sequence[Names]) -> list[Entry]:
     found = []
     for stored, names in ours.items():
         first = shapes[names[0]]
+        if words := next((words for fused, words in EXPERTS.items() if stored.endswith(fused)), None):
+            found += _of_experts(stored.rpartition(".")[0], names[0], first, words)
+            continue
         shape = (sum(shapes[name][0] for name in names), *first[1:]) if first else ()
         heads = next(part.heads for part in table if names[0].startswith(part.ours))
         found.append(Entry(stored, tuple(names), shape, heads))
     return found
+
+
+def _of_experts(path: str, name: str, shape: Shape, words: Sequence[str]) -> list[Entry]:
+    """List the stored tensors (O, I) of the E experts that a parameter of ours, (E, O, I) or (E, 2 O, I), holds."""
+    num_experts, all_rows, *rest = shape
+    rows = all_rows // len(words)
+    return [
+        Entry(
+            f"{path}.{expert}.{word}.weight",
+            (name,),
+            (rows, *rest),
+            place=(expert, slice(number * rows, (number + 1) * rows)),
+        )
+        for expert in range(num_experts)
+        for number, word in enumerate(words)
+    ]
 
 
 def fill(
@@ -150,10 +176,16 @@ def _read(model: nn.Module, shards: Shards, table: list[Entry], dtype: torch.dty
         entry = wanted[key]
         for name, part in zip(entry.ours, entry.split(tensor), strict=True):
             parent, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(parent)
             kind = dtype if places[name].is_meta else places[name].dtype
+            if entry.place is not None:
+                if getattr(owner, leaf).is_meta:
+                    setattr(owner, leaf, nn.Parameter(torch.empty_like(places[name], dtype=kind, device="cpu")))
+                getattr(owner, leaf).data[entry.place] = part
+                continue
             # a copy of its own: a file that is replaced under a running process would change its weights
             weight = part.to(kind, copy=True, memory_format=torch.contiguous_format)
-            setattr(model.get_submodule(parent), leaf, quantized_weight(places[name], weight))
+            setattr(owner, leaf, quantized_weight(places[name], weight))
 
 
 def _tie_head(llm: Any, shards: Shards, key: str) -> None:

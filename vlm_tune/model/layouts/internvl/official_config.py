@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from vlm_tune.config.schema import ModelConfig, ProjectorConfig, TileRule
@@ -30,10 +31,11 @@ TEXT_CONFIGS: dict[str, Any] = {
     "llama": LlamaConfig,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
+    "qwen3_moe": Qwen3MoeConfig,
     "phi3": Phi3Config,
 }
 TEMPLATES = ("internvl2_5", "Hermes-2", "internlm2-chat", "phi3-chat")  # of InternVL's conversation.py
-ROPE_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
+UNDECLARED = {"rope_theta", "rope_scaling", "partial_rotary_factor", "head_dim"}  # some classes take these all the same
 VISION_KEYS = {  # ours: theirs, their default
     "hidden_size": ("hidden_size", 3200),
     "intermediate_size": ("intermediate_size", 12800),
@@ -92,7 +94,7 @@ def text_config(config: dict[str, Any], folder: Path) -> PreTrainedConfig:
         raise CheckpointError(
             f"{folder}/config.json: llm_config.model_type={kind} is not read. There are: {', '.join(TEXT_CONFIGS)}"
         )
-    known = {*TEXT_CONFIGS[kind].__annotations__, *ROPE_KEYS}
+    known = {*TEXT_CONFIGS[kind].__annotations__, *UNDECLARED}
     chosen = {key: deepcopy(value) for key, value in theirs.items() if key in known}  # transformers writes into some
     if kind == "internlm2":
         chosen |= {"attention_bias": theirs.get("bias", True), "mlp_bias": False}
