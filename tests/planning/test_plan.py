@@ -75,7 +75,8 @@ def test_the_known_sizes_add_up_to_the_published_count(name, tmp_path):
     vlm = make_skeleton(config, 0, torch.bfloat16, Quantize.none)
     unused = [] if not llava else vlm.vision.unused.values()
     count = sum(weight.numel() for weight in (*vlm.parameters(), *unused)) / 1e9
-    assert count == pytest.approx(KNOWN_MODELS[name]["parameters"], rel=0.006)
+    published = KNOWN_MODELS[name]["parameters"]
+    assert count == pytest.approx(published, rel=0.006) or round(count, 1) == published  # InternVL3.5's have one digit
 
 
 @pytest.mark.parametrize(("name", "gib"), [("24GB", 24), ("24", 24), ("a100", 80), ("9.5 GiB", 9.5)])

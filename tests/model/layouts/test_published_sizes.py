@@ -4,7 +4,9 @@ Sources. Parts of the architecture: the config.json of each OpenGVLab repository
 InternViT-6B-448px-V1-5. Counts: OpenExplorer's cards of InternVL2-1B and InternVL2_5-2B ("calculated from the tensors
 stored in the upstream checkpoint": whole, vision with MLP, language model); the table of the InternVL 2.5 documentation
 (whole, vision, language model); the model cards of InternVL2 ("Model Size") and InternVL3; the card of
-InternViT-6B-448px-V1-2 (5540 M for its 45 blocks). Each is compared to the digits that it is published with.
+InternViT-6B-448px-V1-2 (5540 M for its 45 blocks); the table in the InternVL 3.5 documentation (whole, vision, language
+model). Each is compared to the digits that it is published with. The shapes of Qwen3 are those of its own repositories;
+that the head is not tied, as it is in the small Qwen3, follows from the published counts.
 """
 
 import pytest
@@ -45,6 +47,18 @@ LLMS = {  # layers, width, heads, key heads, inner width
     "internlm2.5-7b": ("internlm2", 32, 4096, 32, 8, 14336),
     "internlm2-20b": ("internlm2", 48, 6144, 48, 8, 16384),
     "Phi-3-mini": ("phi3", 32, 3072, 32, 32, 8192),
+    "Qwen3-0.6B": ("qwen3", 28, 1024, 16, 8, 3072),
+    "Qwen3-1.7B": ("qwen3", 28, 2048, 16, 8, 6144),
+    "Qwen3-4B": ("qwen3", 36, 2560, 32, 8, 9728),
+    "Qwen3-8B": ("qwen3", 36, 4096, 32, 8, 12288),
+    "Qwen3-14B": ("qwen3", 40, 5120, 40, 8, 17408),
+    "Qwen3-32B": ("qwen3", 64, 5120, 64, 8, 25600),
+    "Qwen3-30B-A3B": ("qwen3_moe", 48, 2048, 32, 4, 6144),
+}
+MORE = {  # keys of one kind alone
+    "internlm2": {"bias": False},
+    "qwen3": {"head_dim": 128},
+    "qwen3_moe": {"head_dim": 128, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8},
 }
 MODELS = {  # encoder, language model, rows of its table (its own tokens and InternVL's nine), published counts
     "internvl2_1b": (VIT_300M, "Qwen2(.5)-0.5B", 151655, {"all": "938.2M", "seeing": "308.5M", "llm": "629.7M"}),
@@ -59,6 +73,13 @@ MODELS = {  # encoder, language model, rows of its table (its own tokens and Int
     "internvl3_1b": (VIT_300M, "Qwen2(.5)-0.5B", 151674, {"all": "0.94B"}),
     "internvl3_2b": (VIT_300M, "Qwen2.5-1.5B", 151674, {"all": "2.09B"}),
     "internvl3_8b": (VIT_300M, "Qwen2.5-7B", 151674, {"all": "7.94B"}),
+    "internvl3_5_1b": (VIT_300M, "Qwen3-0.6B", 151936, {"all": "1.06B", "vision": "0.3B", "llm": "0.8B"}),
+    "internvl3_5_2b": (VIT_300M, "Qwen3-1.7B", 151936, {"all": "2.3B", "vision": "0.3B", "llm": "2.0B"}),
+    "internvl3_5_4b": (VIT_300M, "Qwen3-4B", 151936, {"all": "4.7B", "vision": "0.3B", "llm": "4.4B"}),
+    "internvl3_5_8b": (VIT_300M, "Qwen3-8B", 151936, {"all": "8.5B", "vision": "0.3B", "llm": "8.2B"}),
+    "internvl3_5_14b": (VIT_300M, "Qwen3-14B", 151936, {"all": "15.1B", "vision": "0.3B", "llm": "14.8B"}),
+    "internvl3_5_38b": (VIT_6B, "Qwen3-32B", 151936, {"all": "38.4B", "vision": "5.5B", "llm": "32.8B"}),
+    "internvl3_5_30b_a3b": (VIT_300M, "Qwen3-30B-A3B", 151936, {"all": "30.8B", "vision": "0.3B", "llm": "30.5B"}),
 }
 MLP = {  # LayerNorm of 4 C, Linear(4 C, D), Linear(D, D); internvl_chat's mlp1
     name: 8 * vit["hidden_size"] + (4 * vit["hidden_size"] + 1 + LLMS[llm][2] + 1) * LLMS[llm][2]
@@ -69,7 +90,8 @@ MLP = {  # LayerNorm of 4 C, Linear(4 C, D), Linear(D, D); internvl_chat's mlp1
 def build(name: str):
     vision, llm, rows, _ = MODELS[name]
     keys = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
-    text = dict(zip((*keys, "intermediate_size"), LLMS[llm], strict=True)) | {"vocab_size": rows, "bias": False}
+    text = dict(zip((*keys, "intermediate_size"), LLMS[llm], strict=True)) | {"vocab_size": rows}
+    text |= MORE.get(text["model_type"], {})
     model = load_config([f"model={name}"]).model
     return empty_model(official_config(vision, text), model, model.name), model
 
@@ -117,7 +139,7 @@ def test_adapters_find_their_layers(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_template_and_system_prompt_belong_together(name):
-    # InternVL2 introduces itself in other words than 2.5 and 3, and Qwen2 has no first token
+    # InternVL2 introduces itself in other words than 2.5, 3 and 3.5, and Qwen2 has no first token
     model = load_config([f"model={name}"]).model
     by_llm = {"internlm2": "internlm2-chat", "qwen2": "Hermes-2", "phi3": "phi3-chat"}
     is_second = name.startswith("internvl2_") and not name.startswith("internvl2_5")
