@@ -125,6 +125,7 @@ def test_every_kind_that_needs_no_proof_is_tested_here():
         ("gemma2", "gemma2 caps its attention scores"),
         ("granite", "granite scales its logits"),
         ("mamba", "mamba does not keep packed samples apart"),
+        ("gpt_oss", "gpt_oss attends to sinks"),
     ],
 )
 def test_a_model_that_would_be_wrong_in_silence_is_refused(tmp_path, kind, reason):

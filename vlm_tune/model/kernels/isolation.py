@@ -32,6 +32,11 @@ def check_language_model(llm: PreTrainedModel) -> None:
                 f"model.llm: {kind} {reason} ({key}={getattr(llm.config, key)} in its config.json), which packed "
                 f"attention and the loss do not: its logits would be wrong. Choose one of {', '.join(TESTED)}"
             )
+    if any(name.endswith(".sinks") for name, _ in llm.named_parameters()):
+        raise ConfigError(
+            f"model.llm: {kind} attends to sinks beside its tokens, which packed attention does not: its logits would "
+            f"be wrong. Choose one of {', '.join(TESTED)}"
+        )
     if kind not in TESTED and not is_isolating(llm):
         raise ConfigError(
             f"model.llm: a language model of type {kind} does not keep packed samples apart, or its head does more "
