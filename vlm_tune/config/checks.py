@@ -30,6 +30,7 @@ def find_problems(config: Config) -> list[str]:
     return [
         *_finite(config),
         *_stage(config),
+        *_router(config),
         *_prefixes(config),
         *_preference(config),
         *_tiles(config),
@@ -80,6 +81,16 @@ def _stage(config: Config) -> list[str]:
     return problems
 
 
+def _router(config: Config) -> list[str]:
+    stage = config.stage
+    if not stage.router_loss or stage.train.llm is not Train.frozen:
+        return []
+    return [
+        f"stage.router_loss={stage.router_loss} concerns a trained language model but stage.train.llm=frozen: set it "
+        "to 0, or stage.train.llm to lora or full"
+    ]
+
+
 def _prefixes(config: Config) -> list[str]:
     stage = config.stage
     alone = {
@@ -114,6 +125,7 @@ def _preference(config: Config) -> list[str]:
         "stage.share_prefix=on lets rows share tokens: set it to off, the answers of a pair share theirs": is_tied,
         f"stage.neftune={stage.neftune} draws noise that the reference did not see: set it to 0": stage.neftune > 0,
         "data.augment shows pictures that the reference did not see: leave it out": is_changed,
+        f"stage.router_loss={stage.router_loss} is about tokens: set it to 0": stage.router_loss > 0,
         f"strategy={name.value} splits weights: use ddp or zero2, the reference reads them whole": (
             name in SPLITS_WEIGHTS
         ),
@@ -143,6 +155,7 @@ def _numbers(config: Config) -> list[str]:
         "stage.drop_path": (stage.drop_path, 0, 0.9),
         "stage.layer_decay": (stage.layer_decay, 0.01, 1),
         "stage.neftune": (stage.neftune, 0, 100),
+        "stage.router_loss": (stage.router_loss, 0, 100),
         "data.val_share": (config.data.val_share, 0, 0.9),
         "trainer.save_minutes": (1 if trainer.save_minutes is None else trainer.save_minutes, 0.001, 10_000),
         "data.augment.crop": (config.data.augment.crop, 0.1, 1),

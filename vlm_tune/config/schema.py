@@ -277,6 +277,7 @@ class StageConfig:
     quantize: Quantize = Quantize.none
     gradient_checkpointing: Checkpointing = field(default_factory=Checkpointing)
     neftune: float = 0.0  # alpha of the noise on text embeddings while training (5, 10 or 15); 0 = off
+    router_loss: float = 0.0  # weight of the loss that spreads tokens over experts (Qwen3: 0.001); 0 = off, as InternVL
     drop_path: float = 0.0  # probability of skipping the last layer of a trained vision encoder; lower for earlier ones
     loss: LossWeight = LossWeight.token
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)

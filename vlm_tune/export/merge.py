@@ -31,4 +31,5 @@ def _unwrap(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
     for name, module in wrapped:
         yield name, module
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module.get_base_layer())
+        if child != "base_layer":  # experts have a layer for each of their weights, one around the other
+            setattr(model.get_submodule(parent), child, module.get_base_layer())

@@ -2,7 +2,8 @@
 
 Counted is what the model asks for: a matrix product of a weight of n numbers takes 2n a token forward, as much again
 for the gradient by its input and for the gradient by a trained weight; attention looks back only. Recomputed layers
-and padding count nothing. Source: Chowdhery et al. 2022 (PaLM), appendix B.
+and padding count nothing; of experts only those that a token takes count. Source: Chowdhery et al. 2022 (PaLM),
+appendix B.
 """
 
 import re
@@ -13,6 +14,7 @@ import yaml
 from torch import nn
 
 from vlm_tune.data.batch import Batch
+from vlm_tune.model.kernels.experts import expert_layers, taken_share
 from vlm_tune.model.parts.projector import tokens_per_tile
 from vlm_tune.model.vlm import VisionLanguageModel
 
@@ -58,7 +60,7 @@ def count_flops(vlm: VisionLanguageModel) -> Flops | None:
     own = products(vlm.vision, sees) + 2 * pixels * (1 + sees) + looks
     projected = products(vlm.projector, sees or is_trained(vlm.projector))
     return Flops(
-        token=products(vlm.llm.get_decoder(), True),
+        token=products(vlm.llm.get_decoder(), True, taken_share(text)),
         supervised=2 * head.weight.numel() * (2 + head.weight.requires_grad),
         pair=3 * 4 * width * text.num_hidden_layers,
         tile=patches * own,
@@ -71,13 +73,21 @@ def is_trained(part: nn.Module) -> bool:
     return any(weight.requires_grad for weight in part.parameters())
 
 
-def products(part: nn.Module, passes_gradient: bool) -> float:
-    """Count the matrix products of one token with the weights of a part, forward and backward."""
-    total = 0
-    for layer in part.modules():
+def products(part: nn.Module, passes_gradient: bool, taken: float = 1.0) -> float:
+    """Count the matrix products of one token with the weights of a part, forward and backward.
+
+    `taken` is the share of its experts that a token takes.
+    """
+    experts = expert_layers(part)
+    total = 0.0
+    for name, layer in part.named_modules():
+        weights = []  # how many numbers, and whether they are trained
         if isinstance(layer, nn.Linear):
-            size = layer.in_features * layer.out_features
-            total += 2 * size * (1 + passes_gradient + layer.weight.requires_grad)
+            weights = [(layer.in_features * layer.out_features, layer.weight.requires_grad)]
+        elif name in experts:
+            weights = [(weight.numel(), weight.requires_grad) for weight in layer.parameters(recurse=False)]
+        share = taken if "experts" in name.split(".") else 1.0
+        total += sum(2 * share * size * (1 + passes_gradient + trains) for size, trains in weights)
     return total
 
 

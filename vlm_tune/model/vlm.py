@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from vlm_tune.data.batch import Batch
 from vlm_tune.data.pictures.anyres import Spread
 from vlm_tune.data.tiles import normalize
 from vlm_tune.model.kernels.attention import Segments
+from vlm_tune.model.kernels.experts import unevenness
 from vlm_tune.model.kernels.loss import supervised_loss, token_losses
 from vlm_tune.model.parts.projector import Projector
 from vlm_tune.model.parts.vision import VisionEncoder
@@ -65,6 +67,7 @@ class VisionLanguageModel(nn.Module):
         self.normalization = view.normalization
         self.tile_size = view.tile_size
         self.neftune = 0.0  # alpha of the noise on text embeddings while training
+        self.router_loss = 0.0  # weight of the loss of unevenly used experts while training
         self.is_blind = False  # answer with image features set to zero, to measure what pictures contribute
         self.is_split = False  # weights are gathered as they are used: all devices must use the same ones
         self.kept_patches = 0  # of a tile, where pictures come as kept features: the encoder does not run
@@ -121,21 +124,35 @@ class VisionLanguageModel(nn.Module):
         must_see = self.is_split or (self.training and self._learns_to_see())
         if batch.tiles is None and batch.features is None and must_see:
             embeddings = embeddings + self._unused_features().to(embeddings.dtype)
-        rows, head = self.read(embeddings, batch), self.llm.get_output_embeddings()
+        decoded, head = self._decode(embeddings, batch), self.llm.get_output_embeddings()
+        rows = decoded.last_hidden_state.flatten(0, 1)[batch.predicting]  # (N, D)
         if batch.answers is None:
-            return supervised_loss(rows, head, batch.targets, batch.weights)
+            loss = supervised_loss(rows, head, batch.targets, batch.weights)
+            if not self._spreads:
+                return loss
+            is_token = None if batch.segments else _is_token(batch.position_ids)
+            uneven = unevenness(decoded.router_logits, self.llm.config, is_token)
+            return loss + self.router_loss * uneven * batch.weights.sum()  # its share of the optimizer step
         losses = token_losses(rows, head, batch.targets).split(batch.answers)
         return -torch.stack([each.sum() for each in losses]).view(-1, 2)
 
     def read(self, embeddings: Tensor, batch: Batch) -> Tensor:
         """Run the language model on the embeddings (B, L, D) of a batch: (N, D) where a supervised token follows."""
-        hidden = self.llm.get_decoder()(
+        hidden: Tensor = self._decode(embeddings, batch).last_hidden_state  # (B, L, D)
+        return hidden.flatten(0, 1)[batch.predicting]  # (N, D)
+
+    @property
+    def _spreads(self) -> bool:
+        return self.training and self.router_loss > 0
+
+    def _decode(self, embeddings: Tensor, batch: Batch) -> Any:
+        return self.llm.get_decoder()(
             inputs_embeds=embeddings,
             position_ids=batch.position_ids,
             segments=Segments(batch.segments, batch.parents) if batch.segments else None,
             use_cache=False,
-        ).last_hidden_state  # (B, L, D)
-        return hidden.flatten(0, 1)[batch.predicting]  # (N, D)
+            **({"output_router_logits": True} if self._spreads else {}),
+        )
 
     def _noise(self, batch: Batch) -> Tensor:
         """Draw NEFTune's noise for text: U(-m, m) with m = alpha/sqrt(l*D) in a sample of l tokens: (B, L, D).
@@ -143,7 +160,7 @@ class VisionLanguageModel(nn.Module):
         Source: Jain et al. 2023, "NEFTune: noisy embeddings improve instruction finetuning".
         """
         rows, width = batch.input_ids.shape
-        lengths = torch.tensor(batch.segments or (batch.position_ids.amax(1) + 1).tolist())
+        lengths = torch.tensor(batch.segments or _is_token(batch.position_ids).sum(1).tolist())
         repeats = torch.tensor(batch.segments or [width] * rows)
         depth = self.llm.get_input_embeddings().embedding_dim
         bounds = (self.neftune / (lengths * depth).sqrt()).repeat_interleave(repeats, output_size=rows * width)
@@ -167,6 +184,12 @@ class VisionLanguageModel(nn.Module):
             tile = torch.zeros(1, self.tile_size, self.tile_size, 3, dtype=torch.uint8, device=self.device)
             features = self.see(tile)
         return self.project(features, [Spread(1, 1, self.tile_size, self.tile_size)]).sum() * 0.0
+
+
+def _is_token(position_ids: Tensor) -> Tensor:
+    """Tell the tokens of rows that are padded right, whose positions (B, L) are 0 there, from their padding: (B, L)."""
+    places = torch.arange(position_ids.shape[1], device=position_ids.device)
+    return places <= position_ids.amax(1, keepdim=True)
 
 
 def merge_features(embeddings: Tensor, places: Tensor, features: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -23,7 +24,9 @@ def spare_casts(part: nn.Module) -> None:
         layers: dict[str, Any] = {
             name: child
             for name, child in parent.named_children()
-            if isinstance(child, LoraLayer) and ADAPTER not in child.lora_variant
+            if isinstance(child, LoraLayer)
+            and not isinstance(child, ParamWrapper)
+            and ADAPTER not in child.lora_variant
         }
         joined = [group for group in SAME_INPUT if all(name in layers for name in group)]
         alone = [(name,) for name in layers if not any(name in group for group in joined)]

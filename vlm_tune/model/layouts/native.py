@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     InternVLForConditionalGeneration,
     LlavaForConditionalGeneration,
     LlavaNextForConditionalGeneration,
@@ -17,8 +18,8 @@ from vlm_tune.model.kernels import attention
 from vlm_tune.model.kernels.isolation import check_language_model
 from vlm_tune.model.layouts.folders import model_kind
 from vlm_tune.model.layouts.found import Loaded, read_found
-from vlm_tune.model.layouts.pretrained import empty_llm, load_pretrained
-from vlm_tune.model.parts.llm import guard_4bit, load_tokenizer, packing
+from vlm_tune.model.layouts.pretrained import empty_llm, load_pretrained, read_settings
+from vlm_tune.model.parts.llm import guard_4bit, load_tokenizer, packing, refuse_experts
 from vlm_tune.model.parts.projector import Projector
 from vlm_tune.model.parts.vision import VisionEncoder, resample_positions
 from vlm_tune.model.vlm import View, VisionLanguageModel
@@ -34,6 +35,8 @@ OTHER_PARTS = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]  
 def load(folder: Path, model: ModelConfig, dtype: torch.dtype, quantize: Quantize) -> Loaded:
     """Split a transformers folder into vision encoder, projector and language model."""
     found = read_found(folder, model)
+    if quantize is not Quantize.none:
+        refuse_experts(empty_llm(read_settings(AutoConfig, folder).text_config), quantize)
     kind, options = CLASSES[model_kind(folder)], packing(quantize, dtype, OTHER_PARTS)
     native = load_pretrained(kind, folder, dtype=dtype, attn_implementation=attention.NAME, **options)
     tower = native.model.vision_tower

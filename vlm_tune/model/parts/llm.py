@@ -7,6 +7,7 @@ import torch
 from tokenizers import AddedToken
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -15,16 +16,23 @@ from transformers import (
 )
 
 from vlm_tune.config.schema import Quantize
+from vlm_tune.errors import ConfigError
 from vlm_tune.model.kernels import attention
+from vlm_tune.model.kernels.experts import expert_layers
 from vlm_tune.model.kernels.isolation import check_language_model
 from vlm_tune.model.layouts import tokenizer
 from vlm_tune.model.layouts.folders import check_part
-from vlm_tune.model.layouts.pretrained import load_pretrained, read_settings, reading
+from vlm_tune.model.layouts.pretrained import load_pretrained, make_empty, read_settings, reading
 
 
 def load_llm(folder: Path, dtype: torch.dtype, quantize: Quantize = Quantize.none) -> PreTrainedModel:
-    """Load a causal LM for training: packed attention, no cache, 4- or 8-bit weights when asked for."""
+    """Load a causal LM for training: packed attention, no cache, 4- or 8-bit weights when asked for.
+
+    Raises ConfigError for a kind that would be wrong in a pack, or that cannot be packed into 4 or 8 bit.
+    """
     check_part(folder, "model.llm")
+    if quantize is not Quantize.none:
+        refuse_experts(make_empty(AutoModelForCausalLM, read_settings(AutoConfig, folder)), quantize)
     options = {"dtype": dtype, "attn_implementation": attention.NAME, **packing(quantize, dtype)}
     llm = load_pretrained(AutoModelForCausalLM, folder, part="the language model", **options)
     llm.config.use_cache = False
@@ -49,6 +57,15 @@ def quantization(quantize: Quantize, dtype: torch.dtype, skip: list[str] | None 
 def packing(quantize: Quantize, dtype: torch.dtype, skip: list[str] | None = None) -> dict[str, Any]:
     """Name the option of `from_pretrained` that packs what it loads; none for a base that stays as it is."""
     return {} if quantize is Quantize.none else {"quantization_config": quantization(quantize, dtype, skip)}
+
+
+def refuse_experts(llm: Any, quantize: Quantize) -> None:
+    """Raise ConfigError for a mixture of experts: bitsandbytes packs linear layers, which experts are not."""
+    if expert_layers(llm):
+        raise ConfigError(
+            f"stage.quantize={quantize.value} packs linear layers, but the experts of a {llm.config.model_type}, most "
+            "of its weights, are none and would stay as they are. Set stage.quantize=none"
+        )
 
 
 def guard_4bit(llm: Any) -> None:

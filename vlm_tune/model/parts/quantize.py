@@ -7,13 +7,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlm_tune.config.schema import Quantize
-from vlm_tune.model.parts.llm import quantization
+from vlm_tune.model.parts.llm import quantization, refuse_experts
 
 
 def use_quantized_layers(llm: PreTrainedModel, dtype: torch.dtype, quantize: Quantize) -> None:
     """Replace the linear layers of a model without weights by bitsandbytes', if asked for; the head stays as it is."""
     if quantize is Quantize.none:
         return
+    refuse_experts(llm, quantize)
     from transformers.integrations import replace_with_bnb_linear  # late: it takes seconds, and few ask for it
 
     config = quantization(quantize, dtype)

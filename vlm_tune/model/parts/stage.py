@@ -9,8 +9,9 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
 from torch import nn
 
-from vlm_tune.config.schema import Config, LoraConfig, StageConfig, Train
+from vlm_tune.config.schema import Config, LoraConfig, StageConfig, Strategy, Train
 from vlm_tune.errors import ConfigError
+from vlm_tune.model.kernels.experts import WEIGHTS, expert_layers, has_adapters, join_products
 from vlm_tune.model.kernels.gate import join_gates
 from vlm_tune.model.kernels.kept import spare
 from vlm_tune.model.kernels.lora import spare_casts
@@ -36,7 +37,8 @@ class PartSummary:
 def apply_stage(model: VisionLanguageModel, config: Config) -> list[PartSummary]:
     """Freeze everything, then unfreeze what the stage trains. Trained weights are kept in float32.
 
-    Raises ConfigError for a LoRA target that matches no layer, and for a stage that trains nothing.
+    Raises ConfigError for a LoRA target that matches no layer, for what a mixture of experts cannot do, and for a stage
+    that trains nothing.
     """
     stage = config.stage
     model.requires_grad_(False)
@@ -47,6 +49,12 @@ def apply_stage(model: VisionLanguageModel, config: Config) -> list[PartSummary]
             part.requires_grad_(True)
         elif how is Train.lora:
             add_lora(part, stage.lora, targets[name], f"model.{name}.targets")
+    if config.strategy.name in (Strategy.zero3, Strategy.zero3_offload) and has_adapters(model.llm):
+        raise ConfigError(
+            f"strategy={config.strategy.name.value} gathers the weights of experts for their own layer alone, and "
+            "their adapters read them too: use strategy=fsdp, or leave gate_up_proj and down_proj out of "
+            "model.llm.targets"
+        )
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -63,17 +71,34 @@ def apply_stage(model: VisionLanguageModel, config: Config) -> list[PartSummary]
 
 
 def add_lora(part: nn.Module, lora: LoraConfig, targets: list[str], key: str) -> None:
-    """Add peft's adapters to every linear layer whose name ends in one of the targets."""
-    names = [name for name, module in part.named_modules() if isinstance(module, nn.Linear)]
-    unmatched = [target for target in targets if not any(name.split(".")[-1] == target for name in names)]
+    """Add peft's adapters to every linear layer, and all experts of a mixture, whose name ends in one of the targets.
+
+    Raises ConfigError for a target that there is not, and for what peft's adapters of experts cannot do.
+    """
+    linear = {name.split(".")[-1] for name, module in part.named_modules() if isinstance(module, nn.Linear)}
+    experts = {f"{name.split('.')[-1]}.{weight}" for name in expert_layers(part) for weight in WEIGHTS}
+    if experts:  # peft takes these names, of layers without experts, for those of experts
+        linear -= {"gate_proj", "up_proj", "down_proj"}
+    known = linear | {name.split(".")[-1] for name in experts}
+    unmatched = [target for target in targets if target not in known]
     if unmatched or not targets:
-        known = sorted({name.split(".")[-1] for name in names})
-        raise ConfigError(f"{key}={unmatched or targets} matches no linear layer. There are: {', '.join(known)}")
-    adapter = peft_config(lora, target_modules=list(targets))
+        raise ConfigError(
+            f"{key}={unmatched or targets} matches no linear layer. There are: {', '.join(sorted(known))}"
+        )
+    chosen = sorted(name for name in experts if name.split(".")[-1] in targets)
+    if chosen and (lora.dropout or lora.dora):
+        raise ConfigError(
+            f"{key}: {', '.join(chosen)} are weights of experts, whose adapters have no dropout and no DoRA, but "
+            f"stage.lora.dropout={lora.dropout}, stage.lora.dora={str(lora.dora).lower()}: set "
+            f"stage.lora.dropout=0 stage.lora.dora=false, or leave them out of {key}"
+        )
+    modules = [target for target in targets if target in linear]
+    adapter = peft_config(lora, target_modules=modules, target_parameters=chosen or None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # an adapter's initial weights belong to the stage: equal on every rank and after a resume
         inject_adapter_in_model(adapter, part)
     spare_casts(part)
+    join_products(part)
 
 
 def peft_config(lora: LoraConfig, **more: Any) -> PeftLoraConfig:
@@ -94,6 +119,12 @@ def set_aids(model: VisionLanguageModel, stage: StageConfig) -> None:
     A frozen encoder is outside autograd: there is nothing to recompute.
     """
     model.neftune = stage.neftune
+    model.router_loss = stage.router_loss
+    if stage.router_loss and not expert_layers(model.llm):
+        raise ConfigError(
+            f"stage.router_loss={stage.router_loss} is about a mixture of experts, and the language model is a "
+            f"{model.llm.config.model_type}, which has none: set it to 0"
+        )
     if stage.drop_path:
         drop_paths(model.vision.tower, stage.drop_path)
     aids = stage.gradient_checkpointing
