@@ -1,16 +1,21 @@
 """What is counted on fake tensors equals what a real step of the same model allocates, byte for byte."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from official_toys import MIXTURE, write_official
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vlm_tune.config.schema import Strategy
+from vlm_tune.model.flops import count_flops
 from vlm_tune.model.optim import make_optimizer
 from vlm_tune.model.parts.stage import trained_parameters
 from vlm_tune.planning.ledger import Ledger
 from vlm_tune.planning.rehearsal import SHARED, Vocabulary, rehearse
 
 ROWS = [0, 1, 2, 3]
+EXPERTS = ["model.path=MIXTURE", "model.vision.path=null", "model.llm.path=null", "model.template=internvl2_5"]
 RUNS = {
     "lora": [],
     "lora with dropout in bf16": ["trainer.precision=bf16"],
@@ -21,6 +26,8 @@ RUNS = {
     "padded": ["stage.packing=false", "trainer.micro_batch=2", "trainer.global_batch=4"],
     "noise": ["stage.neftune=5"],
     "projector alone": ["stage=pretrain"],
+    "adapters of experts": [*EXPERTS, "model.llm.targets=[q_proj,gate_up_proj,down_proj]", "stage.lora.dropout=0"],
+    "experts and their routers": [*EXPERTS, "stage.train.llm=full", "stage.router_loss=0.1"],
 }
 
 
@@ -28,10 +35,15 @@ def storages(tensors):
     return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
 
 
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    return str(write_official(tmp_path_factory.mktemp("mixture"), MIXTURE))
+
+
 @pytest.fixture(scope="module", params=RUNS.values(), ids=RUNS.keys())
-def both(request, toys):
+def both(request, toys, mixture):
     """Rehearse a step, and run it for real with the same account kept."""
-    staged = toys.staged(*request.param)
+    staged = toys.staged(*(each.replace("MIXTURE", mixture) for each in request.param))
     vlm, config = staged.model.vlm, staged.config
     batch = staged.batch(ROWS, packing=config.stage.packing)
     needs = rehearse(config, batch, Vocabulary(len(staged.model.tokenizer), vlm.context_id), on_gpu=False)
@@ -67,6 +79,14 @@ def test_the_peak_is_that_of_the_real_step(both):
     needs, dtype, real = both[0], both[1]["dtype"], sum(both[2].values())
     found = needs.total - needs.sizes["gaps"] - needs.sizes["checkpoint"]
     assert found == real if dtype is None else abs(found / real - 1) < 0.02  # a CPU's 16-bit kernels choose by values
+
+
+def test_a_plan_counts_the_products_of_the_experts_that_a_token_takes(toys, mixture):
+    staged = toys.staged(*(each.replace("MIXTURE", mixture) for each in EXPERTS), "stage.train.llm=full")
+    vlm, batch = staged.model.vlm, staged.batch(ROWS)
+    needs = rehearse(staged.config, batch, Vocabulary(len(staged.model.tokenizer), vlm.context_id), on_gpu=False)
+    counted = replace(count_flops(vlm), pair=0.0)  # attention on a CPU is not counted
+    assert needs.flops / needs.num_micro == pytest.approx(counted.of(batch), rel=0.1)
 
 
 def test_a_plan_knows_what_each_strategy_spreads_over_devices():

@@ -21,6 +21,7 @@ from vlm_tune.export.merge_plain import GENERATION
 from vlm_tune.export.plain import read
 from vlm_tune.model.build import Model
 from vlm_tune.model.checkpoint import find_checkpoint, run_config, start_of
+from vlm_tune.model.kernels.experts import WEIGHTS, expert_layers
 from vlm_tune.model.kernels.lora import ADAPTER
 from vlm_tune.model.layouts.folder_files import read_object
 from vlm_tune.model.layouts.folders import find_folder, model_kind
@@ -225,10 +226,13 @@ def save_adapter(plain: Any, config: Config, weights: dict[str, Tensor], place: 
     """Let peft itself build the plain model's adapter and write it, with the trained weights filled in."""
     goal, base = place
     layers = sorted({name.partition(".lora_")[0] for name in weights if not name.startswith(PLAIN_PROJECTOR)})
+    experts = {name for name in expert_layers(plain) if name in layers}
+    weights_of = [weight for weight in WEIGHTS if weight in config.model.llm.targets]
     carries = any(name.startswith(PLAIN_PROJECTOR) for name in weights)
     settings = peft_config(
         config.stage.lora,
-        target_modules=layers,
+        target_modules=[name for name in layers if name.partition(".base_layer")[0] not in experts],
+        target_parameters=[f"{name}.{weight}" for name in sorted(experts) for weight in weights_of] or None,
         modules_to_save=["multi_modal_projector"] if carries else None,
         task_type=None if goal.is_native else "CAUSAL_LM",
     )

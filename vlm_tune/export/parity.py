@@ -3,12 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vlm_tune.model.build import Model
 from vlm_tune.model.generate import Prompt, answer_ids, answering, embed_prompts
+from vlm_tune.model.kernels.experts import expert_layers
 
 FLOAT32_BOUND = 2e-5  # largest difference of a logit, float32 export, as a share of the largest logit ...
 LEAST_SCALE = 5.0  # ... or of this, where all logits are smaller
@@ -21,11 +23,17 @@ NEW_TOKENS = 64
 def precisely(network: nn.Module) -> Iterator[None]:
     """Compute in float64 where all weights are float32, and restore the same bits afterwards."""
     is_plain = {weight.dtype for weight in network.parameters()} == {torch.float32}
+    ways: Any = {id(layer.config): layer.config for layer in expert_layers(network).values()} if is_plain else {}
+    usual = {key: config._experts_implementation for key, config in ways.items()}
     if is_plain:
         network.double()
+    for config in ways.values():
+        config._experts_implementation = "eager"  # torch's grouped products know no float64
     try:
         yield
     finally:
+        for key, config in ways.items():
+            config._experts_implementation = usual[key]
         if is_plain:
             network.float()
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from vlm_tune.config.checks import SPLITS_WEIGHTS
 from vlm_tune.config.schema import Config, Optimizer, Quantize, Strategy, Train
+from vlm_tune.errors import ConfigError
 
 WORTH = 0.98  # a setting that leaves more than this share of the memory is not worth it
 SHORTEST = 1024  # tokens of a pack
@@ -60,7 +61,10 @@ def make_fit(config: Config, gib: float, peak: Peak, start: float) -> list[Remed
     for overrides, cost in remedies(config):
         if last <= gib:
             break
-        found = peak(joined([*chosen, Remedy(overrides, cost, 0)]))
+        try:
+            found = peak(joined([*chosen, Remedy(overrides, cost, 0)]))
+        except ConfigError:  # the model refuses this setting, as a mixture of experts does 4 bits
+            continue
         if found < WORTH * last:
             chosen = [*(each for each in chosen if not replaces(overrides, each)), Remedy(overrides, cost, found)]
             last = found

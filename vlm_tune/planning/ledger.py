@@ -12,12 +12,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 FAKED = 2**18  # elements from which a new tensor is made without numbers; smaller ones may be asked for their values
 VIEWS = ("_unsafe_view", "_reshape_alias")  # whose schema does not say so
 RESHAPING = ("resize", "set_", "t_", "transpose", "squeeze", "unsqueeze", "swap", "as_strided", "copy_")
 CPU = torch.device("cpu")
+GROUPED = torch.ops.aten._grouped_mm
 INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_")
 
 
@@ -95,6 +96,10 @@ class Ledger(TorchDispatchMode):
             with in_kernel_invocation_manager(self.fakes):
                 made = func(*args, **kwargs)
             return tree_map_only(Tensor, lambda each: FakeTensor(self.fakes, each, CPU), made)
+        if func._overloadpacket is GROUPED:
+            left, right, offsets = args[0], args[1], kwargs["offs"] if "offs" in kwargs else args[2]
+            rows = (left.shape[0],) if right.ndim == 3 else (offsets.shape[0], left.shape[0])
+            return left.new_empty(*rows, right.shape[-1])  # torch's own rule for shapes knows 16 bit alone
         if func._schema.is_mutable:
             written = _written(func, args, kwargs)
             return func(*args, **kwargs) if written is None else written
@@ -144,6 +149,15 @@ class Ledger(TorchDispatchMode):
         for number, size in self.events[: when + 1]:
             sizes[self.kinds.get(number, "workspace")] += size
         return dict(sizes)
+
+
+def _products_by_group(left: Any, right: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """Count the products of rows (S, I) with weights (E, I, O), one of them each, or of (I, S) with (S, O)."""
+    return 2 * int(torch.Size(left).numel()) * int(right[-1])
+
+
+if GROUPED not in flop_registry:  # torch 2.14 does not count it
+    register_flop_formula(GROUPED)(_products_by_group)
 
 
 @cache

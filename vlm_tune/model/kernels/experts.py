@@ -74,9 +74,10 @@ def _forward(wrapper: Any, hidden: Tensor, chosen: Tensor, shares: Tensor) -> Te
 
 
 def _is_plain(wrapper: Any) -> bool:
-    """Return whether an adapter acts, and torch's grouped products take its rank: rows are multiples of 16 bytes."""
+    """Return whether an adapter acts, and torch's grouped products take it: rows of 16 bytes or more, no float64."""
     weight, rank = wrapper.get_param(), wrapper.r[ADAPTER]
-    if wrapper.disable_adapters or wrapper.merged or rank * weight.element_size() % 16:
+    is_aligned = rank * weight.element_size() % 16 == 0
+    if wrapper.disable_adapters or wrapper.merged or not is_aligned or weight.dtype is torch.float64:
         return False
     return not weight.is_cuda or torch.cuda.get_device_capability(weight.device) >= (8, 0)
 
