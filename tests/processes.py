@@ -3,13 +3,14 @@
 import json
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -44,10 +45,12 @@ def _run(arguments: list[str], log: Path, environment: dict[str, str]) -> None:
 
 
 def free_port() -> str:
-    """Find a port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    """Find a port that nothing listens on, below those that connections of other tests are given meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)  # runs seed the other one
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return str(port)
 
 
 def start_ranks(
