@@ -139,6 +139,7 @@ def _numbers(config: Config) -> list[str]:
     ranges = {
         "stage.warmup": (stage.warmup, 0, 1),
         "stage.min_lr": (stage.min_lr, 0, 1),
+        "stage.beta2": (stage.beta2, 0, 0.99999),
         "stage.lora.dropout": (stage.lora.dropout, 0, 0.99),
         "stage.drop_path": (stage.drop_path, 0, 0.9),
         "stage.layer_decay": (stage.layer_decay, 0.01, 1),

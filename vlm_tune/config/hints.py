@@ -15,6 +15,7 @@ OURS = {  # our line -> what other trainers call it; dashes are read as undersco
     "stage.warmup=VALUE, a share of the steps": "warmup_ratio",
     "stage.warmup=SHARE, a share of the steps": "warmup_steps",
     "stage.weight_decay=VALUE": "weight_decay",
+    "stage.beta2=VALUE": "adam_beta2",
     "stage.clip=VALUE": "max_grad_norm",
     "nothing: the schedule is a cosine; stage.min_lr=SHARE is what it leaves": "lr_scheduler_type",
     "stage.optimizer=VALUE": "optim optimizer",

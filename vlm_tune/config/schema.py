@@ -266,6 +266,9 @@ class StageConfig:
     lr: LearningRates = field(default_factory=LearningRates)
     layer_decay: float = 1.0  # learning rate of a vision encoder layer, as a fraction of the next layer's
     optimizer: Optimizer = Optimizer.adamw
+    beta2: float = (
+        0.999  # of AdamW's mean of squares; 0.98 forgets sooner how large a new projector's first gradients are
+    )
     weight_decay: float = 0.0  # not on norms, biases and other vectors
     part_weight_decay: WeightDecays = field(default_factory=WeightDecays)
     warmup: float = 0.03  # share of the optimizer steps
