@@ -271,17 +271,13 @@ def _groups(config: Config) -> list[str]:
     size, devices = trainer.sequence_parallel, trainer.devices * trainer.nodes
     if size <= 1:
         return []
+    is_deepspeed = name not in (Strategy.auto, Strategy.ddp, Strategy.fsdp)
     obstacles = {
         f"trainer.devices*trainer.nodes={devices} does not divide by it: choose a multiple of {size}": devices % size,
         "stage.packing=false pads each row: set it to true": not stage.packing,
         "stage.preference trains on pairs, whose answers it would part: leave it out": stage.preference.is_on,
         f"stage.neftune={stage.neftune} draws noise for a whole pack: set it to 0": stage.neftune > 0,
-        f"strategy={name.value} was never tried with it: use ddp or fsdp": name
-        not in (
-            Strategy.auto,
-            Strategy.ddp,
-            Strategy.fsdp,
-        ),
+        f"strategy={name.value} was never tried with it: use ddp or fsdp": is_deepspeed,
         "trainer.find_batch=true tries packs on one device: choose stage.pack_length": trainer.find_batch,
     }
     return [f"trainer.sequence_parallel={size} cuts packs, but {text}" for text, holds in obstacles.items() if holds]
