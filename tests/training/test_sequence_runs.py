@@ -130,7 +130,7 @@ def test_it_counts_and_answers_as_one_process(one, two):
     ]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.strategies)])
 def test_it_goes_on_from_its_middle(toys, one, two, tmp_path, capfd, processes):
     back = tmp_path / two[0].name
     shutil.copytree(two[0], back)
@@ -147,6 +147,7 @@ def test_it_goes_on_from_its_middle(toys, one, two, tmp_path, capfd, processes):
         assert weights_apart(back, one[0]) < CLOSE
 
 
+@pytest.mark.strategies
 def test_its_exported_folder_is_that_of_one_process(one, two, tmp_path):
     exported = []
     for name, (folder, _) in (("one", one), ("two", two)):
