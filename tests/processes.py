@@ -73,10 +73,10 @@ def start_ranks(
 
 @contextmanager
 def two_ranks(
-    arguments: list[str], runs: Path, is_new: bool = True
+    arguments: list[str], runs: Path, is_new: bool = True, count: int = 2
 ) -> Iterator[tuple[list[BaseProcess], Callable[[int], str]]]:
-    """Run two ranks, and end them in any case; yield both and a function that reads what each has said."""
-    logs = [Path(f"{runs}.{rank}.log") for rank in range(2)]
+    """Run two ranks (or `count`), and end them in any case; yield them and a function that reads what each has said."""
+    logs = [Path(f"{runs}.{rank}.log") for rank in range(count)]
     ranks = start_ranks(arguments, runs, logs, is_new)
     try:
         yield ranks, lambda rank: logs[rank].read_text(encoding="utf-8")
@@ -86,14 +86,14 @@ def two_ranks(
             rank.join()
 
 
-def run_two(arguments: list[str], runs: Path, is_new: bool = True) -> Path:
-    """Run two ranks to their end."""
+def run_two(arguments: list[str], runs: Path, is_new: bool = True, count: int = 2) -> Path:
+    """Run two ranks (or `count`) to their end."""
     ends = time.monotonic() + PATIENCE
-    with two_ranks(arguments, runs, is_new) as (ranks, read):
+    with two_ranks(arguments, runs, is_new, count) as (ranks, read):
         for rank in ranks:
             rank.join(max(0, ends - time.monotonic()))
-        said = "\n".join(map(read, range(2)))
-        assert [rank.exitcode for rank in ranks] == [0, 0], f"a rank failed, or waits for the other:\n{said}"
+        said = "\n".join(map(read, range(count)))
+        assert [rank.exitcode for rank in ranks] == [0] * count, f"a rank failed, or waits for the other:\n{said}"
     return find_runs(runs)[-1]
 
 

@@ -58,6 +58,7 @@ OURS = {  # our line -> what other trainers call it; dashes are read as undersco
     "stage.init_from=VALUE to start from it, resume=VALUE to go on with it": "checkpoint ckpt",
     "trainer.devices=VALUE": "gpus num_gpus devices",
     "trainer.accelerator=VALUE (cpu or gpu)": "device",
+    "trainer.sequence_parallel=VALUE": "sequence_parallel_size sp_size ulysses_size",
     "strategy=zero2": "deepspeed",
     "strategy=fsdp": "fsdp",
 }

@@ -40,6 +40,7 @@ class Flops:
             parents = batch.parents or [-1] * len(batch.segments)
             before = [batch.segments[parent] if parent >= 0 else 0 for parent in parents]
             pairs = sum(own**2 / 2 + own * seen for own, seen in zip(batch.segments, before, strict=True))
+            pairs /= batch.cut.parts if batch.cut else 1
         total = self.token * batch.num_tokens + self.supervised * len(batch.targets) + self.pair * pairs
         for each, cost in ((batch.tiles, self.tile + self.feature), (batch.features, self.feature)):
             total += cost * len(each) if each is not None else 0

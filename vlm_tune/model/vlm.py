@@ -5,12 +5,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 
-from vlm_tune.data.batch import Batch
+from vlm_tune.data.batch import Batch, Cut
 from vlm_tune.data.pictures.anyres import Spread
 from vlm_tune.data.tiles import normalize
 from vlm_tune.model.kernels.attention import Segments
+from vlm_tune.model.kernels.exchange import of_all
 from vlm_tune.model.kernels.loss import supervised_loss, token_losses
 from vlm_tune.model.parts.projector import Projector
 from vlm_tune.model.parts.vision import VisionEncoder
@@ -67,6 +69,7 @@ class VisionLanguageModel(nn.Module):
         self.neftune = 0.0  # alpha of the noise on text embeddings while training
         self.is_blind = False  # answer with image features set to zero, to measure what pictures contribute
         self.is_split = False  # weights are gathered as they are used: all devices must use the same ones
+        self.group: ProcessGroup | None = None  # of devices that share a pack: a batch that is cut is this one's share
         self.kept_patches = 0  # of a tile, where pictures come as kept features: the encoder does not run
 
     @property
@@ -85,11 +88,18 @@ class VisionLanguageModel(nn.Module):
             features = self.vision(pixels)  # (T, P, C)
         return features
 
-    def project(self, features: Tensor, spreads: Sequence[Spread] = ()) -> Tensor:
-        """Translate features (T, P, C) into tokens (T, S, D), or as many as any-resolution pictures have."""
+    def project(self, features: Tensor, spreads: Sequence[Spread] = (), cut: Cut | None = None) -> Tensor:
+        """Translate features (T, P, C) into tokens (T, S, D), or as many as any-resolution pictures have.
+
+        Of a pack that is cut: from this device's features, and those of the others, to the tokens in its stretch.
+        """
         if not torch.is_autocast_enabled(features.device.type):
             features = features.to(next(self.projector.parameters()).dtype)
-        tokens = self.projector(features, spreads)  # (T, S, D)
+        tokens = self.projector(features, () if cut else spreads)  # (T, S, D)
+        if cut is not None:
+            assert self.group is not None, "only a device of a group holds a share"
+            tokens = self.projector.lay_out(of_all(tokens, self.group)[: cut.num_tiles], spreads)
+            tokens = tokens.reshape(-1, tokens.shape[-1])[slice(*cut.seen)]
         return torch.zeros_like(tokens) if self.is_blind else tokens
 
     def embed(
@@ -99,6 +109,7 @@ class VisionLanguageModel(nn.Module):
         features: Tensor | None = None,
         spreads: Sequence[Spread] = (),
         places: Tensor | None = None,
+        cut: Cut | None = None,
     ) -> Tensor:
         """Embed token ids (B, L), with the features of tiles (T, H, W, 3) in their places: (B, L, D).
 
@@ -111,11 +122,12 @@ class VisionLanguageModel(nn.Module):
             return embeddings
         if places is None:
             places = (input_ids.flatten() == self.context_id).nonzero()[:, 0]
-        return merge_features(embeddings, places, self.project(features, spreads))
+        return merge_features(embeddings, places, self.project(features, spreads, cut))
 
     def forward(self, batch: Batch) -> Tensor:
         """Sum of weighted losses of a batch: a scalar in float32; of pairs, the log-probabilities (pairs, 2)."""
-        embeddings = self.embed(batch.input_ids, batch.tiles, batch.features, batch.spreads, batch.image_places)
+        seen = batch.tiles, batch.features, batch.spreads, batch.image_places, batch.cut
+        embeddings = self.embed(batch.input_ids, *seen)
         if self.training and self.neftune:
             embeddings = embeddings + self._noise(batch).to(embeddings)
         must_see = self.is_split or (self.training and self._learns_to_see())
@@ -129,10 +141,13 @@ class VisionLanguageModel(nn.Module):
 
     def read(self, embeddings: Tensor, batch: Batch) -> Tensor:
         """Run the language model on the embeddings (B, L, D) of a batch: (N, D) where a supervised token follows."""
+        segments = None
+        if batch.segments is not None:
+            segments = Segments(batch.segments, batch.parents, self.group if batch.cut else None)
         hidden = self.llm.get_decoder()(
             inputs_embeds=embeddings,
             position_ids=batch.position_ids,
-            segments=Segments(batch.segments, batch.parents) if batch.segments else None,
+            segments=segments,
             use_cache=False,
         ).last_hidden_state  # (B, L, D)
         return hidden.flatten(0, 1)[batch.predicting]  # (N, D)
