@@ -33,8 +33,7 @@ QUIET = [
 
 def step_packs(precision: str, steps: int, out: str) -> None:
     """Train a few steps on packs of 8,192 tokens of the demo; write what each took. Run with a build on PYTHONPATH."""
-    from plan import status  # the build's own, as all that follows
-    from speed_steps import run_steps
+    from speed_steps import run_steps  # the build's own, as all that follows
 
     from vlm_tune.config.parse import load_config
     from vlm_tune.data.datamodule import DataModule
@@ -51,6 +50,12 @@ def step_packs(precision: str, steps: int, out: str) -> None:
     run_steps(config, steps, open_rows, made)
     made["peak_rss_mb"] = status("VmHWM") - status("RssFile")
     Path(out).write_text(json.dumps(made), encoding="utf-8")
+
+
+def status(key: str) -> float:
+    """Read VmHWM or RssFile of this process in MB."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:"))
 
 
 def run_packs(build: Path, precision: str, steps: int) -> dict[str, float]:
