@@ -61,8 +61,9 @@ def status(key: str) -> float:
 def run_packs(build: Path, precision: str, steps: int) -> dict[str, float]:
     """Run the steps of one build in a process of its own."""
     with tempfile.NamedTemporaryFile(suffix=".json") as out:
+        path = f"import sys; sys.path.append({str(HERE)!r})"
         call = f"faster.step_packs({precision!r}, {steps}, {out.name!r})"
-        code = f"import sys; sys.path.append({str(HERE)!r}); import faster; {call}"
+        code = f"from vlm_tune.cli import quiet_libraries; quiet_libraries(); {path}; import faster; {call}"
         paths = os.pathsep.join([str(build), str(build / "benchmarks")])
         subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": paths})
         made = json.loads(Path(out.name).read_text(encoding="utf-8"))

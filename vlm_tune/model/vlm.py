@@ -11,6 +11,7 @@ from vlm_tune.data.batch import Batch
 from vlm_tune.data.pictures.anyres import Spread
 from vlm_tune.data.tiles import normalize
 from vlm_tune.model.kernels.attention import Segments
+from vlm_tune.model.kernels.in_parts import is_long, loss_in_parts
 from vlm_tune.model.kernels.loss import supervised_loss, token_losses
 from vlm_tune.model.parts.projector import Projector
 from vlm_tune.model.parts.vision import VisionEncoder
@@ -121,6 +122,11 @@ class VisionLanguageModel(nn.Module):
         must_see = self.is_split or (self.training and self._learns_to_see())
         if batch.tiles is None and batch.features is None and must_see:
             embeddings = embeddings + self._unused_features().to(embeddings.dtype)
+        if is_long(embeddings, batch) and not self.is_split:
+            return loss_in_parts(self._loss, embeddings, batch, self.llm)
+        return self._loss(embeddings, batch)
+
+    def _loss(self, embeddings: Tensor, batch: Batch) -> Tensor:
         rows, head = self.read(embeddings, batch), self.llm.get_output_embeddings()
         if batch.answers is None:
             return supervised_loss(rows, head, batch.targets, batch.weights)
