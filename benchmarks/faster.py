@@ -10,6 +10,7 @@ questions of one turn, one picture a step, pictures encoded (a first epoch). Our
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -100,13 +101,15 @@ def make_questions(work: Path) -> Path:
     (made / "assets").mkdir(parents=True, exist_ok=True)
     for each in (*work.glob("assets/*"), work / "venvs"):
         place = made / each.relative_to(work)
-        if each.name not in ("mm.json", "mm.messages.jsonl") and not place.exists():
+        if each.name == "images":
+            shutil.copytree(each, place, dirs_exist_ok=True)  # a link would lead out of the folder of pictures
+        elif each.name not in ("mm.json", "mm.messages.jsonl") and not place.exists():
             place.symlink_to(each)
     rows = json.loads((work / "assets" / "mm.json").read_text(encoding="utf-8"))
     texts = [[turn["value"].removeprefix("<image>\n") for turn in row["conversations"]] for row in rows]
     turns = [(asked, " ".join(said.split()[:12])) for row in texts for asked, said in batched(row, 2)]
     asked = [
-        {**row, "id": 4 * number + each, "conversations": [
+        {**row, "id": 4 * number + each, "image": str(made / Path(row["image"]).relative_to(work)), "conversations": [
             {"from": "human", "value": f"<image>\n{turns[(4 * number + each) % len(turns)][0]}"},
             {"from": "gpt", "value": turns[(4 * number + each) % len(turns)][1]},
         ]}
