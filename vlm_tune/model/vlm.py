@@ -12,6 +12,7 @@ from vlm_tune.data.pictures.anyres import Spread
 from vlm_tune.data.tiles import normalize
 from vlm_tune.model.kernels.attention import Segments
 from vlm_tune.model.kernels.in_parts import is_long, loss_in_parts
+from vlm_tune.model.kernels.last import last_layer
 from vlm_tune.model.kernels.loss import supervised_loss, token_losses
 from vlm_tune.model.parts.projector import Projector
 from vlm_tune.model.parts.vision import VisionEncoder
@@ -135,13 +136,16 @@ class VisionLanguageModel(nn.Module):
 
     def read(self, embeddings: Tensor, batch: Batch) -> Tensor:
         """Run the language model on the embeddings (B, L, D) of a batch: (N, D) where a supervised token follows."""
-        hidden = self.llm.get_decoder()(
+        decoder = self.llm.get_decoder()
+        is_short = getattr(last_layer(decoder), "reads_rows", False)
+        hidden: Tensor = decoder(
             inputs_embeds=embeddings,
             position_ids=batch.position_ids,
             segments=Segments(batch.segments, batch.parents) if batch.segments else None,
             use_cache=False,
-        ).last_hidden_state  # (B, L, D)
-        return hidden.flatten(0, 1)[batch.predicting]  # (N, D)
+            **({"reading": batch.predicting} if is_short else {}),
+        ).last_hidden_state.flatten(0, 1)  # (N, D), or (B*L, D)
+        return hidden if is_short else hidden[batch.predicting]
 
     def _noise(self, batch: Batch) -> Tensor:
         """Draw NEFTune's noise for text: U(-m, m) with m = alpha/sqrt(l*D) in a sample of l tokens: (B, L, D).
