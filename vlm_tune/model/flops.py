@@ -13,6 +13,7 @@ import yaml
 from torch import nn
 
 from vlm_tune.data.batch import Batch
+from vlm_tune.model.kernels.last import last_layer
 from vlm_tune.model.parts.projector import tokens_per_tile
 from vlm_tune.model.vlm import VisionLanguageModel
 
@@ -58,9 +59,11 @@ def count_flops(vlm: VisionLanguageModel) -> Flops | None:
     looks = 4 * vlm.vision.width * patches * sight.num_hidden_layers * (1 + 2 * sees)
     own = products(vlm.vision, sees) + 2 * pixels * (1 + sees) + looks
     projected = products(vlm.projector, sees or is_trained(vlm.projector))
+    last = last_layer(vlm.llm.get_decoder())
+    read = products(last.mlp, True) if hasattr(last, "reads_rows") else 0.0  # by the loss alone
     return Flops(
-        token=products(vlm.llm.get_decoder(), True),
-        supervised=2 * head.weight.numel() * (2 + head.weight.requires_grad),
+        token=products(vlm.llm.get_decoder(), True) - read,
+        supervised=2 * head.weight.numel() * (2 + head.weight.requires_grad) + read,
         pair=3 * 4 * width * text.num_hidden_layers,
         tile=patches * own,
         feature=projected * tokens_per_tile(vlm.projector.config, patches),

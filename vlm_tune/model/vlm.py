@@ -13,6 +13,8 @@ from vlm_tune.data.pictures.anyres import Spread
 from vlm_tune.data.tiles import normalize
 from vlm_tune.model.kernels.attention import Segments
 from vlm_tune.model.kernels.exchange import of_all
+from vlm_tune.model.kernels.in_parts import is_long, loss_in_parts
+from vlm_tune.model.kernels.last import last_layer
 from vlm_tune.model.kernels.loss import supervised_loss, token_losses
 from vlm_tune.model.parts.projector import Projector
 from vlm_tune.model.parts.vision import VisionEncoder
@@ -133,6 +135,11 @@ class VisionLanguageModel(nn.Module):
         must_see = self.is_split or (self.training and self._learns_to_see())
         if batch.tiles is None and batch.features is None and must_see:
             embeddings = embeddings + self._unused_features().to(embeddings.dtype)
+        if is_long(embeddings, batch) and not self.is_split:
+            return loss_in_parts(self._loss, embeddings, batch, self.llm)
+        return self._loss(embeddings, batch)
+
+    def _loss(self, embeddings: Tensor, batch: Batch) -> Tensor:
         rows, head = self.read(embeddings, batch), self.llm.get_output_embeddings()
         if batch.answers is None:
             return supervised_loss(rows, head, batch.targets, batch.weights)
@@ -144,13 +151,16 @@ class VisionLanguageModel(nn.Module):
         segments = None
         if batch.segments is not None:
             segments = Segments(batch.segments, batch.parents, self.group if batch.cut else None)
-        hidden = self.llm.get_decoder()(
+        decoder = self.llm.get_decoder()
+        is_short = getattr(last_layer(decoder), "reads_rows", False)
+        hidden: Tensor = decoder(
             inputs_embeds=embeddings,
             position_ids=batch.position_ids,
             segments=segments,
             use_cache=False,
-        ).last_hidden_state  # (B, L, D)
-        return hidden.flatten(0, 1)[batch.predicting]  # (N, D)
+            **({"reading": batch.predicting} if is_short else {}),
+        ).last_hidden_state.flatten(0, 1)  # (N, D), or (B*L, D)
+        return hidden if is_short else hidden[batch.predicting]
 
     def _noise(self, batch: Batch) -> Tensor:
         """Draw NEFTune's noise for text: U(-m, m) with m = alpha/sqrt(l*D) in a sample of l tokens: (B, L, D).

@@ -18,7 +18,7 @@ from vlm_tune.config.checks import SPLITS_WEIGHTS
 from vlm_tune.config.schema import Config, Optimizer, Precision, Strategy
 from vlm_tune.data.batch import Batch, cut
 from vlm_tune.model.build import DTYPES, resolve_precision
-from vlm_tune.model.kernels import attention, exchange, loss
+from vlm_tune.model.kernels import attention, exchange, in_parts, loss
 from vlm_tune.model.optim import make_optimizer
 from vlm_tune.model.parts.stage import PartSummary, apply_stage, trained_parameters
 from vlm_tune.model.vlm import VisionLanguageModel
@@ -218,6 +218,7 @@ def as_on_gpu() -> Iterator[None]:
         patch.object(attention, "uses_products", lambda tensor: False),
         patch.object(attention, "has_kernel", lambda tensor: tensor.dtype in (torch.bfloat16, torch.float16)),
         patch.object(loss, "CACHE", 2**40),
+        patch.object(in_parts, "LONGEST", 2**40),
         WideNorms(),
     ):
         yield
