@@ -1,14 +1,16 @@
 """Memory and time of a step beside another build of this project, in one run; write them into results/faster.json.
 
-COMMAND: python benchmarks/faster.py --other FOLDER [--reps 3] [--steps 3] [--work WORK] [--packs bf16 fp32]
-FOLDER is a checkout of the other build. Each run is a process of its own, the two builds in turns; time is processor
-time, memory the most that a process held beside mapped files, both of the steps after the first. With WORK, the folder
-that `setup.sh` of the peers built, w2 is measured too (see `speed.py`).
+COMMAND: python benchmarks/faster.py --other FOLDER [--reps 3] [--steps 3] [--packs bf16 fp32] [--work WORK --peers DIR]
+FOLDER is a checkout of the other build. Each run is a process of its own, all in turns; time is processor time of the
+steps after the first, memory the most that a process held beside mapped files. With WORK, the folder that DIR's
+setup.sh built, w2 and w3 are measured too (see `speed.py`), and w2q beside the peers: w2's pictures, each with four
+questions of one turn, one picture a step, pictures encoded (a first epoch). Ours shares what the four begin with.
 """
 
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -22,6 +24,10 @@ from vlm_tune.config.schema import Precision
 from vlm_tune.model.build import resolve_precision
 
 HERE = Path(__file__).resolve().parent
+EVERYBODY = {
+    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"), "GOMP_SPINCOUNT": "10000", "CUDA_VISIBLE_DEVICES": "",
+    "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+}  # fmt: skip
 RESULTS = HERE / "results" / "faster.json"
 PACK = ["stage=finetune", "stage.init_from=none", "stage.pack_length=8192", "stage.pack_tiles=512", "data.workers=0"]
 QUIET = [
@@ -33,8 +39,7 @@ QUIET = [
 
 def step_packs(precision: str, steps: int, out: str) -> None:
     """Train a few steps on packs of 8,192 tokens of the demo; write what each took. Run with a build on PYTHONPATH."""
-    from plan import status  # the build's own, as all that follows
-    from speed_steps import run_steps
+    from speed_steps import run_steps  # the build's own, as all that follows
 
     from vlm_tune.config.parse import load_config
     from vlm_tune.data.datamodule import DataModule
@@ -53,13 +58,20 @@ def step_packs(precision: str, steps: int, out: str) -> None:
     Path(out).write_text(json.dumps(made), encoding="utf-8")
 
 
+def status(key: str) -> float:
+    """Read VmHWM or RssFile of this process in MB."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:"))
+
+
 def run_packs(build: Path, precision: str, steps: int) -> dict[str, float]:
     """Run the steps of one build in a process of its own."""
     with tempfile.NamedTemporaryFile(suffix=".json") as out:
+        path = f"import sys; sys.path.append({str(HERE)!r})"
         call = f"faster.step_packs({precision!r}, {steps}, {out.name!r})"
-        code = f"import sys; sys.path.append({str(HERE)!r}); import faster; {call}"
+        code = f"from vlm_tune.cli import quiet_libraries; quiet_libraries(); {path}; import faster; {call}"
         paths = os.pathsep.join([str(build), str(build / "benchmarks")])
-        subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": paths})
+        subprocess.run([sys.executable, "-P", "-c", code], check=True, env=os.environ | {"PYTHONPATH": paths})
         made = json.loads(Path(out.name).read_text(encoding="utf-8"))
     later = made["steps"][1:]
     return {
@@ -69,15 +81,74 @@ def run_packs(build: Path, precision: str, steps: int) -> dict[str, float]:
     }
 
 
-def run_work(build: Path, work: Path) -> dict[str, float]:
-    """Run w2 of one build, in the precision that the processor has."""
+def run_work(build: Path, work: Path, *options: str) -> dict[str, float]:
+    """Run a work of one build, in the precision that the processor has."""
+    return run_trainer([sys.executable, str(build / "benchmarks" / "speed_steps.py")], work, build, *options)
+
+
+def run_trainer(command: list[str], work: Path, build: Path | None, *options: str) -> dict[str, float]:
+    """Run a trainer for some steps; all have the environment of `speed.py`."""
     with tempfile.NamedTemporaryFile(suffix=".json") as out:
+        paths = {"BENCH_WORK": str(work), "BENCH_OUT": out.name} | ({"PYTHONPATH": str(build)} if build else {})
         precision = resolve_precision(Precision.auto).value
-        options = ["--workload", "w2", "--bs", "2", "--steps", "8", "--dtype", precision]
-        paths = {"PYTHONPATH": str(build), "BENCH_WORK": str(work), "BENCH_OUT": out.name}
-        steps = str(build / "benchmarks" / "speed_steps.py")
-        subprocess.run([sys.executable, steps, *options], check=True, env=os.environ | paths)
+        subprocess.run([*command, *options, "--dtype", precision], check=True, env=os.environ | EVERYBODY | paths)
         return medians([json.loads(Path(out.name).read_text(encoding="utf-8"))])
+
+
+def make_questions(work: Path) -> Path:
+    """Make a work folder whose w2 has four questions of one turn for each picture, of the words of w2's turns."""
+    made = work / "w2q"
+    (made / "assets").mkdir(parents=True, exist_ok=True)
+    for each in (*work.glob("assets/*"), work / "venvs"):
+        place = made / each.relative_to(work)
+        if each.name == "images":
+            shutil.copytree(each, place, dirs_exist_ok=True)  # a link would lead out of the folder of pictures
+        elif each.name not in ("mm.json", "mm.messages.jsonl") and not place.exists():
+            place.symlink_to(each)
+    rows = json.loads((work / "assets" / "mm.json").read_text(encoding="utf-8"))
+    texts = [[turn["value"].removeprefix("<image>\n") for turn in row["conversations"]] for row in rows]
+    turns = [(asked, " ".join(said.split()[:12])) for row in texts for asked, said in batched(row, 2)]
+    asked = [
+        {**row, "id": 4 * number + each, "image": str(made / Path(row["image"]).relative_to(work)), "conversations": [
+            {"from": "human", "value": f"<image>\n{turns[(4 * number + each) % len(turns)][0]}"},
+            {"from": "gpt", "value": turns[(4 * number + each) % len(turns)][1]},
+        ]}
+        for number, row in enumerate(rows) for each in range(4)
+    ]  # fmt: skip
+    (made / "assets" / "mm.json").write_text(json.dumps(asked), encoding="utf-8")
+    roles = {"human": "user", "gpt": "assistant"}
+    lines = [
+        {"messages": [{"role": roles[each["from"]], "content": each["value"]} for each in row["conversations"]],
+         "images": [row["image"]]}
+        for row in asked
+    ]  # fmt: skip
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (made / "assets" / "mm.messages.jsonl").write_text(text, encoding="utf-8")
+    return made
+
+
+def batched(items: list[str], size: int) -> list[tuple[str, ...]]:
+    """Cut a list into tuples of one size."""
+    return list(zip(*(items[first::size] for first in range(size)), strict=True))
+
+
+def compare_questions(reps: int, other: Path, work: Path, peers: Path) -> dict[str, Any]:
+    """Processor time a question of ours, of the other build and of the peers, in turns."""
+    made = make_questions(work)
+    options = ["--workload", "w2", "--bs", "4", "--steps", "8"]
+    commands = {"hf": ("trl", "hf.py"), "swift": ("swift", "swift_sft.py")}
+    rows: dict[str, list[float]] = {name: [] for name in ("ours", "today", *commands)}
+    for _ in range(reps):
+        for name in rows:
+            if name in commands:
+                venv, script = commands[name]
+                command = [str(work / "venvs" / venv / "bin" / "python"), str(peers / "peers" / script)]
+                found = run_trainer(command, made, None, *options)
+            else:
+                shares = ["--share", "1"] if name == "ours" else []
+                found = run_work(HERE.parent if name == "ours" else other, made, *options, *shares)
+            rows[name].append(found["cpu"] / found["samples"])
+    return {"reps": reps} | {name: statistics.median(row) for name, row in rows.items()}
 
 
 def in_turns(reps: int, other: Path, run: Any, *arguments: Any) -> dict[str, Any]:
@@ -107,6 +178,7 @@ def main() -> None:
     parser.add_argument("--reps", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--work", type=Path)
+    parser.add_argument("--peers", type=Path)
     parser.add_argument("--packs", nargs="*", default=["bf16", "fp32"])
     options = parser.parse_args()
     other = options.other.resolve()
@@ -117,9 +189,16 @@ def main() -> None:
         made.setdefault("pack8192", {})[precision] = found
         made.setdefault("pack8192_memory_vs_today", {})[precision] = found["memory"]
         made.setdefault("pack8192_time_vs_today", {})[precision] = found["time"]
-    if options.work is not None:
-        made["w2"] = in_turns(options.reps, other, run_work, options.work.resolve())
-        made["w2_memory_vs_today"] = made["w2"]["memory"]
+    for name, size in (("w2", "2"), ("w3", "8")) if options.work is not None else ():
+        work = ["--workload", name, "--bs", size, "--steps", "8"]
+        made[name] = in_turns(options.reps, other, run_work, options.work.resolve(), *work)
+        made[f"{name}_vs_today"] = 1 / made[name]["time"]
+        made[f"{name}_memory_vs_today"] = made[name]["memory"]
+    if options.work is not None and options.peers is not None:
+        found = compare_questions(options.reps, other, options.work.resolve(), options.peers.resolve())
+        made["w2q"] = found
+        made["w2q_vs_today"] = found["today"] / found["ours"]
+        made["w2q_vs_peer"] = min(found["hf"], found["swift"]) / found["ours"]
     RESULTS.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(made, indent=1))
 

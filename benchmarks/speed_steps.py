@@ -3,7 +3,7 @@
 COMMAND: python benchmarks/speed_steps.py --workload w1|w2|w3 --bs N --steps N --dtype bf16|fp32
 with BENCH_WORK (the work folder) and BENCH_OUT (the JSON to write) in the environment.
 OPTIONS: --packing 1 --max_length N packs samples up to N tokens, `bs` packs a step; --cache 1 is a later epoch: the
-features of the pictures are kept; --unpacked 1 pads instead of packing.
+features of the pictures are kept; --unpacked 1 pads instead of packing; --share 1 lets rows share what they begin with.
 
 `speed.py` calls this and reads its JSON: steps[{wall, cpu, samples, nonpad, padded, sup, tiles, loss}], peak_rss_mb,
 startup_s. It is the trainer itself, callbacks and all, but for the order of the rows.
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--dtype", choices=("bf16", "fp32"), required=True)
     parser.add_argument("--max_length", type=int)
-    for switch in ("--packing", "--cache", "--unpacked"):
+    for switch in ("--packing", "--cache", "--unpacked", "--share"):
         parser.add_argument(switch, type=int, default=0)
     arguments = parser.parse_args()
     assets = Path(os.environ["BENCH_WORK"]) / "assets"
@@ -163,6 +163,7 @@ def train(arguments: argparse.Namespace, assets: Path, result: dict[str, Any]) -
             "stage.lr={projector: 1e-4, llm: 1e-4}",
             "trainer={global_batch: 1, chat_every: 0, val_every: 1000, save_every: 1000}",
             f"trainer.precision={arguments.dtype}",
+            *(["stage.share_prefix=on"] if arguments.share else []),
         ]
     )
     max_length = arguments.max_length if arguments.packing else None

@@ -3,13 +3,14 @@
 import json
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -44,10 +45,12 @@ def _run(arguments: list[str], log: Path, environment: dict[str, str]) -> None:
 
 
 def free_port() -> str:
-    """Find a port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    """Find a port that nothing listens on, below those that connections of other tests are given meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)  # runs seed the other one
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return str(port)
 
 
 def start_ranks(
@@ -70,10 +73,10 @@ def start_ranks(
 
 @contextmanager
 def two_ranks(
-    arguments: list[str], runs: Path, is_new: bool = True
+    arguments: list[str], runs: Path, is_new: bool = True, count: int = 2
 ) -> Iterator[tuple[list[BaseProcess], Callable[[int], str]]]:
-    """Run two ranks, and end them in any case; yield both and a function that reads what each has said."""
-    logs = [Path(f"{runs}.{rank}.log") for rank in range(2)]
+    """Run two ranks (or `count`), and end them in any case; yield them and a function that reads what each has said."""
+    logs = [Path(f"{runs}.{rank}.log") for rank in range(count)]
     ranks = start_ranks(arguments, runs, logs, is_new)
     try:
         yield ranks, lambda rank: logs[rank].read_text(encoding="utf-8")
@@ -83,14 +86,14 @@ def two_ranks(
             rank.join()
 
 
-def run_two(arguments: list[str], runs: Path, is_new: bool = True) -> Path:
-    """Run two ranks to their end."""
+def run_two(arguments: list[str], runs: Path, is_new: bool = True, count: int = 2) -> Path:
+    """Run two ranks (or `count`) to their end."""
     ends = time.monotonic() + PATIENCE
-    with two_ranks(arguments, runs, is_new) as (ranks, read):
+    with two_ranks(arguments, runs, is_new, count) as (ranks, read):
         for rank in ranks:
             rank.join(max(0, ends - time.monotonic()))
-        said = "\n".join(map(read, range(2)))
-        assert [rank.exitcode for rank in ranks] == [0, 0], f"a rank failed, or waits for the other:\n{said}"
+        said = "\n".join(map(read, range(count)))
+        assert [rank.exitcode for rank in ranks] == [0] * count, f"a rank failed, or waits for the other:\n{said}"
     return find_runs(runs)[-1]
 
 

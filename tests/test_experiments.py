@@ -85,7 +85,7 @@ def write_grounding(folder: Path) -> None:
     row = {"messages": [asked, {"role": "assistant", "content": "<bbox>"}], "images": ["images/shapes-train-0000.jpeg"]}
     objects = {"ref": ["the red star"], "bbox": [[3, 4, 30, 31]]}
     rows = [{"id": f"shapes-train-0000-{number}", **row, "objects": objects, "task": "shapes"} for number in range(8)]
-    for part in ("train", "val", "test"):
+    for part in ("train", "val", "test", "pretrain_train", "pretrain_val"):
         write_jsonl(folder / f"{part}.jsonl", rows)
 
 

@@ -21,14 +21,16 @@ FONT_SHA256 = "1eb9d65e50be8d7fe3235f48c24c9a4d63aeeaca65d0ed5dd51f956537543a76"
 FONT_SIZE = 109  # the one size that the font holds pictures for
 
 SEED = 0
-NUM_SHAPES = {"train": 300, "val": 40, "test": 80}  # pictures
-NUM_ALONE = 400  # pictures of one shape, for training
+NUM_SHAPES = {"train": 1100, "val": 40, "test": 80}  # pictures of several shapes
+NUM_ALONE = 700  # pictures of one shape, for training
 PHOTOS = {"train": "pretrain_train", "val": "pretrain_val", "test": "test"}  # the demo's own split, by food
-COPIES = {"train": 2, "val": 1, "test": 1}  # pictures made of one photo, each with other emoji; the second has one
-SIZES = ((320, 240), (240, 320), (280, 280))
-SHAPE_SIDE, EMOJI_SIDE = (0.3, 0.5), (0.35, 0.6)  # of the picture's shorter side
+THINGS = {"train": (2, 5), "val": (2, 3), "test": (2, 3)}  # in a picture of several
+COPIES = {"train": 4, "val": 1, "test": 1}  # pictures made of one photo, each with other emoji; every second has one
+SIDE = 240  # pixels of a picture's width and height
 CELLS = 20  # of a picture's width and height: boxes end where cells do
-LARGEST = (480, 480)  # pixels of a photo
+CELL = SIDE // CELLS  # pixels
+NINTHS, STEP = 3, 7  # things stand in three rows of three, whose first cells are 7 apart
+LARGEST = (5, 6)  # cells of a thing's longer side
 SMOOTH = 4  # a shape is drawn so much larger, and made smaller
 NOISE = 6.0  # of the grounds, in grey levels
 QUALITY = 88  # as JPEG
@@ -92,11 +94,15 @@ def prepare(options: argparse.Namespace) -> None:
         if part == "train":
             shapes += shape_pictures(part, alone=True)
         rows: list[dict[str, Any]] = []
+        first: list[dict[str, Any]] = []  # what is learned before places of things among others
         for name, picture, found in shapes + photos:
             picture.save(options.out / "images" / f"{name}.jpeg", quality=QUALITY)
-            rows += rows_of(name, found)
-            rows += [naming_row(name, found)] if part == "train" else []
+            asked = list(rows_of(name, found))
+            rows += asked
+            first += [naming_row(name, found), *(asked if len(found) == 1 else [])]
         write_rows(rows, options.out / f"{part}.jsonl")
+        if part != "test":
+            write_rows(first, options.out / f"pretrain_{part}.jsonl")
         print(f"grounding: {part}: {len(shapes)} pictures of shapes, {len(photos)} photos with emoji, {len(rows)} rows")
 
 
@@ -112,24 +118,27 @@ def rows_of(name: str, found: Found) -> Iterator[dict[str, Any]]:
 
 
 def naming_row(name: str, found: Found) -> dict[str, Any]:
-    """Return a row that asks for the names of all that a picture shows, from left to right, and for no box."""
-    names = ", ".join(expression for expression, _ in sorted(found, key=lambda one: one[1][0]))
+    """Return a row that asks what each ninth of a picture shows, and for no box."""
+    shown = ["nothing"] * NINTHS**2
+    for expression, (left, top, right, bottom) in found:
+        column, line = ((low + high) * NINTHS // (2 * SIDE) for low, high in ((left, right), (top, bottom)))
+        shown[line * NINTHS + column] = expression
     turns = [
-        {"role": "user", "content": "<image>\nWhat is here, from left to right?"},
-        {"role": "assistant", "content": names},
+        {"role": "user", "content": "<image>\nWhat is in each ninth, row by row?"},
+        {"role": "assistant", "content": "; ".join(shown)},
     ]
     return {"id": f"{name}-all", "messages": turns, "images": [f"images/{name}.jpeg"], "task": "names"}
 
 
 def shape_pictures(part: str, alone: bool = False) -> Iterator[tuple[str, Image.Image, Found]]:
-    """Yield pictures of 2 to 3 shapes, no two of one colour and form, with their names; or of one `alone`."""
+    """Yield pictures of several shapes, no two of one colour and form, with their names; or of one `alone`."""
     every = [(colour, form) for colour in COLOURS for form in SHAPES]
     for number in range(NUM_ALONE if alone else NUM_SHAPES[part]):
         name = f"shapes-{part}-{'alone-' * alone}{number:04d}"
         dice = random.Random(f"{SEED} {name}")
-        picture = ground(dice, name, dice.choice(SIZES))
-        chosen = dice.sample(every, 1 if alone else dice.randint(2, 3))
-        boxes = places(dice, picture.size, [(1.0, 1.0)] * len(chosen), SHAPE_SIDE)
+        picture = ground(dice, name)
+        chosen = dice.sample(every, 1 if alone else dice.randint(*THINGS[part]))
+        boxes = places(dice, [(1.0, 1.0)] * len(chosen))
         for (colour, form), box in zip(chosen, boxes, strict=True):
             size = (box[2] - box[0], box[3] - box[1])
             picture.paste(COLOURS[colour], box, draw_shape(form, max(size)).resize(size, Image.Resampling.LANCZOS))
@@ -137,50 +146,39 @@ def shape_pictures(part: str, alone: bool = False) -> Iterator[tuple[str, Image.
 
 
 def emoji_pictures(part: str, demo: Path, emoji: dict[str, Image.Image]) -> Iterator[tuple[str, Image.Image, Found]]:
-    """Yield photos of one part of the demo with 2 to 3 different emoji on them, or with one."""
+    """Yield photos of one part of the demo with several different emoji on them, or with one."""
     lines = (demo / f"{PHOTOS[part]}.jsonl").read_text(encoding="utf-8").splitlines()
     for file in dict.fromkeys(json.loads(line)["image"] for line in lines):
         with Image.open(demo / file) as photo:
-            plain = photo.convert("RGB")
-        plain.thumbnail(LARGEST, Image.Resampling.LANCZOS)
-        plain = plain.crop((0, 0, plain.width - plain.width % CELLS, plain.height - plain.height % CELLS))
+            plain = ImageOps.fit(photo.convert("RGB"), (SIDE, SIDE), Image.Resampling.LANCZOS)  # its middle
         for number in range(COPIES[part]):
             name = f"emoji-{Path(file).stem}-{number}"
             dice = random.Random(f"{SEED} {name}")
-            chosen, picture = dice.sample(sorted(emoji), 1 if number == 1 else dice.randint(2, 3)), plain.copy()
+            chosen, picture = dice.sample(sorted(emoji), 1 if number % 2 else dice.randint(*THINGS[part])), plain.copy()
             forms = [emoji[each].size for each in chosen]
-            boxes = places(dice, picture.size, [(w / max(w, h), h / max(w, h)) for w, h in forms], EMOJI_SIDE)
+            boxes = places(dice, [(w / max(w, h), h / max(w, h)) for w, h in forms])
             for each, box in zip(chosen, boxes, strict=True):
                 drawn = emoji[each].resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.LANCZOS)
                 picture.paste(drawn, box, drawn)
             yield name, picture, [(f"the {each}", box) for each, box in zip(chosen, boxes, strict=True)]
 
 
-def places(
-    dice: random.Random, size: tuple[int, int], forms: list[tuple[float, float]], sides: tuple[float, float]
-) -> list[Box]:
-    """Return boxes in pixels for things of these relative widths and heights, none over another, of whole cells."""
-    across, down = size[0] // CELLS, size[1] // CELLS  # pixels of a cell
-    while True:
-        boxes: list[Box] = []
-        for wide, high in forms:
-            side = dice.uniform(*sides) * min(size)
-            width, height = round(side * wide / across) * across, round(side * high / down) * down
-            left, top = dice.randrange(0, size[0] - width + 1, across), dice.randrange(0, size[1] - height + 1, down)
-            boxes.append((left, top, left + width, top + height))
-        if not any(meet(one, other) for n, one in enumerate(boxes) for other in boxes[:n]):
-            return boxes
+def places(dice: random.Random, forms: list[tuple[float, float]]) -> list[Box]:
+    """Return boxes in pixels for things of these relative widths and heights, each in a ninth of its own."""
+    boxes: list[Box] = []
+    for ninth, form in zip(dice.sample(range(NINTHS**2), len(forms)), forms, strict=True):
+        longer = dice.choice(LARGEST)
+        width, height = (round(longer * side) for side in form)
+        left = ninth % NINTHS * STEP + dice.randint(0, max(LARGEST) - width)
+        top = ninth // NINTHS * STEP + dice.randint(0, max(LARGEST) - height)
+        boxes.append((left * CELL, top * CELL, (left + width) * CELL, (top + height) * CELL))
+    return boxes
 
 
-def meet(one: Box, other: Box) -> bool:
-    """Tell whether two boxes have a pixel in common."""
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
-
-
-def ground(dice: random.Random, name: str, size: tuple[int, int]) -> Image.Image:
+def ground(dice: random.Random, name: str) -> Image.Image:
     """Return a ground: from one pale or dark colour to another, turned by quarters, with a little noise."""
     low, high = (tuple(dice.randint(70, 190) for _ in "rgb") for _ in range(2))
-    slope = Image.linear_gradient("L").rotate(dice.choice((0, 90, 180, 270))).resize(size)
+    slope = Image.linear_gradient("L").rotate(dice.choice((0, 90, 180, 270))).resize((SIDE, SIDE))
     plain = np.asarray(ImageOps.colorize(slope, low, high), np.float32)  # (H, W, 3)
     noise = np.random.default_rng(list(name.encode())).normal(0, NOISE, plain.shape)
     return Image.fromarray((plain + noise).clip(0, 255).astype(np.uint8))

@@ -51,9 +51,9 @@ def test_a_form_touches_all_four_sides_of_its_box(form):
     assert all(side.any() for side in (mask[:2], mask[-2:], mask[:, :2], mask[:, -2:]))
 
 
-def test_a_picture_shows_two_to_four_things_that_differ_in_name_and_do_not_overlap(few):
+def test_a_picture_shows_two_to_five_things_that_differ_in_name_and_do_not_overlap(few):
     for _, picture, found in grounding.shape_pictures("train"):
-        assert 2 <= len(found) <= 4
+        assert 2 <= len(found) <= 5
         assert len({expression for expression, _ in found}) == len(found)
         covered = np.zeros(picture.size[::-1], int)
         for _, (left, top, right, bottom) in found:
@@ -70,11 +70,13 @@ def test_a_picture_of_one_shape_shows_nothing_else(few, monkeypatch):
     assert not {name for name, _, _ in alone} & {name for name, _, _ in grounding.shape_pictures("train")}
 
 
-@pytest.mark.parametrize("size", grounding.SIZES)
-def test_boxes_end_where_cells_do(size):
-    across, down = (side // grounding.CELLS for side in size)
-    for box in grounding.places(random.Random(0), size, [(1.0, 1.0), (0.5, 1.0)], grounding.EMOJI_SIDE):
-        assert [edge % cell for edge, cell in zip(box, (across, down) * 2, strict=True)] == [0] * 4
+def test_each_box_lies_in_a_ninth_of_its_own_and_ends_where_cells_do():
+    boxes = grounding.places(random.Random(0), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.7)] * 3)
+    assert all(edge % grounding.CELL == 0 for box in boxes for edge in box)
+    ninth = 7 * grounding.CELL
+    assert len({(left // ninth, top // ninth) for left, top, _, _ in boxes}) == 9
+    assert all(left // ninth == (right - 1) // ninth for left, _, right, _ in boxes)
+    assert all(top // ninth == (bottom - 1) // ninth for _, top, _, bottom in boxes)
 
 
 def test_the_same_pictures_come_every_time_and_no_picture_comes_twice(few):
@@ -91,7 +93,7 @@ def test_emoji_lie_on_photos_of_their_own_part_with_tight_boxes(demo):
         assert len(made) == grounding.COPIES[part]
         for name, picture, found in made:
             assert name.startswith(f"emoji-{part}-")
-            assert max(picture.size) <= max(grounding.LARGEST)
+            assert picture.size == (grounding.SIDE, grounding.SIDE)
             is_red = (np.asarray(picture) == (255, 0, 0)).all(-1)
             boxed = np.zeros_like(is_red)
             for _, (left, top, right, bottom) in found:
@@ -111,20 +113,20 @@ def test_its_rows_are_read_as_questions_with_one_box():
     assert (row["task"], sample.pictures[0].path) == ("shapes", "images/shapes-test-0000.jpeg")
 
 
-def test_names_are_asked_for_from_left_to_right():
-    row = grounding.naming_row("shapes-train-0000", [("the red star", (50, 0, 90, 9)), ("the blue star", (0, 5, 9, 9))])
-    assert row["messages"][1]["content"] == "the blue star, the red star"
+def test_what_each_ninth_shows_is_asked_row_by_row():
+    found = [("the red star", (0, 168, 60, 228)), ("the sun", (84, 12, 144, 72)), ("the cat", (180, 96, 240, 156))]
+    row = grounding.naming_row("shapes-train-0000", found)
+    assert row["messages"][1]["content"].split("; ") == [
+        *("nothing", "the sun", "nothing"),
+        *("nothing", "nothing", "the cat"),
+        *("the red star", "nothing", "nothing"),
+    ]
     assert "objects" not in row
 
 
 def test_a_blind_guess_is_rarely_right():
     """The one box that is nearest to most: what an answer without a look at the picture can reach."""
     dice = random.Random(0)
-    boxes = [
-        tuple(1000 * edge / side for edge, side in zip(box, (*size, *size), strict=True))
-        for size in grounding.SIZES
-        for _ in range(200)
-        for box in grounding.places(dice, size, [(1.0, 1.0)] * 3, grounding.SHAPE_SIDE)
-    ]
+    boxes = [box for _ in range(400) for box in grounding.places(dice, [(1.0, 1.0)] * 3)]
     best = max(sum(overlap(guess, box) >= 0.5 for box in boxes) for guess in boxes[::10])
     assert best / len(boxes) < 0.15

@@ -1,12 +1,15 @@
 """Answers do not depend on company: a batch of prompts is answered as each one alone, and by the plain formula."""
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from vlm_tune.data.fit import no_pictures
 from vlm_tune.data.sample import Message, Sample
-from vlm_tune.evaluation.evaluate import prompt_of
+from vlm_tune.evaluation.evaluate import answer_once, blind, prompt_of
 from vlm_tune.model.generate import Prompt, answer, answer_text, answering, embed_prompts
 
 ROWS = [0, 1, 6, 2, 13]  # pictures of one and of three tiles, one and two turns, no picture
@@ -21,6 +24,10 @@ def staged(toys):
 def prompts(staged):
     data = staged.data.train.data
     return [prompt_of(data, data.sample(row)) for row in ROWS]
+
+
+def parts_of(model):
+    return model.vlm.vision, model.vlm.llm.get_output_embeddings()
 
 
 @torch.no_grad()
@@ -68,6 +75,22 @@ def test_an_answer_is_the_plain_greedy_one(staged, prompts, number):
 def test_an_answer_keeps_the_tokens_that_belong_to_it(staged, text, read):
     ids = staged.model.tokenizer(text, add_special_tokens=False)["input_ids"]
     assert answer_text(staged.model, ids) == read
+
+
+@pytest.mark.parametrize(("is_blind", "pictures", "rows"), [(False, 2, 3), (True, 1, 2)])
+def test_a_picture_is_read_once_and_equal_prompts_are_answered_once(staged, prompts, is_blind, pictures, rows):
+    model, one = staged.model, prompts[0]
+    longer = Prompt(
+        replace(one.example, input_ids=np.append(one.example.input_ids, one.example.input_ids[-1])), one.tiles
+    )
+    asked, seen = [one, Prompt(one.example, 255 - one.tiles), longer, one], []
+    with blind(model) if is_blind else nullcontext():
+        alone = [answer(model, [prompt], 1)[0] for prompt in asked]
+        hooks = [part.register_forward_hook(lambda _, given, made: seen.append(len(made))) for part in parts_of(model)]
+        assert answer_once(model, asked, 1) == alone
+    for hook in hooks:
+        hook.remove()
+    assert seen == [pictures * len(one.tiles), rows]
 
 
 def test_padding_stands_on_the_left_and_is_masked(staged, prompts):

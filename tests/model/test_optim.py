@@ -62,6 +62,12 @@ def test_each_part_has_its_own_rate(toys):
     )
 
 
+@pytest.mark.parametrize(("given", "betas"), [((), (0.9, 0.999)), (("stage.beta2=0.98",), (0.9, 0.98))])
+def test_the_mean_of_squares_forgets_as_fast_as_the_stage_says(toys, given, betas):
+    staged = toys.staged(*FULL, *given)
+    assert make_optimizer(staged.model.vlm, staged.config.stage).defaults["betas"] == betas
+
+
 def test_every_trained_parameter_is_in_the_optimizer_once(toys):
     staged = toys.staged(*FULL)
     held = [

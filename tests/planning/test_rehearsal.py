@@ -8,6 +8,7 @@ from official_toys import MIXTURE, write_official
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vlm_tune.config.schema import Strategy
+from vlm_tune.errors import ConfigError
 from vlm_tune.model.flops import count_flops
 from vlm_tune.model.optim import make_optimizer
 from vlm_tune.model.parts.stage import trained_parameters
@@ -91,3 +92,30 @@ def test_a_plan_counts_the_products_of_the_experts_that_a_token_takes(toys, mixt
 
 def test_a_plan_knows_what_each_strategy_spreads_over_devices():
     assert set(SHARED) == set(Strategy) - {Strategy.auto, Strategy.ddp}
+
+
+@pytest.fixture(scope="module")
+def shared(toys):
+    """Rehearse a long pack on one device, and on each of two that share it."""
+    needs = []
+    for size in (1, 2):
+        staged = toys.staged("trainer.devices=2", f"trainer.sequence_parallel={size}", "trainer.global_batch=8")
+        vocabulary = Vocabulary(len(staged.model.tokenizer), staged.model.vlm.context_id)
+        needs.append(rehearse(staged.config, staged.batch(list(range(26)) * 2), vocabulary, on_gpu=True))
+    return needs
+
+
+def test_two_devices_that_share_a_pack_hold_little_more_than_half_of_it_each(shared):
+    one, two = (needs.sizes["activations"] for needs in shared)
+    assert one / 2 < two < 0.6 * one
+
+
+def test_devices_that_share_packs_run_each_of_them(shared):
+    assert [needs.num_micro for needs in shared] == [4, 8]
+
+
+def test_heads_that_cannot_be_shared_out_are_refused_by_a_plan(toys):
+    staged = toys.staged()
+    trainer = replace(staged.config.trainer, devices=3, sequence_parallel=3)
+    with pytest.raises(ConfigError, match="this language model has 4"):
+        rehearse(replace(staged.config, trainer=trainer), staged.batch(ROWS), Vocabulary(2880, 0), on_gpu=False)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from chromium import FOUND, Chromium
+from processes import free_port
 
 from vlm_tune.config.parse import load_config
 from vlm_tune.data.sample import Message
@@ -44,15 +45,8 @@ def served(sides, toys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(web, "LIMIT", LIMIT)  # what the page's own setting begins with
         blocks = Page(sides).lay_out([[str(folder / "test_0.png"), "What shape?"]])
-    yield launch(blocks, free_port(), None, [str(folder)])
+    yield launch(blocks, int(free_port()), None, [str(folder)])
     blocks.close()
-
-
-def free_port():
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return taken.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +189,7 @@ def test_boxes_of_an_answer_are_drawn_on_the_newest_picture(sides, toys):
 
 def test_the_page_asks_for_its_password(sides):
     blocks = Page(sides).lay_out([])
-    address = launch(blocks, free_port(), ("me", "secret"), [])
+    address = launch(blocks, int(free_port()), ("me", "secret"), [])
     try:
         assert httpx.get(f"{address}config").status_code == 401
         for password, code in (("wrong", 400), ("secret", 200)):

@@ -39,6 +39,7 @@ def find_problems(config: Config) -> list[str]:
         *_colour(config),
         *_lengths(config),
         *_devices(config),
+        *_groups(config),
     ]
 
 
@@ -151,6 +152,7 @@ def _numbers(config: Config) -> list[str]:
     ranges = {
         "stage.warmup": (stage.warmup, 0, 1),
         "stage.min_lr": (stage.min_lr, 0, 1),
+        "stage.beta2": (stage.beta2, 0, 0.99999),
         "stage.lora.dropout": (stage.lora.dropout, 0, 0.99),
         "stage.drop_path": (stage.drop_path, 0, 0.9),
         "stage.layer_decay": (stage.layer_decay, 0.01, 1),
@@ -170,6 +172,7 @@ def _numbers(config: Config) -> list[str]:
         "trainer.micro_batch": trainer.micro_batch,
         "trainer.devices": trainer.devices,
         "trainer.nodes": trainer.nodes,
+        "trainer.sequence_parallel": trainer.sequence_parallel,
         "trainer.log_every": trainer.log_every,
         "trainer.val_every": 1 if trainer.val_every is None else trainer.val_every,
         "trainer.save_every": 1 if trainer.save_every is None else trainer.save_every,
@@ -245,10 +248,11 @@ def _devices(config: Config) -> list[str]:
     problems = []
     if trainer.accelerator not in ACCELERATORS:
         problems.append(f"trainer.accelerator={trainer.accelerator}: there are {', '.join(ACCELERATORS)}")
-    slots = trainer.devices * trainer.nodes * trainer.micro_batch
+    slots = trainer.groups * trainer.micro_batch
     if slots > 0 and trainer.global_batch % slots:
+        together = "devices*nodes" + ("/sequence_parallel" if trainer.sequence_parallel > 1 else "")
         problems.append(
-            f"trainer.global_batch={trainer.global_batch} does not divide by devices*nodes*micro_batch={slots}: "
+            f"trainer.global_batch={trainer.global_batch} does not divide by {together}*micro_batch={slots}: "
             f"choose a multiple of {slots}"
         )
     name, optimizer = config.strategy.name, config.stage.optimizer
@@ -274,3 +278,21 @@ def _devices(config: Config) -> list[str]:
     if trainer.precision is Precision.fp16 and trainer.accelerator == "cpu":
         problems.append("trainer.precision=fp16 needs a GPU: set trainer.precision=bf16 or fp32 on a CPU")
     return problems
+
+
+def _groups(config: Config) -> list[str]:
+    stage, trainer, name = config.stage, config.trainer, config.strategy.name
+    size, devices = trainer.sequence_parallel, trainer.devices * trainer.nodes
+    if size <= 1:
+        return []
+    is_deepspeed = name not in (Strategy.auto, Strategy.ddp, Strategy.fsdp)
+    obstacles = {
+        f"trainer.devices*trainer.nodes={devices} does not divide by it: choose a multiple of {size}": devices % size,
+        "stage.packing=false pads each row: set it to true": not stage.packing,
+        "stage.preference trains on pairs, whose answers it would part: leave it out": stage.preference.is_on,
+        f"stage.neftune={stage.neftune} draws noise for a whole pack: set it to 0": stage.neftune > 0,
+        f"stage.router_loss={stage.router_loss} is about the tokens of whole packs: set it to 0": stage.router_loss > 0,
+        f"strategy={name.value} was never tried with it: use ddp or fsdp": is_deepspeed,
+        "trainer.find_batch=true tries packs on one device: choose stage.pack_length": trainer.find_batch,
+    }
+    return [f"trainer.sequence_parallel={size} cuts packs, but {text}" for text, holds in obstacles.items() if holds]

@@ -15,6 +15,7 @@ OURS = {  # our line -> what other trainers call it; dashes are read as undersco
     "stage.warmup=VALUE, a share of the steps": "warmup_ratio",
     "stage.warmup=SHARE, a share of the steps": "warmup_steps",
     "stage.weight_decay=VALUE": "weight_decay",
+    "stage.beta2=VALUE": "adam_beta2",
     "stage.clip=VALUE": "max_grad_norm",
     "nothing: the schedule is a cosine; stage.min_lr=SHARE is what it leaves": "lr_scheduler_type",
     "stage.optimizer=VALUE": "optim optimizer",
@@ -57,6 +58,7 @@ OURS = {  # our line -> what other trainers call it; dashes are read as undersco
     "stage.init_from=VALUE to start from it, resume=VALUE to go on with it": "checkpoint ckpt",
     "trainer.devices=VALUE": "gpus num_gpus devices",
     "trainer.accelerator=VALUE (cpu or gpu)": "device",
+    "trainer.sequence_parallel=VALUE": "sequence_parallel_size sp_size ulysses_size",
     "strategy=zero2": "deepspeed",
     "strategy=fsdp": "fsdp",
 }

@@ -266,6 +266,9 @@ class StageConfig:
     lr: LearningRates = field(default_factory=LearningRates)
     layer_decay: float = 1.0  # learning rate of a vision encoder layer, as a fraction of the next layer's
     optimizer: Optimizer = Optimizer.adamw
+    beta2: float = (
+        0.999  # of AdamW's mean of squares; 0.98 forgets sooner how large a new projector's first gradients are
+    )
     weight_decay: float = 0.0  # not on norms, biases and other vectors
     part_weight_decay: WeightDecays = field(default_factory=WeightDecays)
     warmup: float = 0.03  # share of the optimizer steps
@@ -295,6 +298,7 @@ class TrainerConfig:
     accelerator: str = "auto"
     devices: int = 1
     nodes: int = 1
+    sequence_parallel: int = 1  # devices that share each pack, a stretch of its tokens each: packs can be longer
     precision: Precision = Precision.auto
     global_batch: int = 16  # packs (samples when stage.packing=false) in one optimizer step, over all devices
     micro_batch: int = 1  # of these, in one forward pass on one device
@@ -313,6 +317,11 @@ class TrainerConfig:
     chat_every: int | None = None  # sample answers; 0 = only before and after; null as above
     num_chats: int = 6  # fixed questions
     max_test_rows: int = 500  # scored before and after training
+
+    @property
+    def groups(self) -> int:
+        """How many packs are computed at a time: one a device, or one a group of devices that share it."""
+        return self.devices * self.nodes // max(1, self.sequence_parallel)
 
 
 class Strategy(Enum):

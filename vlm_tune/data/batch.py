@@ -15,6 +15,20 @@ from vlm_tune.data.example import NO_LOSS, Example, common_prefix
 from vlm_tune.data.pictures.anyres import Spread
 
 
+@dataclass(frozen=True)
+class Cut:
+    """What else a rank knows of the pack that it holds a share of.
+
+    parts      how many ranks share it
+    num_tiles  of the whole pack; shares are of one size, so the last ones may end in blank tiles
+    seen       (first, last): which of the pack's image tokens stand in this rank's stretch
+    """
+
+    parts: int
+    num_tiles: int
+    seen: tuple[int, int]
+
+
 @dataclass
 class Batch:
     """What one forward pass needs. N is the number of supervised tokens, T that of the tiles of all samples."""
@@ -34,6 +48,7 @@ class Batch:
     spreads: list[Spread] = field(default_factory=list)  # of each picture, if its tokens depend on that
     answers: list[int] | None = None  # of pairs, the supervised tokens of each answer, the chosen before the rejected
     reference: Tensor | None = None  # (pairs, 2) log-probabilities under the reference, once they are known
+    cut: Cut | None = None  # of a share of a pack: `segments`, `parents` and `spreads` are then those of the whole pack
     place: int = 0  # in the optimizer step, counted over all devices
     cursor: tuple[int, int, int] = (0, 0, 0)  # where the stream continues after this batch's optimizer step
 
@@ -128,6 +143,45 @@ def as_pairs(batch: Batch, answers: list[int], weight: float, reference: npt.NDA
     ids = batch.sample_ids[::2]
     known = None if reference is None else torch.from_numpy(reference)
     return replace(batch, weights=torch.full((len(ids),), weight), sample_ids=ids, answers=answers, reference=known)
+
+
+def cut(batch: Batch, number: int, parts: int) -> Batch:
+    """Return the share of one of `parts` ranks in a pack: a stretch of its tokens, and as many of its tiles.
+
+    Positions stay those of the pack. Where its tokens do not divide, some follow that nothing sees and nothing learns
+    from, as a sample of their own; blank tiles follow in the same way.
+    """
+    assert batch.segments is not None, "padded rows are not cut"
+    length, places = batch.input_ids.shape[1], batch.image_places
+    size = -(-length // parts)
+    start, missing = number * size, size * parts - length
+    if places is None:
+        places = batch.predicting.new_zeros(0)
+    seen = tuple(int((places < bound).sum()) for bound in (start, start + size))
+    learns = (batch.predicting >= start) & (batch.predicting < start + size)
+    num_share = -(-batch.num_tiles // parts)
+    return replace(
+        batch,
+        input_ids=_part(batch.input_ids[0], number, size).unsqueeze(0),
+        position_ids=_part(batch.position_ids[0], number, size).unsqueeze(0),
+        segments=[*batch.segments, missing] if missing else batch.segments,
+        parents=[*batch.parents, -1] if missing and batch.parents else batch.parents,
+        predicting=batch.predicting[learns] - start,
+        targets=batch.targets[learns],
+        weights=batch.weights[learns],
+        num_tokens=max(0, min(size, length - start)),
+        image_places=places[slice(*seen)] - start,
+        tiles=None if batch.tiles is None else _part(batch.tiles, number, num_share),
+        features=None if batch.features is None else _part(batch.features, number, num_share),
+        cut=Cut(parts, batch.num_tiles, (seen[0], seen[1])),
+    )
+
+
+def _part(whole: Tensor, number: int, size: int) -> Tensor:
+    """Take the part of `size` rows, zeros where there are none: (W, ...) -> (size, ...)."""
+    own = whole[number * size : (number + 1) * size]
+    missing = size - len(own)
+    return torch.cat([own, own.new_zeros(missing, *own.shape[1:])]) if missing else own  # a view stays pinned
 
 
 @dataclass

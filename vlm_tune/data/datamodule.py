@@ -196,8 +196,15 @@ class DataModule(L.LightningDataModule):
             return False
         return stage.packing and not stage.neftune and not (data is not None and is_augmented(data))
 
+    def group(self) -> tuple[int, int]:
+        """Return the number of this process's group, all of whose ranks read the same packs, and how many there are."""
+        if self.trainer is None:
+            return 0, 1
+        size = self.config.trainer.sequence_parallel
+        return self.trainer.global_rank // size, self.trainer.world_size // size
+
     def stream(self, rank: int = 0, world: int = 1) -> BatchStream:
-        """Return the training stream of one rank, starting at the cursor."""
+        """Return the training stream of one rank, or group of ranks, starting at the cursor."""
         assert self.train is not None
         groups = self.config.trainer.global_batch // self.config.trainer.micro_batch
         return BatchStream(self.train.index, self.settings(groups), self.cursor, (rank, world))
@@ -213,16 +220,14 @@ class DataModule(L.LightningDataModule):
     def train_dataloader(self) -> TimedLoader:
         """Return a loader of the endless stream, which the trainer stops after its number of steps."""
         assert self.train is not None
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        stream = self.stream(rank, world)
+        stream = self.stream(*self.group())
         return self._loader(self.train.batches(stream.settings, True), stream)
 
     def val_dataloader(self) -> list[TimedLoader]:
         """Return a loader of the validation rows in packs, in their order."""
         if self.val is None:
             return []
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        packs = share(validation_packs(self.val.index, self.settings(1)), rank, world)
+        packs = share(validation_packs(self.val.index, self.settings(1)), *self.group())
         return [self.reading(self.val, packs)]
 
     def reading(self, part: Part, packs: list[MicroBatch]) -> TimedLoader:

@@ -1,5 +1,6 @@
 """Ask a model the questions of a test file and score its answers by task."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -100,15 +101,26 @@ def ask(
         accepted = [text for question in questions for text in (question.expected, *question.answers)]
         longest = max(len(model.tokenizer.encode(text, add_special_tokens=False)) for text in accepted)
         max_new_tokens = longest + SPARE_TOKENS if metric.is_strict else max(2 * longest, GRADED_TOKENS)
-    predictions: dict[int, Prediction] = {}
-    prompts = {question.row: prompt_of(test, question.sample) for question in questions}
-    by_length = sorted(questions, key=lambda question: len(prompts[question.row].example.input_ids))
-    for start in range(0, len(by_length), BATCH):
-        batch = by_length[start : start + BATCH]
-        answers = answer(model, [prompts.pop(question.row) for question in batch], max_new_tokens)
-        for question, text in zip(batch, answers, strict=True):
-            predictions[question.row] = metric.graded(question.answered(text))
-    return [predictions[question.row] for question in questions]
+    prompts = [prompt_of(test, question.sample) for question in questions]
+    texts = answer_once(model, prompts, max_new_tokens)
+    answered = zip(questions, texts, strict=True)
+    return [metric.graded(question.answered(text)) for question, text in answered]
+
+
+def answer_once(model: Model, prompts: list[Prompt], max_new_tokens: int) -> list[str]:
+    """Answer prompts in batches of similar length, questions about one picture side by side, and equal prompts once."""
+    keys = []
+    for prompt in prompts:
+        ids, tiles = prompt.example.input_ids, b"" if model.vlm.is_blind else prompt.tiles.tobytes()
+        keys.append((len(prompt.tiles), hashlib.sha256(tiles).digest(), len(ids), ids.tobytes()))
+    distinct = dict(zip(keys, prompts, strict=True))
+    texts: dict[tuple[int, bytes, int, bytes], str] = {}
+    in_order = sorted(distinct)
+    for start in range(0, len(in_order), BATCH):
+        batch = in_order[start : start + BATCH]
+        answers = answer(model, [distinct[key] for key in batch], max_new_tokens)
+        texts |= zip(batch, answers, strict=True)
+    return [texts[key] for key in keys]
 
 
 def score_table(

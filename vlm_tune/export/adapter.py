@@ -21,7 +21,6 @@ from vlm_tune.export.merge_plain import GENERATION
 from vlm_tune.export.plain import read
 from vlm_tune.model.build import Model
 from vlm_tune.model.checkpoint import find_checkpoint, run_config, start_of
-from vlm_tune.model.kernels.experts import WEIGHTS, expert_layers
 from vlm_tune.model.kernels.lora import ADAPTER
 from vlm_tune.model.layouts.folder_files import read_object
 from vlm_tune.model.layouts.folders import find_folder, model_kind
@@ -32,6 +31,7 @@ from vlm_tune.model.layouts.llava import hf as llava_hf
 from vlm_tune.model.layouts.llava.processor import save_llava_processor
 from vlm_tune.model.layouts.parts import PROJECTOR
 from vlm_tune.model.layouts.pretrained import load_peft
+from vlm_tune.model.parts.experts import WEIGHTS, expert_layers
 from vlm_tune.model.parts.stage import PARTS, peft_config
 from vlm_tune.model.vlm import VisionLanguageModel
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vlm_tune.model.build import Model
 from vlm_tune.model.generate import Prompt, answer_ids, answering, embed_prompts
-from vlm_tune.model.kernels.experts import expert_layers
+from vlm_tune.model.parts.experts import expert_layers
 
 FLOAT32_BOUND = 2e-5  # largest difference of a logit, float32 export, as a share of the largest logit ...
 LEAST_SCALE = 5.0  # ... or of this, where all logits are smaller

@@ -11,6 +11,7 @@ from vlm_tune.config.schema import Config, ModelConfig, Precision, Quantize
 from vlm_tune.data.encode import Encoder
 from vlm_tune.data.text.positions import Positions
 from vlm_tune.model.encoder import make_encoder
+from vlm_tune.model.kernels.exchange import check_heads
 from vlm_tune.model.kernels.isolation import check_rope
 from vlm_tune.model.layouts import native, parts
 from vlm_tune.model.layouts.folders import LLAVA_ORIGINAL, find_folder, require_weights
@@ -51,6 +52,7 @@ def build_model(config: Config) -> Model:
     vlm, tokenizer, found, told = load_weights(config.model, dtype, config.stage.quantize)
     config = replace(config, model=found.over(config.model))
     check_rope(vlm.llm, config)
+    check_heads(vlm.llm, config)
     num_patches = vlm.vision.num_patches(config.model.tiles.size)
     positions = Positions.of(vlm.llm.config.get_text_config())
     encoder = make_encoder(config, tokenizer, found.tokens, num_patches, positions)

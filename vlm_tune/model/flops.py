@@ -14,7 +14,8 @@ import yaml
 from torch import nn
 
 from vlm_tune.data.batch import Batch
-from vlm_tune.model.kernels.experts import expert_layers, taken_share
+from vlm_tune.model.kernels.last import last_layer
+from vlm_tune.model.parts.experts import expert_layers, taken_share
 from vlm_tune.model.parts.projector import tokens_per_tile
 from vlm_tune.model.vlm import VisionLanguageModel
 
@@ -42,6 +43,7 @@ class Flops:
             parents = batch.parents or [-1] * len(batch.segments)
             before = [batch.segments[parent] if parent >= 0 else 0 for parent in parents]
             pairs = sum(own**2 / 2 + own * seen for own, seen in zip(batch.segments, before, strict=True))
+            pairs /= batch.cut.parts if batch.cut else 1
         total = self.token * batch.num_tokens + self.supervised * len(batch.targets) + self.pair * pairs
         for each, cost in ((batch.tiles, self.tile + self.feature), (batch.features, self.feature)):
             total += cost * len(each) if each is not None else 0
@@ -59,9 +61,14 @@ def count_flops(vlm: VisionLanguageModel) -> Flops | None:
     looks = 4 * vlm.vision.width * patches * sight.num_hidden_layers * (1 + 2 * sees)
     own = products(vlm.vision, sees) + 2 * pixels * (1 + sees) + looks
     projected = products(vlm.projector, sees or is_trained(vlm.projector))
+    last = last_layer(vlm.llm.get_decoder())
+    taken = taken_share(text)
+    read = (
+        products(last.mlp, True, taken) if hasattr(last, "reads_rows") and not vlm.router_loss else 0.0
+    )  # by the loss alone
     return Flops(
-        token=products(vlm.llm.get_decoder(), True, taken_share(text)),
-        supervised=2 * head.weight.numel() * (2 + head.weight.requires_grad),
+        token=products(vlm.llm.get_decoder(), True, taken) - read,
+        supervised=2 * head.weight.numel() * (2 + head.weight.requires_grad) + read,
         pair=3 * 4 * width * text.num_hidden_layers,
         tile=patches * own,
         feature=projected * tokens_per_tile(vlm.projector.config, patches),

@@ -161,9 +161,8 @@ def embed_prompts(model: Model, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
     for prompt in prompts:
         ids = torch.from_numpy(prompt.example.input_ids.astype(np.int64)).to(vlm.device).unsqueeze(0)
         rows.append(ids)
-    tiles = torch.from_numpy(np.concatenate([prompt.tiles for prompt in prompts])).to(vlm.device)
     spreads = [spread for prompt in prompts for spread in prompt.example.spreads]
-    packed = vlm.embed(torch.cat(rows, dim=1), tiles, spreads=spreads)[0]  # (L, D)
+    packed = vlm.embed(torch.cat(rows, dim=1), None, see_once(model, prompts), spreads)[0]  # (L, D)
     lengths = [row.shape[1] for row in rows]
     width = max(lengths)
     embeddings = packed.new_zeros(len(rows), width, packed.shape[-1])
@@ -172,3 +171,15 @@ def embed_prompts(model: Model, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
         embeddings[row, width - len(piece) :] = piece
         mask[row, width - len(piece) :] = 1
     return embeddings, mask
+
+
+def see_once(model: Model, prompts: list[Prompt]) -> Tensor | None:
+    """Run the vision encoder on the tiles of all prompts, on equal ones once: (T, P, C), or None without tiles."""
+    tiles = [tile for prompt in prompts for tile in prompt.tiles]
+    if not tiles:
+        return None
+    keys = [tile.tobytes() for tile in tiles]
+    distinct = dict(zip(keys, tiles, strict=True))
+    place = {key: number for number, key in enumerate(distinct)}
+    features = model.vlm.see(torch.from_numpy(np.stack([*distinct.values()])).to(model.vlm.device))  # (distinct, P, C)
+    return features[[place[key] for key in keys]]

@@ -12,7 +12,7 @@ from vlm_tune.model.parts.stage import PARTS, trained_parameters
 from vlm_tune.model.parts.vision import layer_list
 from vlm_tune.model.vlm import VisionLanguageModel
 
-BETAS = (0.9, 0.999)
+BETA1 = 0.9
 FUSED = ("cpu", "cuda", "mps", "xpu")  # where torch has a fused AdamW kernel
 BITSANDBYTES = {
     Optimizer.adamw8bit: "AdamW8bit",
@@ -26,16 +26,16 @@ def make_optimizer(model: VisionLanguageModel, stage: StageConfig, may_fuse: boo
 
     Without `may_fuse` gradients can be clipped under fp16's loss scale, which the fused kernel removes itself.
     """
-    groups = make_groups(model, stage)
+    groups, betas = make_groups(model, stage), (BETA1, stage.beta2)
     if stage.optimizer is Optimizer.adamw:
-        adamw = AdamW(groups, betas=BETAS, fused=may_fuse and model.device.type in FUSED)
+        adamw = AdamW(groups, betas=betas, fused=may_fuse and model.device.type in FUSED)
         # outside fp16 there is no loss scale to remove, because of which Lightning refuses to clip a fused optimizer
         adamw._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         return adamw
     import bitsandbytes  # late: it takes seconds to import
 
     kind = getattr(bitsandbytes.optim, BITSANDBYTES[stage.optimizer])
-    optimizer: torch.optim.Optimizer = kind(groups, betas=BETAS)
+    optimizer: torch.optim.Optimizer = kind(groups, betas=betas)
     return optimizer
 
 

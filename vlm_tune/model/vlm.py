@@ -6,14 +6,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 
-from vlm_tune.data.batch import Batch
+from vlm_tune.data.batch import Batch, Cut
 from vlm_tune.data.pictures.anyres import Spread
 from vlm_tune.data.tiles import normalize
 from vlm_tune.model.kernels.attention import Segments
-from vlm_tune.model.kernels.experts import unevenness
+from vlm_tune.model.kernels.exchange import of_all
+from vlm_tune.model.kernels.in_parts import is_long, loss_in_parts
+from vlm_tune.model.kernels.last import last_layer
 from vlm_tune.model.kernels.loss import supervised_loss, token_losses
+from vlm_tune.model.parts.experts import unevenness
 from vlm_tune.model.parts.projector import Projector
 from vlm_tune.model.parts.vision import VisionEncoder
 
@@ -70,6 +74,7 @@ class VisionLanguageModel(nn.Module):
         self.router_loss = 0.0  # weight of the loss of unevenly used experts while training
         self.is_blind = False  # answer with image features set to zero, to measure what pictures contribute
         self.is_split = False  # weights are gathered as they are used: all devices must use the same ones
+        self.group: ProcessGroup | None = None  # of devices that share a pack: a batch that is cut is this one's share
         self.kept_patches = 0  # of a tile, where pictures come as kept features: the encoder does not run
 
     @property
@@ -88,11 +93,18 @@ class VisionLanguageModel(nn.Module):
             features = self.vision(pixels)  # (T, P, C)
         return features
 
-    def project(self, features: Tensor, spreads: Sequence[Spread] = ()) -> Tensor:
-        """Translate features (T, P, C) into tokens (T, S, D), or as many as any-resolution pictures have."""
+    def project(self, features: Tensor, spreads: Sequence[Spread] = (), cut: Cut | None = None) -> Tensor:
+        """Translate features (T, P, C) into tokens (T, S, D), or as many as any-resolution pictures have.
+
+        Of a pack that is cut: from this device's features, and those of the others, to the tokens in its stretch.
+        """
         if not torch.is_autocast_enabled(features.device.type):
             features = features.to(next(self.projector.parameters()).dtype)
-        tokens = self.projector(features, spreads)  # (T, S, D)
+        tokens = self.projector(features, () if cut else spreads)  # (T, S, D)
+        if cut is not None:
+            assert self.group is not None, "only a device of a group holds a share"
+            tokens = self.projector.lay_out(of_all(tokens, self.group)[: cut.num_tiles], spreads)
+            tokens = tokens.reshape(-1, tokens.shape[-1])[slice(*cut.seen)]
         return torch.zeros_like(tokens) if self.is_blind else tokens
 
     def embed(
@@ -102,6 +114,7 @@ class VisionLanguageModel(nn.Module):
         features: Tensor | None = None,
         spreads: Sequence[Spread] = (),
         places: Tensor | None = None,
+        cut: Cut | None = None,
     ) -> Tensor:
         """Embed token ids (B, L), with the features of tiles (T, H, W, 3) in their places: (B, L, D).
 
@@ -114,18 +127,24 @@ class VisionLanguageModel(nn.Module):
             return embeddings
         if places is None:
             places = (input_ids.flatten() == self.context_id).nonzero()[:, 0]
-        return merge_features(embeddings, places, self.project(features, spreads))
+        return merge_features(embeddings, places, self.project(features, spreads, cut))
 
     def forward(self, batch: Batch) -> Tensor:
         """Sum of weighted losses of a batch: a scalar in float32; of pairs, the log-probabilities (pairs, 2)."""
-        embeddings = self.embed(batch.input_ids, batch.tiles, batch.features, batch.spreads, batch.image_places)
+        seen = batch.tiles, batch.features, batch.spreads, batch.image_places, batch.cut
+        embeddings = self.embed(batch.input_ids, *seen)
         if self.training and self.neftune:
             embeddings = embeddings + self._noise(batch).to(embeddings)
         must_see = self.is_split or (self.training and self._learns_to_see())
         if batch.tiles is None and batch.features is None and must_see:
             embeddings = embeddings + self._unused_features().to(embeddings.dtype)
+        if is_long(embeddings, batch) and not self.is_split and not self._spreads:
+            return loss_in_parts(self._loss, embeddings, batch, self.llm)
+        return self._loss(embeddings, batch)
+
+    def _loss(self, embeddings: Tensor, batch: Batch) -> Tensor:
         decoded, head = self._decode(embeddings, batch), self.llm.get_output_embeddings()
-        rows = decoded.last_hidden_state.flatten(0, 1)[batch.predicting]  # (N, D)
+        rows = self._read(decoded, batch)
         if batch.answers is None:
             loss = supervised_loss(rows, head, batch.targets, batch.weights)
             if not self._spreads:
@@ -138,19 +157,31 @@ class VisionLanguageModel(nn.Module):
 
     def read(self, embeddings: Tensor, batch: Batch) -> Tensor:
         """Run the language model on the embeddings (B, L, D) of a batch: (N, D) where a supervised token follows."""
-        hidden: Tensor = self._decode(embeddings, batch).last_hidden_state  # (B, L, D)
-        return hidden.flatten(0, 1)[batch.predicting]  # (N, D)
+        return self._read(self._decode(embeddings, batch), batch)
 
     @property
     def _spreads(self) -> bool:
         return self.training and self.router_loss > 0
 
+    @property
+    def _is_short(self) -> bool:
+        """Whether the last layer reads supervised tokens alone; its router must see all where they are spread."""
+        return getattr(last_layer(self.llm.get_decoder()), "reads_rows", False) and not self._spreads
+
+    def _read(self, decoded: Any, batch: Batch) -> Tensor:
+        hidden: Tensor = decoded.last_hidden_state.flatten(0, 1)  # (N, D), or (B*L, D)
+        return hidden if self._is_short else hidden[batch.predicting]
+
     def _decode(self, embeddings: Tensor, batch: Batch) -> Any:
+        segments = None
+        if batch.segments is not None:
+            segments = Segments(batch.segments, batch.parents, self.group if batch.cut else None)
         return self.llm.get_decoder()(
             inputs_embeds=embeddings,
             position_ids=batch.position_ids,
-            segments=Segments(batch.segments, batch.parents) if batch.segments else None,
+            segments=segments,
             use_cache=False,
+            **({"reading": batch.predicting} if self._is_short else {}),
             **({"output_router_logits": True} if self._spreads else {}),
         )
 

@@ -134,7 +134,7 @@ def fake_pictures(batch: Batch, fakes: FakeTensorMode, dtype: torch.dtype) -> No
 
 
 def keeps_features(config: Config, data: DataModule | None, tile_bytes: int) -> bool:
-    """Tell whether a run keeps the features of its pictures on disk, as `plan_cache` decides."""
+    """Tell whether a run keeps the features of its pictures on disk, as `plan_cache` decides on an unknown card."""
     wanted = config.data.feature_cache
     if wanted is FeatureCaching.off or obstacle(config) is not None or data is None:
         return False

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -15,9 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 from vlm_tune.config.checks import SPLITS_WEIGHTS
 from vlm_tune.config.schema import Config, Optimizer, Precision, Strategy
-from vlm_tune.data.batch import Batch
+from vlm_tune.data.batch import Batch, cut
 from vlm_tune.model.build import DTYPES, resolve_precision
-from vlm_tune.model.kernels import attention, loss
+from vlm_tune.model.kernels import attention, exchange, in_parts, loss
 from vlm_tune.model.optim import make_optimizer
 from vlm_tune.model.parts.stage import PartSummary, apply_stage, trained_parameters
 from vlm_tune.model.vlm import VisionLanguageModel
@@ -83,17 +84,18 @@ def rehearse(config: Config, batch: Batch, vocabulary: Vocabulary, on_gpu: bool)
     precision = planned_precision(config, on_gpu)
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     stage = config.stage
-    with torch.random.fork_rng(devices=[]), as_on_gpu() if on_gpu else nullcontext():
+    with torch.random.fork_rng(devices=[]), as_on_gpu() if on_gpu else nullcontext(), nothing_sent():
         vlm = make_skeleton(config.model, vocabulary.num_tokens, DTYPES[precision], stage.quantize)
         vlm.context_id = vocabulary.context_id
         parts = apply_stage(vlm, config)
+        batch = first_share(batch, vlm, config)
         give_fakes(vlm, fakes)
         fake_pictures(batch, fakes, vlm.vision.dtype)
         ledger = Ledger(fakes, vlm.llm.get_input_embeddings().weight.shape[0])
         hold_weights(ledger, vlm, on_gpu)
         optimizer = make_state(ledger, vlm, replace(stage, optimizer=UNPAGED.get(stage.optimizer, stage.optimizer)))
         trainer = config.trainer
-        num_micro = trainer.global_batch // (trainer.devices * trainer.nodes * trainer.micro_batch)
+        num_micro = trainer.global_batch // (trainer.groups * trainer.micro_batch)
         start = len(ledger.events)
         micro, update = run_step(ledger, vlm, optimizer, batch, Step(precision, num_micro > 1, stage.clip))
     sizes = ledger.peak(start)
@@ -107,6 +109,24 @@ def rehearse(config: Config, batch: Batch, vocabulary: Vocabulary, on_gpu: bool)
     if stage.optimizer in UNPAGED:
         sizes["optimizer"] = 0
     return Needs({kind: sizes.get(kind, 0) for kind in KINDS}, micro, update, num_micro, parts)
+
+
+def first_share(batch: Batch, vlm: VisionLanguageModel, config: Config) -> Batch:
+    """Cut a batch for the first of the devices that share its pack; raise ConfigError where they cannot."""
+    size = config.trainer.sequence_parallel
+    if size == 1:
+        return batch
+    exchange.check_heads(vlm.llm, config)
+    vlm.group = SimpleNamespace(size=lambda: size)  # type: ignore[assignment]
+    places = (batch.input_ids.flatten() == vlm.context_id).nonzero()[:, 0]
+    return cut(replace(batch, image_places=places), 0, size)
+
+
+@contextmanager
+def nothing_sent() -> Iterator[None]:
+    """Let devices receive tensors of no numbers."""
+    with patch.object(torch.distributed, "all_to_all_single", lambda received, sent, group: None):
+        yield
 
 
 def planned_precision(config: Config, on_gpu: bool) -> Precision:
@@ -198,6 +218,7 @@ def as_on_gpu() -> Iterator[None]:
         patch.object(attention, "uses_products", lambda tensor: False),
         patch.object(attention, "has_kernel", lambda tensor: tensor.dtype in (torch.bfloat16, torch.float16)),
         patch.object(loss, "CACHE", 2**40),
+        patch.object(in_parts, "LONGEST", 2**40),
         WideNorms(),
     ):
         yield

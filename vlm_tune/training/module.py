@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from vlm_tune.config.schema import Config, Precision
-from vlm_tune.data.batch import Batch
+from vlm_tune.data.batch import Batch, cut
 from vlm_tune.errors import TrainingError
 from vlm_tune.model.build import DTYPES, Model, resolve_precision
 from vlm_tune.model.flops import count_flops
+from vlm_tune.model.kernels.exchange import own_group
 from vlm_tune.model.optim import make_optimizer, make_schedule
 from vlm_tune.model.parts.shards import fully_split, held
 from vlm_tune.model.parts.stage import set_modes, trained_parameters
@@ -43,10 +44,12 @@ class VlmModule(L.LightningModule):
         self.train_seconds = 0.0  # wall time of the run so far, without interruptions
 
     def configure_model(self) -> None:
-        """Split the weights where the strategy is FSDP2."""
+        """Split the weights where the strategy is FSDP2; find the devices that share packs with this one."""
         if self.device_mesh is not None and not self.vlm.is_split:
             dtype = DTYPES[resolve_precision(self.config.trainer.precision)]
             fully_split(self.vlm, self.device_mesh["data_parallel"], dtype)
+        if self.vlm.group is None:
+            self.vlm.group = own_group(self.config.trainer.sequence_parallel)
 
     def on_fit_start(self) -> None:
         """Start the clock."""
@@ -65,8 +68,12 @@ class VlmModule(L.LightningModule):
         self.seed_micro_batch(batch.place)
 
     def seed_micro_batch(self, place: int) -> None:
-        """Seed the randomness of a micro-batch by its place in the step, which no number of devices changes."""
-        torch.manual_seed(dropout_seed(self.config.seed, self.global_step, place))
+        """Seed the randomness of a micro-batch by its place in the step, which no number of devices changes.
+
+        Devices that share a pack drop others each; the first of them as one that has it alone.
+        """
+        share = self.global_rank % self.config.trainer.sequence_parallel  # 0 adds nothing to a seed
+        torch.manual_seed(dropout_seed(self.config.seed, self.global_step, place, share))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return this micro-batch's share of the optimizer step's mean loss.
@@ -152,8 +159,10 @@ class VlmModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Copy a Batch."""
-        return batch.to(device)
+        """Copy a Batch, or this device's share of one."""
+        size = self.config.trainer.sequence_parallel
+        own = batch if size == 1 else cut(batch, self.global_rank % size, size)
+        return own.to(device)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return only trained weights: a checkpoint of LoRA and projector takes megabytes, not gigabytes."""

@@ -52,6 +52,7 @@ FREE = (
     "trainer.patience",
     "trainer.devices",
     "trainer.nodes",
+    "trainer.sequence_parallel",
     "trainer.accelerator",
     "strategy.",
 )
@@ -157,13 +158,19 @@ def longer(before: Config, now: Config) -> str | None:
 
 def moved(before: Config, now: Config) -> str | None:
     """Describe the effect of different devices or another strategy on a resumed run; None if both are the same."""
-    then, here = (f"{each.trainer.devices}x{each.trainer.nodes} {each.strategy.name.value}" for each in (before, now))
+    then, here = map(_devices, (before, now))
     if then == here:
         return None
     return (
         f"trainer.devices x trainer.nodes and strategy: {then} then, {here} now. The optimizer's state moves along and "
         "the same samples come next; losses are equal up to the order of floating-point sums"
     )
+
+
+def _devices(config: Config) -> str:
+    trainer, size = config.trainer, config.trainer.sequence_parallel
+    shared = f" (sequence_parallel={size})" if size > 1 else ""
+    return f"{trainer.devices}x{trainer.nodes} {config.strategy.name.value}{shared}"
 
 
 def count_anew(checkpoint: dict[str, Any], batches_per_step: int) -> None:

@@ -39,7 +39,7 @@ def make_trainer(
     watch = WatchSteps(run, trainer.max_bad_steps, trainer.save_minutes, stop, console)
     saves = SaveCheckpoints(run, every(trainer.save_every, max_steps), trainer.keep, watch, writer)
     is_zero, precision = config.strategy.name in ZERO, PRECISIONS[resolve_precision(trainer.precision)]
-    slots = trainer.devices * trainer.nodes * trainer.micro_batch
+    slots = trainer.groups * trainer.micro_batch
     return L.Trainer(
         accelerator=trainer.accelerator,
         devices=trainer.devices,

@@ -155,6 +155,7 @@ def test_the_loss_of_uneven_use_is_transformers_own(toys, whole, packing):
     rows = [0, 1, 6]
     batch = staged.batch(rows, packing=packing)
     seen = []
+    plain.model.vlm.llm.model.layers[-1].reads_rows = False  # or its router would see supervised tokens alone
     for layer in plain.model.vlm.llm.model.layers:
         layer.mlp.gate.register_forward_hook(lambda module, given, made: seen.append(made[0]))
     loss = plain.model.vlm(batch)
@@ -232,6 +233,7 @@ def test_a_loss_of_uneven_use_without_experts_is_refused(toys):
     [
         (("stage=pretrain",), r"router_loss=0\.1 concerns a trained language model but stage\.train\.llm=frozen"),
         (("stage=mpo",), r"stage\.router_loss=0\.1 is about tokens: set it to 0"),
+        (("trainer.devices=2", "trainer.sequence_parallel=2"), r"cuts packs, but stage\.router_loss=0\.1 is about the"),
     ],
 )
 def test_a_loss_of_uneven_use_that_would_do_nothing_is_refused(more, said):

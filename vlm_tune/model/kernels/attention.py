@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlm_tune.model.kernels.attention_cpu import PackedProducts, attend_all, lay_out, seen_lengths
+from vlm_tune.model.kernels.exchange import to_heads, to_tokens
 
 NAME = "packed"
 
@@ -30,10 +32,12 @@ class Segments:
 
     lengths  tokens of each stretch, in the order of the row
     parents  the stretch before each that holds its prefix, whose keys its tokens see first; -1 = it has none
+    group    the devices that each hold an equal part of the row's tokens; None = they are all here
     """
 
     lengths: list[int]
     parents: list[int] | None = None  # None = no stretch has one
+    group: ProcessGroup | None = None
 
 
 def uses_products(tensor: Tensor) -> bool:
@@ -60,25 +64,35 @@ def packed_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     assert query.shape[0] == 1, "a pack is one row"
     assert options.get("softcap") is None, "a language model with capped scores is refused when it is loaded"
-    assert sum(segments.lengths) == query.shape[2], "segments must fill the packed row"
     query, key, value = as_autocast(query, key, value)
+    if segments.group is not None:
+        query, key, value = to_heads(query, key, value, segments.group)
+    assert sum(segments.lengths) == query.shape[2], "segments must fill the packed row"
+    output = _attend_packed(query, key, value, segments, scale, window)  # (1, L, heads, d)
+    return (output if segments.group is None else to_tokens(output, segments.group)), None
+
+
+def _attend_packed(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float, window: int | None
+) -> Tensor:
+    """Choose the way of a device and a type."""
     lengths = tuple(segments.lengths)
     parents = tuple(segments.parents or [-1] * len(lengths))
     if has_kernel(query):
-        return _varlen(query, key, value, (lengths, parents), scale, window), None
+        return _varlen(query, key, value, (lengths, parents), scale, window)
     if uses_products(query) and (window is None or max(seen_lengths(lengths, parents)) <= window):
         # q has all heads, k and v have kv_heads
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (L, _, d)
         layout = lay_out(lengths, q.shape[1], k.shape[1], parents)
         made: Tensor = PackedProducts.apply(q, k, v, layout, scale)
-        return made.unsqueeze(0), None
+        return made.unsqueeze(0)
     queries, keys, values = (tensor.split(segments.lengths, dim=2) for tensor in (query, key, value))
     outputs = []
     for q, k, v, parent in zip(queries, keys, values, parents, strict=True):
         if parent >= 0:
             k, v = torch.cat([keys[parent], k], dim=2), torch.cat([values[parent], v], dim=2)
         outputs.append(_attend(q, k, v, scale, window))
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
 def as_autocast(*tensors: Tensor) -> list[Tensor]:

@@ -27,8 +27,8 @@ def token_losses(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
     if is_plain and hidden.requires_grad:
         losses: Tensor = FrozenHeadLoss.apply(hidden, head.weight, targets)
         return losses
-    chunks = [hidden.new_zeros(0, dtype=torch.float32)]
-    for start in range(0, len(targets), CHUNK):
+    chunks = []
+    for start in range(0, max(1, len(targets)), CHUNK):  # without any, a trained head still has a gradient, of zero
         inputs = hidden[start : start + CHUNK], head, targets[start : start + CHUNK]
         if len(targets) <= CHUNK or not torch.is_grad_enabled():
             chunks.append(_chunk(*inputs))

@@ -5,6 +5,7 @@ layer's linear inputs, and on a CPU a sixth of a step at the widths of small mod
 """
 
 from functools import partial
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ def join_norms(model: nn.Module) -> None:
 
 
 def has_code_of(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Return whether a module's forward function is that of another kind, whatever it is called."""
-    ours, theirs = (getattr(each.forward, "__code__", None) for each in (type(module), kind))
+    """Return whether a module's forward function is that of another kind, whatever it is called or wrapped in."""
+    ours, theirs = (getattr(unwrap(each.forward), "__code__", None) for each in (type(module), kind))
     return all(getattr(ours, part, None) == getattr(theirs, part) for part in ("co_code", "co_names", "co_consts"))
 
 

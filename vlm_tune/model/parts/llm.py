@@ -18,11 +18,11 @@ from transformers import (
 from vlm_tune.config.schema import Quantize
 from vlm_tune.errors import ConfigError
 from vlm_tune.model.kernels import attention
-from vlm_tune.model.kernels.experts import expert_layers
 from vlm_tune.model.kernels.isolation import check_language_model
 from vlm_tune.model.layouts import tokenizer
 from vlm_tune.model.layouts.folders import check_part
 from vlm_tune.model.layouts.pretrained import load_pretrained, make_empty, read_settings, reading
+from vlm_tune.model.parts.experts import expert_layers
 
 
 def load_llm(folder: Path, dtype: torch.dtype, quantize: Quantize = Quantize.none) -> PreTrainedModel:

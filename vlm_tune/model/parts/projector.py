@@ -101,6 +101,10 @@ class Projector(nn.Module):
         else:
             tokens = pixel_shuffle(features, self.config.shuffle, self.config.shuffle_version)  # (T, S, r*r*C)
         tokens = self.linear_2(self.act(self.linear_1(self.layer_norm(tokens))))  # (T, S, D)
+        return self.lay_out(tokens, spreads) if spreads else tokens
+
+    def lay_out(self, tokens: Tensor, spreads: Sequence[Spread]) -> Tensor:
+        """Put the tokens (T, S, D) of whole any-resolution pictures in rows; those of others stay as they are."""
         return tokens if self.newline is None else arrange(tokens, self.newline, spreads)
 
     @torch.no_grad()

@@ -11,11 +11,12 @@ from torch import nn
 
 from vlm_tune.config.schema import Config, LoraConfig, StageConfig, Strategy, Train
 from vlm_tune.errors import ConfigError
-from vlm_tune.model.kernels.experts import WEIGHTS, expert_layers, has_adapters, join_products
 from vlm_tune.model.kernels.gate import join_gates
 from vlm_tune.model.kernels.kept import spare
+from vlm_tune.model.kernels.last import read_rows
 from vlm_tune.model.kernels.lora import spare_casts
 from vlm_tune.model.kernels.norm import join_norms
+from vlm_tune.model.parts.experts import WEIGHTS, expert_layers, has_adapters, join_products
 from vlm_tune.model.parts.layers import drop_paths, recompute
 from vlm_tune.model.parts.vision import layer_list
 from vlm_tune.model.vlm import VisionLanguageModel
@@ -60,6 +61,7 @@ def apply_stage(model: VisionLanguageModel, config: Config) -> list[PartSummary]
             parameter.data = parameter.data.float()
     join_norms(model)
     join_gates(model)
+    read_rows(model.llm.get_decoder())
     set_aids(model, stage)
     set_modes(model, stage)
     summary = [_summarize(name, getattr(model, name), stage) for name in PARTS]

@@ -28,7 +28,8 @@ def find_culprit(trainer: L.Trainer, module: Any, cursor: Cursor) -> Culprit:
     """Search on every rank and share the result: batches are rebuilt from the cursor and their seeds."""
     found = of_all_ranks(trainer, find_here(trainer, module, cursor))
     failing = [each for each in found if each.module] or found
-    return Culprit([row for each in failing for row in each.rows], failing[0].module)
+    rows = [row for each in failing for row in each.rows]  # the ranks of a group name the same
+    return Culprit(list(dict.fromkeys(rows)), failing[0].module)
 
 
 def of_all_ranks(trainer: L.Trainer, value: Any) -> list[Any]:
@@ -49,7 +50,7 @@ def find_here(trainer: L.Trainer, module: Any, cursor: Cursor) -> Culprit:
     for batch in batches_of_step(trainer, cursor):
         module.seed_micro_batch(batch.place)
         with torch.no_grad(), watched(module.vlm) as seen, trainer.precision_plugin.forward_context():
-            loss = module.vlm(batch.to(module.device))
+            loss = module.vlm(module.transfer_batch_to_device(batch, module.device, 0))
         if seen or not is_finite(loss):
             rows += batch.sample_ids
             first = first or (seen[0] if seen else "the loss")
@@ -62,7 +63,7 @@ def batches_of_step(trainer: L.Trainer, cursor: Cursor) -> Iterator[Batch]:
     """Rebuild this rank's micro-batches of the optimizer step that begins at a cursor."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     after, data.cursor = data.cursor, cursor
-    stream = data.stream(trainer.global_rank, trainer.world_size)
+    stream = data.stream(*data.group())
     data.cursor = after
     batches: Any = trainer.train_dataloader
     for item in islice(stream, trainer.accumulate_grad_batches):

@@ -79,7 +79,7 @@ class WatchSteps(L.Callback):
         squares, (stop, save, samples, *dealt) = summed[: len(PARTS)], summed[len(PARTS) :]
         ranks = trainer.world_size
         tokens_of, tiles_of, pairs = dealt[:ranks], dealt[ranks : 2 * ranks], dealt[2 * ranks :]
-        module.num_samples += int(samples)
+        module.num_samples += int(samples) // module.config.trainer.sequence_parallel  # each counted by its whole group
         module.num_tokens += int(sum(tokens_of))
         self.must_stop, self.must_save = stop > 0, save > 0
         # the squares of large numbers may be infinite, which they are not
@@ -127,8 +127,8 @@ class WatchSteps(L.Callback):
             usual = statistics.median(self.losses)
             spread = statistics.median(abs(each - usual) for each in self.losses)
             if loss > usual + FAR * spread and loss > 1.5 * usual:
-                rows = [row for rank in of_all_ranks(trainer, module.step_ids) for row in rank]
-                self._note(trainer, "spike", loss, Culprit(rows, None))
+                rows = dict.fromkeys(row for rank in of_all_ranks(trainer, module.step_ids) for row in rank)
+                self._note(trainer, "spike", loss, Culprit(list(rows), None))
         self.losses = [*self.losses, loss][-REMEMBERED:]
 
     def _note(self, trainer: L.Trainer, kind: str, loss: float, culprit: Culprit) -> None:

@@ -8,7 +8,7 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from vlm_tune.export.merge import merge_adapters
-from vlm_tune.model.kernels.experts import expert_layers, join_products, taken_share, unevenness
+from vlm_tune.model.parts.experts import expert_layers, join_products, taken_share, unevenness
 
 CONFIG = Qwen3MoeConfig(hidden_size=24, moe_intermediate_size=16, num_experts=6, num_experts_per_tok=2)
 CONFIG._experts_implementation = "grouped_mm"
