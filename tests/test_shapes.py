@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from official_toys import MIXTURE, write_official
 from shape_comments import ShapeComments, read_statements
 from transformers import AutoModel, Siglip2VisionConfig
 
@@ -81,12 +82,29 @@ def traced_queries():
     return run
 
 
-def test_shape_comments_hold(traced, traced_convolution, traced_queries):
-    assert not traced.errors + traced_convolution.errors + traced_queries.errors
+@pytest.fixture(scope="module")
+def traced_experts(toys, tmp_path_factory):
+    """Train adapters of a mixture's experts."""
+    whole = f"model.path={write_official(tmp_path_factory.mktemp('mixture'), MIXTURE)}"
+    of_parts = ("model.vision.path=null", "model.llm.path=null", "model.template=internvl2_5", "model.tiles.max=2")
+    lora = ("model.llm.targets=[q_proj,gate_up_proj,down_proj]", "stage.lora.dropout=0")
+    staged = toys.staged("stage=finetune", whole, *of_parts, *lora)
+    with ShapeComments(FILES) as run:
+        staged.model.vlm(staged.batch([0, 1]))
+    return run
 
 
-def test_every_shape_comment_is_reached(traced, traced_convolution, traced_queries):
-    assert not set(traced.unreached) & set(traced_convolution.unreached) & set(traced_queries.unreached)
+@pytest.fixture(scope="module")
+def runs(traced, traced_convolution, traced_queries, traced_experts):
+    return traced, traced_convolution, traced_queries, traced_experts
+
+
+def test_shape_comments_hold(runs):
+    assert not [error for run in runs for error in run.errors]
+
+
+def test_every_shape_comment_is_reached(runs):
+    assert not set.intersection(*(set(run.unreached) for run in runs))
 
 
 def test_there_are_shape_comments():

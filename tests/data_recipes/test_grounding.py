@@ -89,7 +89,7 @@ def test_the_same_pictures_come_every_time_and_no_picture_comes_twice(few):
 def test_emoji_lie_on_photos_of_their_own_part_with_tight_boxes(demo):
     red = Image.new("RGBA", (100, 50), (255, 0, 0, 255))
     for part in grounding.PHOTOS:
-        made = list(grounding.emoji_pictures(part, demo, {"flag": red, "bar": red, "sign": red}))
+        made = list(grounding.emoji_pictures(part, demo, dict.fromkeys(("flag", "bar", "sign", "door", "belt"), red)))
         assert len(made) == grounding.COPIES[part]
         for name, picture, found in made:
             assert name.startswith(f"emoji-{part}-")
