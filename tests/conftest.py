@@ -49,6 +49,15 @@ def _network_blocked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(socket.socket, "connect", guarded)
 
 
+@pytest.fixture(autouse=True)
+def _same_scheduling() -> Iterator[None]:
+    """Fail a test that leaves this process real-time: it and all that it forks would starve the tests beside it."""
+    policy = getattr(os, "sched_getscheduler", lambda process: None)  # macOS has none
+    before = policy(0)
+    yield
+    assert policy(0) == before, f"scheduling policy {before} became {policy(0)}"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep the user's cache out of the tests, and the tests out of the user's cache."""

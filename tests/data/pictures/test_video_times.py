@@ -1,9 +1,10 @@
 """Frames by their own times: parts cut out without encoding anew, edit lists, uneven frames, and what is refused."""
 
+import os
 import re
 import struct
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def write(path: Path, times: Sequence[Fraction | float] = EVEN, rate: int = 10) 
     """Write a video whose frame n is grey of 8 * n, shown at `times[n]` seconds."""
     codec, settings = KINDS.get(path.name, REFRESHED)
     unit = Fraction(1, rate) if codec == "mpeg4" else Fraction(1, 3000)  # .avi and its codec know even times only
-    with av.open(str(path), "w") as container:
+    with normal_scheduling(), av.open(str(path), "w") as container:
         stream: Any = container.add_stream(codec, rate=rate, options={"g": "12", **settings})
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         stream.codec_context.time_base = unit
@@ -50,6 +51,17 @@ def write(path: Path, times: Sequence[Fraction | float] = EVEN, rate: int = 10) 
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
+
+
+@contextmanager
+def normal_scheduling() -> Iterator[None]:
+    """Take back what SVT-AV1 does where it may (as root): it makes the process that encodes a real-time one."""
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        if os.sched_getscheduler(0) != before[0]:
+            os.sched_setscheduler(0, *before)
 
 
 def copy(source: Path, path: Path, change: Callable[[int, Any], bool | None]) -> Path:
