@@ -58,6 +58,7 @@ docs: .venv/installed ## write docs/configuration.md and the tree of README.md a
 
 bench: bench-folders .venv/installed ## measure beside other trainers: PEERS=FOLDER of their bench.py, WORK=FOLDER that its setup.sh built
 	$(BIN)/python benchmarks/speed.py --peers '$(PEERS)' --work '$(WORK)'
+	$(BIN)/python benchmarks/pairs_speed.py --work '$(WORK)'
 	$(BIN)/python benchmarks/growth.py
 
 bench-folders:

@@ -1,12 +1,13 @@
 """Train on the work of another trainer, its batches in its order, and write down what each step took.
 
-COMMAND: python benchmarks/speed_steps.py --workload w1|w2|w3 --bs N --steps N --dtype bf16|fp32
+COMMAND: python benchmarks/speed_steps.py --workload w1|w2|w3|pairs --bs N --steps N --dtype bf16|fp32
 with BENCH_WORK (the work folder) and BENCH_OUT (the JSON to write) in the environment.
 OPTIONS: --packing 1 --max_length N packs samples up to N tokens, `bs` packs a step; --cache 1 is a later epoch: the
 features of the pictures are kept; --unpacked 1 pads instead of packing; --share 1 lets rows share what they begin with.
 
 `speed.py` calls this and reads its JSON: steps[{wall, cpu, samples, nonpad, padded, sup, tiles, loss}], peak_rss_mb,
-startup_s. It is the trainer itself, callbacks and all, but for the order of the rows.
+startup_s. It is the trainer itself, callbacks and all, but for the order of the rows. What is done with all rows before
+the first step is there too: `encoding_cpu_s`, where features are kept, and `reference_cpu_s` of pairs.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +41,20 @@ from vlm_tune.data.datamodule import DataModule, Part  # noqa: E402
 from vlm_tune.data.encode import Encoder  # noqa: E402
 from vlm_tune.data.stream import MicroBatch  # noqa: E402
 from vlm_tune.model.build import build_model  # noqa: E402
-from vlm_tune.model.parts.stage import apply_stage  # noqa: E402
+from vlm_tune.model.kernels.freed import hand_back_freed_memory  # noqa: E402
+from vlm_tune.model.parts.stage import apply_stage, trained_parameters  # noqa: E402
+from vlm_tune.model.preference.facts import FACTS  # noqa: E402
+from vlm_tune.model.preference.reference import fill_reference  # noqa: E402
 from vlm_tune.training.module import VlmModule  # noqa: E402
 from vlm_tune.training.run import keep_features  # noqa: E402
 from vlm_tune.training.trainer import make_trainer  # noqa: E402
 
-FILES = {"w1": "cap.json", "w2": "mm.json", "w3": "text.json"}
+FILES = {"w1": "cap.json", "w2": "mm.json", "w3": "text.json", "pairs": "pairs.json"}
 STAGES = {
     "w1": ["stage=pretrain", "model.tiles.max=1"],
     "w2": ["stage=finetune", "model.tiles.max=6"],
     "w3": ["stage=sft", "model.tiles.max=6"],
+    "pairs": ["stage=dpo", "stage.train.projector=full", "model.tiles.max=6"],
 }
 
 
@@ -59,6 +65,8 @@ class InFileOrder(DataModule):
         """Name the rows of each step: `num_rows` rows, or as many packs of at most `max_length` tokens."""
         assert self.train is not None
         self.groups = groups_of(self.train, num_rows, num_steps, max_length)
+        if self.config.stage.preference.is_on:  # its loss is the mean of pairs, not of tokens
+            self.groups = [replace(group, step_weight=float(len(group.rows))) for group in self.groups]
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Serve those steps."""
@@ -118,8 +126,20 @@ class Clock(L.Callback):
                 "tiles": 0 if pictures is None else len(pictures),
                 "loss": [float(pl_module.step_loss)],
             }
+            | (count_pairs(batch, pl_module.step_facts.tolist()) if batch.answers is not None else {})
         )
         self.last = now
+
+
+def count_pairs(batch: Batch, facts: list[float]) -> dict[str, float]:
+    """Count the tokens of the chosen and of the rejected answers, each with all that it follows."""
+    assert batch.segments is not None
+    parents = batch.parents or [-1] * len(batch.segments)
+    leaves = [each for each in range(len(parents)) if each not in parents]
+    sizes = [batch.segments[each] + (batch.segments[parents[each]] if parents[each] >= 0 else 0) for each in leaves]
+    known = dict(zip(FACTS, facts, strict=True))
+    said = {name: known[name] for name in ("logp_chosen", "logp_rejected")}
+    return {"chosen": sum(sizes[::2]), "rejected": sum(sizes[1::2])} | said
 
 
 def main() -> None:
@@ -196,7 +216,13 @@ def run_steps(
         (Path(run) / "checkpoints").mkdir()
         console = make_console()
         trainer = make_trainer(config, num_steps, Path(run), [Clock(result)], console)
+        began = processor_seconds()
         keep_features(model.vlm, data, config, trainer.strategy.root_device, console)
+        encoded = processor_seconds()
+        fill_reference(model.vlm, data, trainer.strategy.root_device)
+        hand_back_freed_memory()
+        result["encoding_cpu_s"], result["reference_cpu_s"] = encoded - began, processor_seconds() - encoded
+        result["trained"] = sum(weight.numel() for _, weight in trained_parameters(model.vlm))
         with watch:
             trainer.fit(VlmModule(model, config, num_steps), datamodule=data)
 

@@ -16,6 +16,7 @@ PURPOSES = {
     "benchmarks": "Speed, memory and accuracy, measured; the figures are in its README.",
     "benchmarks/README.md": "What was measured, how, and on which machine.",
     "benchmarks/figures": "The plots of its README.",
+    "benchmarks/peers_dpo": "Run scripts of the other trainers that pairs_speed.py compares with.",
     "benchmarks/results": "The figures as JSON.",
     "CHANGELOG.md": "What changed, by version.",
     "conf": "Hydra's groups; they ship inside the wheel.",
