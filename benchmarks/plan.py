@@ -5,7 +5,7 @@ measured_mb   the largest private memory of a few steps (Linux: VmHWM, set back 
               less RssAnon before the model is loaded, when the libraries and the tokenizer have been there once. Pages
               of files are no part of it: of the libraries' code, and of weight files, out of which weights are copied
 measured_s    the median processor seconds of an optimizer step by one thread, which others on the machine do not
-              change; reading of rows and the first two steps left out
+              change; reading of rows, the first two steps and the last left out, beside which a checkpoint is written
 Prediction and run are processes of their own, one after the other, `reps` times in turns; the file holds medians.
 """
 
@@ -22,10 +22,10 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "plan.json"
-STEPS, WARM = 4, 2
+STEPS, WARM, SAVED = 6, 2, 5  # a checkpoint is written beside the last step: its memory counts, its time does not
 COMMON = ["data.feature_cache=off", "data.workers=0", "data.val=none", "data.test=none", "stage.evaluate=false"]
 COMMON += ["stage.init_from=none", "logger=csv", "trainer.chat_every=0", "trainer.num_chats=0", "stage.pack_length=512"]
-COMMON += ["trainer.global_batch=1"]
+COMMON += ["trainer.global_batch=1", f"trainer.save_every={SAVED}"]
 BF16, FP32 = "trainer.precision=bf16", "trainer.precision=fp32"
 CONFIGS = {
     "LoRA, bf16": ["stage=finetune", BF16],
@@ -37,7 +37,9 @@ CONFIGS = {
         *("stage=finetune_full", "stage.pack_length=1024", "stage.gradient_checkpointing.llm=true", FP32),
     ],
 }
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "10000"}  # one thread: its seconds are its own beside others
+ENVIRONMENT = {  # one thread: its seconds are its own beside others; large pages, as the command line asks for them
+    "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "10000", "THP_MEM_ALLOC_ENABLE": "1",
+}  # fmt: skip
 
 
 def status(key: str) -> float:
@@ -114,7 +116,7 @@ def measure(arguments: list[str]) -> dict[str, float]:
         trainer = make_trainer(config, STEPS, run, [clock], make_console())
         hand_back_freed_memory()
         trainer.fit(VlmModule(model, config, STEPS), datamodule=data)
-    wall, processor = ([step[place] for step in clock.steps[WARM:]] for place in (0, 1))
+    wall, processor = ([step[place] for step in clock.steps[WARM:SAVED]] for place in (0, 1))
     return {"mb": clock.peak - before, "s": statistics.median(processor), "wall_s": statistics.median(wall)}
 
 

@@ -22,6 +22,8 @@ PRODUCTS, BANDWIDTH = 0.6, 0.75  # what kernels reach of the published rates
 LAUNCH = 6e-6  # seconds between two kernels
 CONTEXT = 0.9  # GiB that a GPU's own library, its products and its allocator keep
 LARGEST = 2**29  # bytes of an operation that is run to be timed
+CACHES = 2**26  # bytes: more than a processor's caches keep; what a step reads has mostly gone from there
+COPIES = 64  # of an operation's tensors, at most
 REPEATS = 3
 
 
@@ -45,7 +47,11 @@ class Gpu:
 
 @dataclass
 class Cpu:
-    """This machine: each kind of operation is run on numbers of no meaning, once to warm up and then timed."""
+    """This machine: each kind of operation is run on numbers of no meaning, once to warm up and then timed.
+
+    What is too large to be run, or does not suit such numbers, takes the longer of arithmetic and memory, at the rates
+    of those that were run.
+    """
 
     name: str = "this CPU"
     clock: Callable[[], float] = time.perf_counter
@@ -57,30 +63,45 @@ class Cpu:
         return available_bytes() / GIB
 
     def seconds(self, operations: Counter[Operation]) -> float:
-        """Add up the times of all; what could not be run counts as what was, by the bytes that it moves."""
+        """Add up the times of all."""
         keep_freed_memory()
         for each in operations:
             if each not in self.known:
                 self.known[each] = timed(each, self.clock) if each.moved < LARGEST else None
-        run = {each: count for each, count in operations.items() if self.known[each] is not None}
-        total = sum(count * (self.known[each] or 0) for each, count in run.items())
-        work = sum(count * (each.flops + each.moved) for each, count in run.items())
-        rest = sum(count * (each.flops + each.moved) for each, count in operations.items() if each not in run)
-        return total * (1 + rest / max(1, work))
+        total = sum(count * (self.known[each] or 0) for each, count in operations.items())
+        rest = {each: count for each, count in operations.items() if self.known[each] is None}
+        if not rest:
+            return total
+        arithmetic, memory = self.rates()
+        return total + sum(count * max(each.flops / arithmetic, each.moved / memory) for each, count in rest.items())
+
+    def rates(self) -> tuple[float, float]:
+        """Return operations a second of the products that were run, and bytes a second of a large copy."""
+        products = [(each.flops, known) for each, known in self.known.items() if each.flops and known]
+        arithmetic = sum(flops for flops, _ in products) / sum(known for _, known in products) if products else 1e11
+        large = Shape((2**25,), (1,), torch.float32)
+        copy = Operation(torch.ops.aten.clone.default, (large,), (), 0, 2**28, False)
+        return arithmetic, copy.moved / (timed(copy, self.clock) or 1)
 
 
 def timed(operation: Operation, clock: Callable[[], float]) -> float | None:
-    """Run an operation on real tensors; None where numbers of no meaning do not suit it."""
+    """Run an operation on real tensors, not the same ones twice in a row: a step does not find them in its caches.
+
+    None where numbers of no meaning do not suit it.
+    """
+    count = max(1, min(COPIES, CACHES // max(1, operation.moved)))
     try:
-        args, options = real(operation.arguments), {key: real(value) for key, value in operation.options}
+        copies = [
+            (real(operation.arguments), {key: real(value) for key, value in operation.options}) for _ in range(count)
+        ]
         with torch.no_grad():
-            operation.call(*args, **options)
             found = []
-            for _ in range(REPEATS):
+            for _ in range(REPEATS + 1):
                 start = clock()
-                operation.call(*args, **options)
-                found.append(clock() - start)
-        return sorted(found)[len(found) // 2]
+                for args, options in copies:
+                    operation.call(*args, **options)
+                found.append((clock() - start) / count)
+        return sorted(found[1:])[REPEATS // 2]
     except (RuntimeError, TypeError, IndexError, ValueError, NotImplementedError):
         return None
 
