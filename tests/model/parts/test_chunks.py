@@ -13,7 +13,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
 from vlm_tune.errors import ConfigError
 from vlm_tune.model.kernels.gate import join_gates
-from vlm_tune.model.parts import chunks
+from vlm_tune.model.parts import chunks, layers
 from vlm_tune.model.parts.chunks import chunk_mlp
 from vlm_tune.model.parts.stage import keep_less, trained_parameters
 
@@ -138,6 +138,14 @@ def test_each_way_keeps_less_than_the_one_before(toys):
     gate_and_up = 2 * 64 * 4 * tokens  # of the first of two layers; the last one's MLP runs on few tokens
     assert sizes[0] - sizes[1] >= gate_and_up
     assert sizes[2] < sizes[1]
+
+
+def test_the_inputs_of_layers_alone_are_put_away(toys, monkeypatch):
+    seen, put_away = [], layers.put_away
+    monkeypatch.setattr(layers, "put_away", lambda tensor: seen.append(tuple(tensor.shape)) or put_away(tensor))
+    staged = opened(toys, *STAGES["lora"], way_of("offload"))
+    learn(staged)
+    assert seen == [(1, staged.batch(ROWS).num_tokens, 32)] * 2  # of two layers
 
 
 @pytest.mark.parametrize(("way", "attended"), [("mlp", 1), ("true", 2)])
