@@ -126,6 +126,20 @@ def test_overrides_are_laid_over_a_written_configuration(tmp_path):
     assert read_config(tmp_path / "config.yaml", ["data.test=mine.jsonl"]).data.test == "mine.jsonl"
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"), [("true", True), ("false", False), ("mlp", "mlp"), ("offload", "offload")]
+)
+def test_a_way_of_checkpointing_is_a_switch_or_a_name(tmp_path, written, meant):
+    config = compose(f"stage.gradient_checkpointing.llm={written}")
+    assert config.stage.gradient_checkpointing.llm == meant
+    assert compose(f"stage.gradient_checkpointing={{llm: {written}}}") == config
+    path = tmp_path / "config.yaml"
+    write_config(config, path)
+    assert f"    llm: {written}\n" in path.read_text(encoding="utf-8")  # as runs of before wrote it
+    assert read_config(path) == config
+    assert read_config(path, ["stage.gradient_checkpointing.llm=true"]).stage.gradient_checkpointing.llm is True
+
+
 # ----------------------------------------------------------------------------------------------------------- its faults
 
 
@@ -176,6 +190,12 @@ def test_a_fault_of_the_command_line_names_the_key_and_a_way_out(override, said)
         ),
         ("stage=qlora stage.train.llm=full", r"stage\.quantize=nf4 stores a frozen base but stage\.train\.llm=full"),
         ("trainer.precision=fp16 trainer.accelerator=cpu", r"trainer\.precision=fp16 needs a GPU: set .*=bf16 or fp32"),
+        ("stage.gradient_checkpointing.llm=all", r"llm=all: there are false, mlp, true and offload"),
+        ("stage.gradient_checkpointing.llm=mlp strategy=zero3", r"llm=mlp, but strategy=zero3 empties weights after"),
+        (
+            "stage.gradient_checkpointing.llm=offload trainer.accelerator=cpu",
+            r"llm=offload is for a GPU's memory, but trainer\.accelerator=cpu: set true, which does the same there",
+        ),
         ("stage.epochs=0", r"stage\.epochs=0\.0 and stage\.max_steps=-1: set one of them above 0"),
     ],
 )

@@ -12,6 +12,7 @@ STAGES = {
     "lora": ["stage=finetune", "stage.lora={rank: 4, dropout: 0}"],
     "all": ["stage.train.vision=full", "stage.train.projector=full", "stage.train.llm=full"],
     "recomputed": ["stage.train.llm=full", "stage.gradient_checkpointing.llm=true"],
+    "chunked": ["stage.train.llm=full", "stage.gradient_checkpointing.llm=mlp"],
     "trees": ["stage=finetune", "stage.lora={rank: 4, dropout: 0}", "stage.share_prefix=on"],
 }
 

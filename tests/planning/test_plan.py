@@ -6,6 +6,7 @@ import yaml
 from vlm_tune.config.parse import load_config
 from vlm_tune.errors import ConfigError
 from vlm_tune.planning.fit import make_fit
+from vlm_tune.planning.longest import MOST, longest, longest_packs, needs_of
 from vlm_tune.planning.plan import KNOWN, open_run
 from vlm_tune.planning.seconds import find_gpu
 from vlm_tune.planning.show import spoken
@@ -20,6 +21,8 @@ def test_a_plan_names_each_share_and_says_that_it_fits(toys, run_cli):
     for word in ("weights", "gradients", "optimizer", "activations", "logits", "workspace", "fits", "TFLOP", "6 steps"):
         assert word in done.out
     assert "26 rows" in done.out
+    longest = done.out.partition("longest pack")[2]
+    assert [f"llm={way} " in longest for way in ("false", "mlp", "true", "offload")] == [True, True, True, False]
 
 
 def test_a_plan_that_does_not_fit_ends_with_1(toys, run_cli):
@@ -94,6 +97,26 @@ def remedies_of(arguments, peaks, gib):
     config = load_config(["model=internvl2_2b", "data=own", "data.path=x.jsonl", *arguments])
     found = make_fit(config, gib, lambda more: min([40.0, *(peaks[each] for each in more if each in peaks)]), 40.0)
     return [" ".join(each.overrides) for each in found]
+
+
+def test_a_longest_pack_is_on_the_line_through_two_that_are_counted():
+    assert longest(lambda length: 1 + length / 2**15, 5) == 2**17
+    assert longest(lambda length: 1 + length / 2**15, 1.0625) == 2**11
+    assert longest(lambda length: 1 + length / 2**15, 1) == 0
+    assert longest(lambda length: 1, 5) == MOST
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_longest_packs_are_those_that_are_counted(toys, on_gpu):
+    config = load_config(toys.arguments("stage=finetune", "stage.pack_tiles=4"))
+    with open_run(config, on_gpu) as run:
+        most = needs_of(run, "mlp", 20 * 1024).total
+        found = dict(longest_packs(run, most, lambda needs: needs.total))
+        assert found["mlp"] == pytest.approx(20 * 1024, rel=0.05)
+        assert found[False] <= found["mlp"] < found[True]
+        assert ("offload" in found) == on_gpu
+        assert needs_of(run, True, found[True]).total == pytest.approx(most, rel=0.05)
+        assert not on_gpu or found["offload"] >= found[True]
 
 
 def test_the_cheapest_setting_that_suffices_is_the_only_one():

@@ -23,6 +23,7 @@ RUNS = {
     "full": ["stage=finetune_full"],
     "full in bf16": ["stage=finetune_full", "trainer.precision=bf16"],
     "recomputed": ["stage=finetune_full", "stage.gradient_checkpointing.llm=true"],
+    "chunked": ["stage=finetune_full", "stage.gradient_checkpointing.llm=mlp"],
     "trained encoder": ["stage.train.vision=full"],
     "padded": ["stage.packing=false", "trainer.micro_batch=2", "trainer.global_batch=4"],
     "noise": ["stage.neftune=5"],

@@ -24,9 +24,11 @@ ALL = (
 )
 QLORA, DORA = ("stage.quantize=nf4",), ("stage.lora.dora=true",)
 RECOMPUTED = ("stage=finetune_full", "stage.gradient_checkpointing={vision: true, projector: true, llm: true}")
+CHUNKED = ("stage=finetune_full", "stage.gradient_checkpointing.llm=mlp")
 NOISY, FEATURES = ("stage.neftune=5",), ("data.feature_cache=on",)
 ROWS = [
     *[(strategy, QLORA) for strategy in ("ddp", "zero1", "zero2")],
+    *[(strategy, CHUNKED) for strategy in ("ddp", "fsdp", "zero2")],
     *[(strategy, way) for strategy in ("fsdp", "zero3") for way in (DORA, RECOMPUTED, NOISY, FEATURES)],
 ]
 

@@ -30,6 +30,7 @@ def find_problems(config: Config) -> list[str]:
     return [
         *_finite(config),
         *_stage(config),
+        *_recomputed(config),
         *_router(config),
         *_prefixes(config),
         *_preference(config),
@@ -78,6 +79,23 @@ def _stage(config: Config) -> list[str]:
         problems.append(
             f"stage.quantize={stage.quantize.value} stores a frozen base but stage.train.llm=full: "
             "set stage.train.llm=lora or stage.quantize=none"
+        )
+    return problems
+
+
+def _recomputed(config: Config) -> list[str]:
+    way, name = config.stage.gradient_checkpointing.llm, config.strategy.name
+    if isinstance(way, bool):
+        return []
+    key = f"stage.gradient_checkpointing.llm={way}"
+    if way not in ("mlp", "offload"):
+        return [f"{key}: there are false, mlp, true and offload"]
+    problems = []
+    if name in (Strategy.zero3, Strategy.zero3_offload):
+        problems.append(f"{key}, but strategy={name.value} empties weights after each call: set true, or strategy=fsdp")
+    if way == "offload" and config.trainer.accelerator == "cpu":
+        problems.append(
+            f"{key} is for a GPU's memory, but trainer.accelerator=cpu: set true, which does the same there"
         )
     return problems
 

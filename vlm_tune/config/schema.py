@@ -225,7 +225,7 @@ class Checkpointing:
 
     vision: bool = False
     projector: bool = False
-    llm: bool = False
+    llm: bool | str = False  # false | mlp (its MLPs alone, in chunks of tokens) | true | offload (true, in main memory)
 
 
 @dataclass

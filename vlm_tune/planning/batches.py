@@ -93,7 +93,8 @@ def supposed_work(config: Config, picture: Picture, context_id: int) -> Work:
     lengths = [min(SAMPLE, width - start) for start in range(0, width, SAMPLE)]
     positions = torch.cat([torch.arange(each) for each in lengths]) if stage.packing else torch.arange(width)
     text = count * width - tiles * picture.tokens
-    predicting = torch.arange(max(1, int(text * SUPERVISED)))
+    num_supervised = max(1, int(text * SUPERVISED))
+    predicting = torch.arange(num_supervised) * (count * width // num_supervised)  # some in each part of a pack
     batch = Batch(
         input_ids=ids,
         position_ids=positions.expand(count, -1).contiguous(),

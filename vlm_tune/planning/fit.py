@@ -7,6 +7,12 @@ from vlm_tune.config.checks import SPLITS_WEIGHTS
 from vlm_tune.config.schema import Config, Optimizer, Quantize, Strategy, Train
 from vlm_tune.errors import ConfigError
 
+WAYS: tuple[bool | str, ...] = (False, "mlp", True, "offload")  # of stage.gradient_checkpointing.llm, cheapest first
+COSTS = {
+    "mlp": "a quarter more time: MLPs are computed twice",
+    True: "a third more time: layers are computed twice",
+    "offload": "a third more time, and that of copies into main memory and back",
+}
 WORTH = 0.98  # a setting that leaves more than this share of the memory is not worth it
 SHORTEST = 1024  # tokens of a pack
 
@@ -30,8 +36,9 @@ def remedies(config: Config) -> Iterator[tuple[list[str], str]]:
         yield ["trainer.micro_batch=1"], "none: the same steps in more passes"
     if trainer.devices * trainer.nodes > 1 and config.strategy.name in (Strategy.auto, Strategy.ddp):
         yield ["strategy=zero2"], "little time: gradients and moments are spread over the devices"
-    if not stage.gradient_checkpointing.llm:
-        yield ["stage.gradient_checkpointing.llm=true"], "a third more time: layers are computed twice"
+    ways = list(WAYS)
+    for way in ways[ways.index(stage.gradient_checkpointing.llm) + 1 :]:
+        yield [f"stage.gradient_checkpointing.llm={str(way).lower()}"], COSTS[way]
     if parts.vision is not Train.frozen and not stage.gradient_checkpointing.vision:
         yield ["stage.gradient_checkpointing.vision=true"], "time: the encoder's layers are computed twice"
     length, batch = stage.pack_length, trainer.global_batch

@@ -33,6 +33,7 @@ class Run:
     """A run to be planned: its configuration with folders of this machine, its batches, its vocabulary."""
 
     config: Config
+    picture: Picture
     work: Work
     vocabulary: Vocabulary
     on_gpu: bool
@@ -62,9 +63,8 @@ def prepare(config: Config, on_gpu: bool, notes: list[str]) -> Run:
     if not has_tokenizer or missing:
         notes.append(missing or "the tokenizer is not on this machine: rows are not measured")
         vocabulary = Vocabulary(vocabulary_size + NEW_TOKENS * (config.model.path is None), CONTEXT_ID)
-        return Run(
-            config, supposed_work(config, Picture(picture.size, picture.tokens), CONTEXT_ID), vocabulary, on_gpu, notes
-        )
+        picture = Picture(picture.size, picture.tokens)
+        return Run(config, picture, supposed_work(config, picture, CONTEXT_ID), vocabulary, on_gpu, notes)
     encoder, tokenizer = build_encoder(config)
     data = DataModule(config, encoder)
     data.setup()
@@ -72,7 +72,7 @@ def prepare(config: Config, on_gpu: bool, notes: list[str]) -> Run:
         picture = Picture(picture.size, picture.tokens)
     context_id = int(tokenizer.convert_tokens_to_ids(encoder.settings.image_context))
     vocabulary = Vocabulary(max(vocabulary_size, len(tokenizer)), context_id)
-    return Run(config, real_work(config, data, picture), vocabulary, on_gpu, notes)
+    return Run(config, picture, real_work(config, data, picture), vocabulary, on_gpu, notes)
 
 
 def look_at(config: Config, on_gpu: bool) -> tuple[Picture, int, int]:

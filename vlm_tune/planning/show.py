@@ -1,9 +1,12 @@
 """What a plan says in the terminal."""
 
+from collections.abc import Iterable
+
 from rich.console import Console
 
 from vlm_tune.console import duration
 from vlm_tune.planning.fit import Remedy
+from vlm_tune.planning.longest import MOST
 from vlm_tune.planning.rehearsal import KINDS, Needs
 from vlm_tune.planning.seconds import CONTEXT, GIB, Cpu, Gpu
 
@@ -50,6 +53,14 @@ def show_time(console: Console, needs: Needs, seconds: float, steps: tuple[int |
     if num_steps is not None:
         said = f"{num_steps:,} steps, {spoken(num_steps * seconds)} without validation and reports"
         console.print(f"  the run     {said}")
+
+
+def show_longest(console: Console, packs: Iterable[tuple[bool | str, int]]) -> None:
+    """Print the longest pack that fits with each way, as each is found."""
+    console.print("\n[bold]longest pack[/] that fits, full, with tiles in the settings' share", markup=True)
+    for way, length in packs:
+        said = "none" if not length else f"{length:,} tokens" if length < MOST else f"{MOST:,} tokens or more"
+        console.print(f"  stage.gradient_checkpointing.llm={str(way).lower():8}{said:>26}")
 
 
 def show_fit(console: Console, chosen: list[Remedy], gib: float) -> None:

@@ -8,9 +8,10 @@ from vlm_tune.config.parse import load_config
 from vlm_tune.config.schema import Config
 from vlm_tune.errors import ConfigError
 from vlm_tune.planning.fit import joined, make_fit
+from vlm_tune.planning.longest import longest_packs
 from vlm_tune.planning.plan import open_run
 from vlm_tune.planning.seconds import Cpu, Gpu, find_gpu, step_seconds, this_gpu
-from vlm_tune.planning.show import show_fit, show_memory, show_time, total_gib
+from vlm_tune.planning.show import show_fit, show_longest, show_memory, show_time, total_gib
 
 
 def plan(own: dict[str, str], overrides: list[str], console: Console) -> int:
@@ -28,6 +29,8 @@ def plan(own: dict[str, str], overrides: list[str], console: Console) -> int:
         needs = run.needs()
         show_memory(console, needs, device)
         show_time(console, needs, step_seconds(needs, device), (run.work.num_steps, run.work.tokens_per_step))
+        if config.stage.packing:
+            show_longest(console, longest_packs(run, device.gib, lambda needs: total_gib(needs, device)))
     total = total_gib(needs, device)
     if total <= device.gib:
         return 0

@@ -17,6 +17,7 @@ STAGES = {
     "lora": ["stage=finetune", "stage.lora={rank: 4, dropout: 0}"],
     "all": ["stage.train.llm=full"],
     "recomputed": ["stage.train.llm=full", "stage.gradient_checkpointing.llm=true"],
+    "chunked": ["stage.train.llm=full", "stage.gradient_checkpointing.llm=mlp"],
     "padded": ["stage=finetune", "stage.lora={rank: 4, dropout: 0}", "stage.packing=false"],
 }
 

@@ -19,6 +19,7 @@ from vlm_tune.model.layouts import native
 from vlm_tune.model.layouts.internvl import hf as internvl_hf
 from vlm_tune.model.layouts.internvl import official as internvl_official
 from vlm_tune.model.layouts.internvl.alone import load_language_model
+from vlm_tune.model.parts import chunks
 from vlm_tune.planning.ledger import Ledger
 
 EXPERTS = ("model.llm.targets=[q_proj,v_proj,gate_up_proj,down_proj]", "stage.lora.dropout=0")
@@ -139,10 +140,13 @@ def test_rows_that_share_their_prefix_are_as_rows_alone(toys, whole, tmp_path):
     close(loss_and_gradients(staged, tree), loss_and_gradients(staged, apart))
 
 
+@pytest.mark.parametrize("way", ["mlp", "true"])
 @pytest.mark.parametrize("how", [EXPERTS, FULL], ids=["adapters", "all"])
-def test_recomputed_layers_change_nothing(toys, whole, how):
+def test_recomputed_layers_change_nothing(toys, whole, how, way, monkeypatch):
+    monkeypatch.setattr(chunks, "TOKENS", 20)
+    ways = ("false", way)
     aux = "stage.router_loss=0.1"
-    plain, again = (opened(toys, whole, *how, aux, *more) for more in ((), ("stage.gradient_checkpointing.llm=true",)))
+    plain, again = (opened(toys, whole, *how, aux, f"stage.gradient_checkpointing.llm={each}") for each in ways)
     close(loss_and_gradients(again, again.batch([0, 1])), loss_and_gradients(plain, plain.batch([0, 1])))
 
 

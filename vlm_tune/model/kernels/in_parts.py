@@ -77,7 +77,7 @@ class LossInParts(torch.autograd.Function):
                 loss = loss_of(seen, part)
             torch.clear_autocast_cache()  # casts of weights, which belong to this part's graph
             d_seen, *gradients = torch.autograd.grad(loss, [seen, *weights], allow_unused=True)
-            sums = [_add(one, other) for one, other in zip(sums, gradients, strict=True)]
+            sums = [added(*pair) for pair in zip(sums, gradients, strict=True)]
             losses.append(loss.detach())
             d_embeddings.append(d_seen)
         ctx.gradients = [torch.cat(d_embeddings, dim=1), *sums]
@@ -88,5 +88,6 @@ class LossInParts(torch.autograd.Function):
         return None, None, *(each if each is None else each * gradients[0] for each in ctx.gradients)
 
 
-def _add(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+def added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """Add a gradient to the sum of those before it, in place; either may not be there."""
     return other if one is None else one if other is None else one.add_(other)

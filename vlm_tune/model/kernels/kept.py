@@ -60,7 +60,7 @@ def made_again(made: Tensor, make: Callable[..., Tensor], *inputs: Tensor) -> Te
     `made` must be the beginning of its own memory, contiguous, as what `make` returns.
     """
     known = _known.get()
-    if known is not None:
+    if known is not None and torch.is_grad_enabled():
         known.append(Again(made, make, inputs))
     return made
 

@@ -4,11 +4,13 @@ Neither touches names or weights, and neither does anything while the model answ
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from vlm_tune.errors import ConfigError
@@ -17,18 +19,34 @@ from vlm_tune.model.parts.vision import layer_list
 BRANCHES = ("attention", "attn", "self_attn", "mlp")  # what a layer adds to its input, as libraries name it
 
 
-def recompute(layer: nn.Module) -> None:
+def recompute(layer: nn.Module, waits_in_main_memory: bool = False) -> None:
     """Keep only a layer's input for the backward pass (gradient checkpointing), also where the layer is frozen.
 
     transformers' own switch works in train mode alone; a frozen language model that a projector learns from is not.
+    The input of a layer on a GPU may wait in main memory.
     """
-    layer.forward = partial(_recomputed, layer.forward)  # type: ignore[method-assign]
+    layer.forward = partial(_recomputed, layer.forward, waits_in_main_memory)  # type: ignore[method-assign]
 
 
-def _recomputed(forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+def _recomputed(forward: Callable[..., Any], waits_in_main_memory: bool, *inputs: Any, **options: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*inputs, **options)
-    return checkpoint(forward, *inputs, use_reentrant=False, **options)  # the random state is kept and put back
+    with saved_tensors_hooks(put_away, bring_back) if waits_in_main_memory else nullcontext():
+        return checkpoint(forward, *inputs, use_reentrant=False, **options)  # the random state is kept and put back
+
+
+def put_away(tensor: Tensor) -> tuple[Tensor, torch.device]:
+    """Copy a tensor of a GPU into main memory, for which nobody waits; one of a CPU stays."""
+    if not tensor.is_cuda:
+        return tensor.detach(), tensor.device
+    kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return kept.copy_(tensor, non_blocking=True), tensor.device
+
+
+def bring_back(kept: tuple[Tensor, torch.device]) -> Tensor:
+    """Copy it back, behind what the GPU has to do before."""
+    tensor, device = kept
+    return tensor.to(device, non_blocking=True)
 
 
 def drop_paths(tower: nn.Module, rate: float) -> None:

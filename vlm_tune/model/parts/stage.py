@@ -16,6 +16,7 @@ from vlm_tune.model.kernels.kept import spare
 from vlm_tune.model.kernels.last import read_rows
 from vlm_tune.model.kernels.lora import spare_casts
 from vlm_tune.model.kernels.norm import join_norms
+from vlm_tune.model.parts.chunks import chunk_mlp
 from vlm_tune.model.parts.experts import WEIGHTS, expert_layers, has_adapters, join_products
 from vlm_tune.model.parts.layers import drop_paths, recompute
 from vlm_tune.model.parts.vision import layer_list
@@ -133,13 +134,25 @@ def set_aids(model: VisionLanguageModel, stage: StageConfig) -> None:
     layers: list[nn.Module] = [model.projector] if aids.projector else []
     if aids.vision and stage.train.vision is not Train.frozen:
         layers += layer_list(model.vision.tower, "stage.gradient_checkpointing.vision")
-    if aids.llm:
-        layers += model.llm.get_decoder().layers
-    else:
-        for layer in getattr(model.llm.get_decoder(), "layers", ()):  # an old kind of decoder keeps more
-            spare(layer)
     for layer in layers:
         recompute(layer)
+    keep_less(model.llm.get_decoder(), aids.llm)
+
+
+def keep_less(decoder: nn.Module, way: bool | str) -> None:
+    """Let the language model's layers keep less for the backward pass, in a way of `stage.gradient_checkpointing.llm`.
+
+    Raises ConfigError where `mlp` is asked for and a layer has none of this name.
+    """
+    layers: Any = decoder.layers if way else getattr(decoder, "layers", ())  # an old kind of decoder keeps more
+    for layer in layers:
+        if way and not chunk_mlp(layer) and way == "mlp":
+            kind = type(layer).__name__
+            raise ConfigError(f"stage.gradient_checkpointing.llm=mlp: {kind} has no `mlp`; set it to true")
+        if way in (False, "mlp"):
+            spare(layer)
+        else:
+            recompute(layer, way == "offload")
 
 
 def set_modes(model: VisionLanguageModel, stage: StageConfig) -> None:

@@ -71,7 +71,7 @@ def out_of_memory(reason: str, batch: str, config: Config) -> str:
     lower = ", ".join(f"{key}={value}" for key, value in settings.items())
     held = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_initialized() else 0
     most = f"; {held:.1f} GiB were in use at most" if held else ""
-    off = [part for part, is_on in vars(stage.gradient_checkpointing).items() if not is_on]
+    off = [part for part, way in vars(stage.gradient_checkpointing).items() if way in (False, "mlp")]
     keys = ", ".join(f"stage.gradient_checkpointing.{part}" for part in off if part != "projector")
     switch = (
         f" Or recompute layers, which changes no result and may be resumed (resume_allow): {keys}=true." if keys else ""
