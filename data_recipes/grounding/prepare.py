@@ -97,9 +97,9 @@ def prepare(options: argparse.Namespace) -> None:
         first: list[dict[str, Any]] = []  # what is learned before places of things among others
         for name, picture, found in shapes + photos:
             picture.save(options.out / "images" / f"{name}.jpeg", quality=QUALITY)
-            asked, named = list(rows_of(name, found)), [naming_row(name, found), *told_rows(name, found)]
-            rows += asked + named * (part == "train")
-            first += named + (asked if len(found) == 1 else [])
+            asked = list(rows_of(name, found))
+            rows += asked
+            first += [naming_row(name, found), *(asked if len(found) == 1 else [])]
         write_rows(rows, options.out / f"{part}.jsonl")
         if part != "test":
             write_rows(first, options.out / f"pretrain_{part}.jsonl")
@@ -115,17 +115,6 @@ def rows_of(name: str, found: Found) -> Iterator[dict[str, Any]]:
     for number, (expression, box) in enumerate(found):
         row: dict[str, Any] = {"id": f"{name}-{number}", "messages": turns, "images": [f"images/{name}.jpeg"]}
         yield {**row, "objects": {"ref": [expression], "bbox": [list(box)]}, "task": name.partition("-")[0]}
-
-
-def told_rows(name: str, found: Found) -> Iterator[dict[str, Any]]:
-    """Yield the questions of `rows_of` the other way round: what is in this box?"""
-    turns = [
-        {"role": "user", "content": "<image>\nWhat is in <bbox>?"},
-        {"role": "assistant", "content": "<ref-object>"},
-    ]
-    for number, (expression, box) in enumerate(found):
-        row: dict[str, Any] = {"id": f"{name}-{number}-told", "messages": turns, "images": [f"images/{name}.jpeg"]}
-        yield {**row, "objects": {"ref": [expression], "bbox": [list(box)]}, "task": "names"}
 
 
 def naming_row(name: str, found: Found) -> dict[str, Any]:
