@@ -22,7 +22,7 @@ PRODUCTS, BANDWIDTH = 0.6, 0.75  # what kernels reach of the published rates
 LAUNCH = 6e-6  # seconds between two kernels
 CONTEXT = 0.9  # GiB that a GPU's own library, its products and its allocator keep
 LARGEST = 2**29  # bytes of an operation that is run to be timed
-CACHES = 2**26  # bytes: more than a processor's caches keep; what a step reads has mostly gone from there
+CACHES = 2**28  # bytes: more than a processor's caches keep; what a step reads has mostly gone from there
 COPIES = 64  # of an operation's tensors, at most
 REPEATS = 3
 
