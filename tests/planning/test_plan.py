@@ -1,7 +1,10 @@
 """The verb `plan`: what it prints, what it needs, and what it proposes."""
 
+from dataclasses import replace
+
 import pytest
 import yaml
+from toys import save_llm
 
 from vlm_tune.config.parse import load_config
 from vlm_tune.errors import ConfigError
@@ -107,16 +110,17 @@ def test_a_longest_pack_is_on_the_line_through_two_that_are_counted():
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])
-def test_longest_packs_are_those_that_are_counted(toys, on_gpu):
-    config = load_config(toys.arguments("stage=finetune", "stage.pack_tiles=4"))
+def test_longest_packs_are_those_that_are_counted(toys, tmp_path, on_gpu):
+    save_llm(tmp_path, num_hidden_layers=8)
+    config = load_config(replace(toys, llm=tmp_path).arguments("stage=finetune", "stage.pack_tiles=4"))
     with open_run(config, on_gpu) as run:
         most = needs_of(run, "mlp", 20 * 1024).total
         found = dict(longest_packs(run, most, lambda needs: needs.total))
         assert found["mlp"] == pytest.approx(20 * 1024, rel=0.05)
         assert found[False] <= found["mlp"] < found[True]
         assert ("offload" in found) == on_gpu
-        assert needs_of(run, True, found[True]).total == pytest.approx(most, rel=0.05)
-        assert not on_gpu or found["offload"] >= found[True]
+        assert 0.9 * most < needs_of(run, True, found[True]).total <= most
+        assert not on_gpu or found["offload"] > 1.1 * found[True]
 
 
 def test_the_cheapest_setting_that_suffices_is_the_only_one():
