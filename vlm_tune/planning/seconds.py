@@ -23,6 +23,7 @@ LAUNCH = 6e-6  # seconds between two kernels
 CONTEXT = 0.9  # GiB that a GPU's own library, its products and its allocator keep
 LARGEST = 2**29  # bytes of an operation that is run to be timed
 CACHES = 2**28  # bytes: more than a processor's caches keep; what a step reads has mostly gone from there
+NEAR = 2**18  # bytes: so little is still in them
 COPIES = 64  # of an operation's tensors, at most
 REPEATS = 3
 
@@ -89,7 +90,7 @@ def timed(operation: Operation, clock: Callable[[], float]) -> float | None:
 
     None where numbers of no meaning do not suit it.
     """
-    count = max(1, min(COPIES, CACHES // max(1, operation.moved)))
+    count = max(1, min(COPIES, CACHES // operation.moved)) if operation.moved > NEAR else 1
     try:
         copies = [
             (real(operation.arguments), {key: real(value) for key, value in operation.options}) for _ in range(count)
