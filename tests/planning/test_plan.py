@@ -119,8 +119,9 @@ def test_longest_packs_are_those_that_are_counted(toys, tmp_path, on_gpu):
         assert found["mlp"] == pytest.approx(20 * 1024, rel=0.05)
         assert found[False] <= found["mlp"] < found[True]
         assert ("offload" in found) == on_gpu
-        assert 0.9 * most < needs_of(run, True, found[True]).total <= most
-        assert not on_gpu or found["offload"] > 1.1 * found[True]
+        if on_gpu:  # a CPU takes so long a pack in hundreds of parts
+            assert needs_of(run, True, found[True]).total == pytest.approx(most, rel=0.02)
+            assert found["offload"] > 1.1 * found[True]
 
 
 def test_the_cheapest_setting_that_suffices_is_the_only_one():

@@ -13,7 +13,7 @@ from vlm_tune.planning.plan import Run
 from vlm_tune.planning.rehearsal import Needs, rehearse
 
 STEP = 256  # tokens; a length is a multiple of it
-COUNTED = (1024, 4096, 8192, 16384)  # tokens of the packs that are rehearsed, as far as they are needed
+COUNTED = (1024, 4096, 8192, 16384, 32768)  # tokens of the packs that are rehearsed, as far as they are needed
 MOST = 2**20  # tokens: nobody asks for more
 
 

@@ -155,3 +155,15 @@ def test_no_adapter_is_dropped_in_eval_mode():
     part.eval()
     inputs = torch.randn(3, 12)
     assert torch.equal(part(inputs), part(inputs))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_no_rows_at_all_have_no_outputs_and_gradients_of_zero(dropout):
+    """A part of a pack has none for its last MLP where it holds no answer."""
+    part = make_layer(lora_dropout=dropout)
+    spare_casts(part)
+    inputs = torch.zeros(1, 0, 12, requires_grad=True)
+    output = part(inputs)
+    assert output.shape == (1, 0, 8)
+    adapter = [weight for name, weight in part.named_parameters() if "lora" in name]
+    assert all(not each.any() for each in torch.autograd.grad(output.sum(), [inputs, *adapter]))

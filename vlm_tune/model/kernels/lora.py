@@ -118,7 +118,7 @@ class LowRankLinear(torch.autograd.Function):
             x.shape,
             x.dtype,
         )
-        return tuple(output.view(*x.shape[:-1], -1) for output in outputs)
+        return tuple(output.view(*x.shape[:-1], output.shape[-1]) for output in outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:  # noqa: D102
