@@ -6,7 +6,7 @@ import pytest
 
 from vlm_tune.errors import ConfigError, DataError
 from vlm_tune.evaluation.metrics import METRICS, choice_of, metric_of, options_of
-from vlm_tune.evaluation.prediction import Prediction, write_predictions
+from vlm_tune.evaluation.prediction import Prediction, conclusion, write_predictions
 from vlm_tune.evaluation.vqa import CONTRACTIONS, normalise
 
 OPTIONS = "What is it?\nA. a red ball\nB. a ball\nC. Answer\nAnswer with the option's letter."
@@ -154,3 +154,27 @@ def test_a_line_says_whether_an_answer_is_correct_as_it_always_did(tmp_path):
     line = json.loads((tmp_path / "predictions.jsonl").read_text())
     assert list(line) == ["row", "id", "task", "question", "expected", "answer", "score", "correct"]
     assert line["correct"] is True
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("Red.", "Red."),
+        ("<think>\nBlue? No.\n</think>\n\nRed.", "Red."),
+        ("Blue? No.</think>Red.", "Red."),  # the template has written the first mark
+        ("<think>\nBlue", ""),  # cut off
+        ("He says <think>, in red", "He says <think>, in red"),
+    ],
+)
+def test_what_follows_the_reasoning_is_the_answer(answer, said):
+    assert conclusion(answer) == said
+
+
+@pytest.mark.parametrize("metric", ["auto", "exact", "vqa", "anls", "caption"])
+def test_reasoning_before_an_answer_is_not_scored(metric):
+    assert score(metric, "<think>\nIt may be blue.\n</think>\n\nred", "red", 10 * ["red"]) == 1
+
+
+def test_a_box_in_the_reasoning_is_no_answer():
+    thought = "<think>\n<box>[[0, 0, 9, 9]]</box>\n</think>\n\n"
+    assert score("iou", thought + "<box>[[50, 50, 90, 90]]</box>", "<box>[[50, 50, 90, 90]]</box>") == 1

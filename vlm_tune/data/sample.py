@@ -76,4 +76,4 @@ class Sample:
     @property
     def is_located(self) -> bool:
         """Return whether the text says where something is in a picture, which must not be mirrored or cropped then."""
-        return any("<box>" in message.text for message in self.turns)
+        return any("<box>" in message.reasoning + message.text for message in self.turns)

@@ -1,7 +1,7 @@
 """Ask a model the questions of a test file and score its answers by task."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -14,7 +14,7 @@ from vlm_tune.data.sets.dataset import Conversations, PictureSettings
 from vlm_tune.data.sets.paths import find_test
 from vlm_tune.errors import ConfigError, DataError
 from vlm_tune.evaluation.metrics import AUTO, Metric
-from vlm_tune.evaluation.prediction import Prediction, Question
+from vlm_tune.evaluation.prediction import Prediction, Question, conclusion
 from vlm_tune.model.build import Model
 from vlm_tune.model.generate import Prompt, answer
 from vlm_tune.words import percent
@@ -22,6 +22,7 @@ from vlm_tune.words import percent
 BATCH = 32
 SPARE_TOKENS = 4  # beyond the longest expected answer: one that is longer still is wrong anyway ...
 GRADED_TOKENS = 64  # ... but where part of it may be right
+THINK_TOKENS = 16  # of the marks of reasoning
 
 
 def open_test(config: Config, model: Model) -> Conversations | None:
@@ -52,7 +53,7 @@ def read_questions(
             raise DataError("the last turn is not an answer: there is nothing to compare with", sample.where, sample.id)
         record = test.rows[row]
         task, answers = str(record.get(by, "all")), accepted_answers(record.get("answers"), sample)
-        questions.append(Question(row, task, sample, sample.messages[-1].text.strip(), answers))
+        questions.append(Question(row, task, sample, conclusion(sample.messages[-1].text.strip()), answers))
     if by != "task" and questions and not any(by in test.rows[question.row] for question in questions):
         raise ConfigError(f"by={by}: no row of {test.path} has this field. Name one that they have")
     return questions
@@ -95,16 +96,26 @@ def ask(
     """Answer all questions greedily, in batches of similar length, and score the answers.
 
     Without `max_new_tokens` answers may be a little longer than the longest expected one, or twice as long where an
-    answer may be right in part.
+    answer may be right in part; reasoning before them twice as long as the longest expected.
     """
     if max_new_tokens is None:
-        accepted = [text for question in questions for text in (question.expected, *question.answers)]
-        longest = max(len(model.tokenizer.encode(text, add_special_tokens=False)) for text in accepted)
-        max_new_tokens = longest + SPARE_TOKENS if metric.is_strict else max(2 * longest, GRADED_TOKENS)
+        max_new_tokens = room_for(questions, metric.is_strict, model)
     prompts = [prompt_of(test, question.sample) for question in questions]
     texts = answer_once(model, prompts, max_new_tokens)
     answered = zip(questions, texts, strict=True)
     return [metric.graded(question.answered(text)) for question, text in answered]
+
+
+def room_for(questions: list[Question], is_strict: bool, model: Model) -> int:
+    """Count the tokens that answers may have, their reasoning included."""
+
+    def longest(texts: Iterable[str]) -> int:
+        return max(len(model.tokenizer.encode(text, add_special_tokens=False)) for text in texts)
+
+    said = longest(text for question in questions for text in (question.expected, *question.answers))
+    said = said + SPARE_TOKENS if is_strict else max(2 * said, GRADED_TOKENS)
+    thought = longest(question.reasoning for question in questions)
+    return said + (2 * thought + THINK_TOKENS if thought else 0)
 
 
 def answer_once(model: Model, prompts: list[Prompt], max_new_tokens: int) -> list[str]:

@@ -64,7 +64,7 @@ def mean_overlap(asked: Prediction) -> float:
     """Return the mean intersection over union of the boxes, missing and needless ones counted as 0."""
     if not boxes_in(asked.expected):
         raise no_fit(asked, "iou", "has no box in its expected answer. Write <box>[[x1, y1, x2, y2]]</box>")
-    return fmean(overlaps(asked.answer, asked.expected))
+    return fmean(overlaps(asked.said, asked.expected))
 
 
 def options_of(question: str) -> dict[str, str]:
@@ -100,7 +100,7 @@ def chosen(asked: Prediction) -> float:
     wanted = choice_of(asked.expected, options)
     if wanted is None:
         raise no_fit(asked, "choice", 'is no choice. List two or more, one a line ("A. red"), and expect one of them')
-    return float(choice_of(asked.answer, options) == wanted)
+    return float(choice_of(asked.said, options) == wanted)
 
 
 def anls(asked: Prediction) -> float:
@@ -112,7 +112,7 @@ def anls(asked: Prediction) -> float:
 
     near = 0.0
     for accepted in asked.accepted:
-        said, wanted = (" ".join(text.lower().split()) for text in (asked.answer, accepted))
+        said, wanted = (" ".join(text.lower().split()) for text in (asked.said, accepted))
         longest = max(len(said), len(wanted), 1)
         near = max(near, 1 - float(edit_distance([said], [wanted])) / longest)
     return near if near >= NEAR else 0.0
@@ -125,7 +125,7 @@ def bleu(asked: list[Prediction]) -> float:
     """
     from torchmetrics.functional.text import sacre_bleu_score
 
-    said, wanted = [each.answer for each in asked], [list(dict.fromkeys(each.accepted)) for each in asked]
+    said, wanted = [each.said for each in asked], [list(dict.fromkeys(each.accepted)) for each in asked]
     cut = "zh" if any(_CHINESE.search(text) for texts in wanted for text in texts) else "13a"
     return float(sacre_bleu_score(said, wanted, tokenize=cut))  # type: ignore[arg-type]
 
@@ -137,9 +137,9 @@ def chrf(asked: Prediction) -> float:
     """
     from torchmetrics.functional.text import chrf_score
 
-    if fold(asked.answer) in map(fold, asked.accepted):
+    if fold(asked.said) in map(fold, asked.accepted):
         return 1.0
-    return float(chrf_score([asked.answer], [list(dict.fromkeys(asked.accepted))], n_word_order=0))  # type: ignore[arg-type]
+    return float(chrf_score([asked.said], [list(dict.fromkeys(asked.accepted))], n_word_order=0))  # type: ignore[arg-type]
 
 
 def perplexity(asked: list[Prediction]) -> float:
@@ -188,12 +188,10 @@ class Metric:
         return self.scores(constant)
 
 
-AUTO = Metric("exact match", lambda asked: float(is_match(asked.answer, asked.expected)), is_strict=True)
+AUTO = Metric("exact match", lambda asked: float(is_match(asked.said, asked.expected)), is_strict=True)
 METRICS = {
     "auto": AUTO,
-    "exact": Metric(
-        "exact match", lambda asked: float(fold(asked.answer) in map(fold, asked.accepted)), is_strict=True
-    ),
+    "exact": Metric("exact match", lambda asked: float(fold(asked.said) in map(fold, asked.accepted)), is_strict=True),
     "vqa": Metric("VQA accuracy", vqa_accuracy),
     "choice": Metric("multiple choice", chosen, is_choice=True),
     "likelihood": Metric("multiple choice by likelihood", chosen, is_generated=False, is_choice=True),

@@ -23,6 +23,12 @@ class Question:
         """The last question."""
         return next(message.text for message in reversed(self.sample.messages) if message.role == "user").strip()
 
+    @property
+    def reasoning(self) -> str:
+        """What the expected answer is thought out with; "" where it is not."""
+        last = self.sample.messages[-1]
+        return last.reasoning or last.text.removesuffix(conclusion(last.text))
+
     def answered(self, answer: str) -> "Prediction":
         """Return the question with a model's answer, which is not scored yet."""
         return Prediction(self.row, self.sample.id, self.task, self.text, self.expected, answer, self.answers)
@@ -43,6 +49,11 @@ class Prediction:
     tokens: int = 0  # of the expected answer, where the score is their mean probability
 
     @property
+    def said(self) -> str:
+        """What is scored: the answer after its reasoning."""
+        return conclusion(self.answer)
+
+    @property
     def accepted(self) -> tuple[str, ...]:
         """The expected answer and all others of the row."""
         return (self.expected, *self.answers)
@@ -51,6 +62,14 @@ class Prediction:
     def correct(self) -> bool:
         """Whether the answer is all that it should be."""
         return self.score >= 1
+
+
+def conclusion(answer: str) -> str:
+    """Return what an answer says after `<think>...</think>`: all of it without any, nothing where that does not end."""
+    _, end, said = answer.rpartition("</think>")
+    if end:
+        return said.strip()
+    return "" if answer.lstrip().startswith("<think>") else answer
 
 
 def by_task(predictions: Sequence[Prediction]) -> Iterator[tuple[str, list[Prediction]]]:

@@ -49,7 +49,7 @@ def vqa_accuracy(asked: Prediction) -> float:
         )
     if len(set(people)) > 1:
         people = [strip_marks(answer) for answer in people]
-    said = normalise(asked.answer)
+    said = normalise(asked.said)
     agree = [answer == said for answer in people]
     return fmean(min(1.0, (sum(agree) - own) / ENOUGH) for own in agree)
 

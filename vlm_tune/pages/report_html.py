@@ -14,6 +14,7 @@ from vlm_tune.data.pictures.images import ImageReader
 from vlm_tune.data.sample import Picture
 from vlm_tune.errors import DataError
 from vlm_tune.evaluation.metrics import Box, is_match
+from vlm_tune.evaluation.prediction import conclusion
 from vlm_tune.pages.boxes import clipped_boxes
 from vlm_tune.pages.page import picture_url, write_page
 from vlm_tune.pages.report_chart import NARROW_SIZE, chart, curve, smoothed
@@ -147,14 +148,14 @@ def located(asked: list[dict[str, Any]], size: tuple[int, int]) -> Iterator[tupl
     """Yield the boxes expected and answered about a picture of (width, height): kind, number of the question, box."""
     for number, answer in enumerate(asked, 1):
         for key in ("expected", "after"):
-            for box in clipped_boxes(str(answer.get(key) or ""), size):
+            for box in clipped_boxes(conclusion(str(answer.get(key) or "")), size):
                 yield key, str(number) if len(asked) > 1 else "", box
 
 
 def is_right(answer: dict[str, Any], key: str) -> bool:
     """Return whether the answer before or after training is the expected one."""
     given, expected = answer.get(key), answer.get("expected")
-    return key != "expected" and bool(given) and bool(expected) and is_match(str(given), str(expected))
+    return key != "expected" and bool(given) and bool(expected) and is_match(conclusion(str(given)), str(expected))
 
 
 def thumbnail(picture: str, look: ImageConfig) -> tuple[str, int, int] | None:

@@ -65,6 +65,19 @@ def test_one_mark_may_stand_for_several_boxes():
     assert spoken(row)[1] == "At <box>[[0, 0, 100, 100], [500, 500, 1000, 1000]]</box>."
 
 
+def test_reasoning_may_hold_names_and_boxes_too():
+    think = {"role": "assistant", "reasoning_content": "I see <ref-object> at <bbox>.", "content": "At <bbox>."}
+    row = with_objects(ref=["a cup", "the cup"], bbox=[[0, 0, 20, 10], [20, 10, 100, 80]]) | {
+        "messages": [FIND["messages"][0], think]
+    }
+    sample = write_boxes(parse(row), lambda picture: (200, 100))
+    assert sample.messages[0].text == "Find <ref>a cup</ref>."
+    assert sample.messages[1].reasoning == "I see <ref>the cup</ref> at <box>[[0, 0, 100, 100]]</box>."
+    assert sample.messages[1].text == "At <box>[[100, 100, 500, 800]]</box>."
+    silent = replace(sample.messages[1], parts=("There.",))
+    assert replace(sample, messages=(sample.messages[0], silent)).is_located  # so it is not mirrored
+
+
 OLD = [{"caption": "the red cup", "bbox": [20, 10, 100, 80], "bbox_type": "real", "image": 0}]
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from vlm_tune.data.dialects.fields import check_part
 from vlm_tune.data.dialects.row import Row, kind_of, listed, literal
-from vlm_tune.data.sample import Boxes, Message, Part, Picture, Sample
+from vlm_tune.data.sample import Boxes, Message, Picture, Sample
 from vlm_tune.errors import DataError
 from vlm_tune.words import counted
 
@@ -34,7 +34,7 @@ def place_names(row: Row, messages: list[Message]) -> tuple[list[Message], tuple
     if not (names or boxes or pictures):
         return messages, ()  # a text may speak of such marks
     for mark, key, given in ((NAME_MARK, "ref", names), (BOX_MARK, "bbox", boxes)):
-        found = sum(message.text.count(mark) for message in messages)
+        found = sum((message.reasoning + message.text).count(mark) for message in messages)
         if found != len(given):
             reason = f'the turns hold {counted(found, "mark")} "{mark}", but "{key}" of "objects" lists {len(given)}'
             raise row.fault(f"{reason}. Write one mark where each belongs.")
@@ -46,13 +46,18 @@ def place_names(row: Row, messages: list[Message]) -> tuple[list[Message], tuple
 
 
 def _fill(messages: Iterable[Message], mark: str, texts: list[str]) -> list[Message]:
-    """Replace the marks of all turns by texts, in their order."""
+    """Replace the marks of all turns by texts, in their order; an answer's reasoning stands before it."""
     waiting = iter(texts)
 
-    def fill(part: Part) -> Part:
-        return re.sub(mark, lambda _: next(waiting), part) if isinstance(part, str) else part
+    def fill(text: str) -> str:
+        return re.sub(mark, lambda _: next(waiting), text)
 
-    return [replace(message, parts=tuple(map(fill, message.parts))) for message in messages]
+    filled = []
+    for message in messages:
+        reasoning = fill(message.reasoning)
+        parts = tuple(fill(part) if isinstance(part, str) else part for part in message.parts)
+        filled.append(replace(message, reasoning=reasoning, parts=parts))
+    return filled
 
 
 def _read(row: Row) -> tuple[list[str], tuple[Boxes, ...]]:
