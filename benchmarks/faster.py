@@ -1,15 +1,19 @@
 """Memory and time of a step beside another build of this project, in one run; write them into results/faster.json.
 
 COMMAND: python benchmarks/faster.py --other FOLDER [--reps 3] [--steps 3] [--packs bf16 fp32] [--work WORK --peers DIR]
+         [--demo RUNS --seeds 0 1 2]
 FOLDER is a checkout of the other build. Each run is a process of its own, all in turns; time is processor time of the
 steps after the first, memory the most that a process held beside mapped files. With WORK, the folder that DIR's
 setup.sh built, w2 and w3 are measured too (see `speed.py`), and w2q beside the peers: w2's pictures, each with four
 questions of one turn, one picture a step, pictures encoded (a first epoch). Ours shares what the four begin with.
+With RUNS, a folder to fill, both train the demo with each seed, from downloads to reports: two stages, validation,
+answers and pictures encoded anew; what is prepared once for all runs does not count. About 15 minutes a seed.
 """
 
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -18,6 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from demo import TASKS
 from speed import medians
 
 from vlm_tune.config.schema import Precision
@@ -151,6 +156,37 @@ def compare_questions(reps: int, other: Path, work: Path, peers: Path) -> dict[s
     return {"reps": reps} | {name: statistics.median(row) for name, row in rows.items()}
 
 
+def run_demo(build: Path, seed: int, runs: Path) -> dict[str, float]:
+    """Train both stages of the demo; return the processor seconds of all that ran, and what the photos' test scored."""
+    paths = EVERYBODY | {"PYTHONPATH": str(build), "VLM_TUNE_CACHE": str(runs / "cache")}
+    prepare = "from vlm_tune.recipes.recipe import run_recipe as run; run('demo'), run('demo_llm'), run('demo_vision')"
+    subprocess.run([sys.executable, "-P", "-c", prepare], check=True, env=os.environ | paths)
+    shutil.rmtree(runs / "cache" / "features", ignore_errors=True)
+    before, place = resource.getrusage(resource.RUSAGE_CHILDREN), runs / f"demo_{seed}"
+    shutil.rmtree(place, ignore_errors=True)
+    for stage in ("pretrain", "finetune"):
+        command = [sys.executable, "-P", "-m", "vlm_tune", f"stage={stage}", f"seed={seed}", f"runs={place}"]
+        subprocess.run(command, check=True, env=os.environ | paths, cwd=build)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    report = json.loads((place / "latest" / "report.json").read_text(encoding="utf-8"))
+    return {
+        "cpu": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        "peak_rss_mb": report["peak_rss_mb"],
+        **report["evaluation"]["after"],
+    }
+
+
+def compare_demos(seeds: list[int], other: Path, runs: Path) -> dict[str, Any]:
+    """Train the demo of both builds in turns; return the rows of every seed, and ours as a share of the other's."""
+    rows: dict[str, list[dict[str, float]]] = {"today": [], "ours": []}
+    for seed in seeds:
+        for name, build in (("today", other), ("ours", HERE.parent)):
+            rows[name].append(run_demo(build, seed, runs / name))
+            print("demo", name, seed, rows[name][-1], flush=True)
+    middle = {name: statistics.median(row["cpu"] for row in made) for name, made in rows.items()}
+    return {"seeds": seeds, **rows, "time": middle["ours"] / middle["today"]}
+
+
 def in_turns(reps: int, other: Path, run: Any, *arguments: Any) -> dict[str, Any]:
     """Run both builds in turns; return the medians of each, and ours as a share of the other's."""
     rows: dict[str, list[dict[str, float]]] = {"today": [], "ours": []}
@@ -180,6 +216,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path)
     parser.add_argument("--peers", type=Path)
     parser.add_argument("--packs", nargs="*", default=["bf16", "fp32"])
+    parser.add_argument("--demo", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
     other = options.other.resolve()
     made = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
@@ -199,6 +237,12 @@ def main() -> None:
         made["w2q"] = found
         made["w2q_vs_today"] = found["today"] / found["ours"]
         made["w2q_vs_peer"] = min(found["hf"], found["swift"]) / found["ours"]
+    if options.demo is not None:
+        found = compare_demos(options.seeds, other, options.demo.resolve())
+        made["demo"], made["demo_cpu_vs_today"] = found, found["time"]
+        made["demo_accuracy"] = {
+            task: [statistics.mean(row[task] for row in found[name]) for name in ("today", "ours")] for task in TASKS
+        }
     RESULTS.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(made, indent=1))
 

@@ -33,6 +33,7 @@ RESULTS = HERE / "results" / "longest.json"
 PAGE = HERE.parent / "docs" / "scaling.md"
 LIMIT = 6e9  # bytes
 NEAR = 1.1  # the first that did not fit, beside the last that did
+POSITIONS = 2**20  # that the language model is said to know: the demo's own refuses a sample of more than 8,192
 ROW = 22  # tokens of a row of the demo, about: a file is one pack, not quite full
 KEY = "stage.gradient_checkpointing.llm"
 WAYS = {"base": [], "defaults": [], "mlp": [f"{KEY}=mlp"], "true": [f"{KEY}=true"]}
@@ -42,6 +43,18 @@ COMMON = [
     *("data.val=none", "data.test=none", "data.workers=0"),
     "trainer={global_batch: 1, chat_every: 0, val_every: 1000, save_every: 1000}",
 ]
+
+
+def write_llm(folder: Path) -> None:
+    """Link the demo's language model, with more positions."""
+    made = folder / "llm"
+    made.mkdir()
+    for file in run_recipe("demo_llm").iterdir():
+        if file.name != "config.json":
+            (made / file.name).symlink_to(file)
+    config = json.loads((run_recipe("demo_llm") / "config.json").read_text(encoding="utf-8"))
+    config["max_position_embeddings"] = POSITIONS
+    (made / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def write_rows(folder: Path, length: int) -> None:
@@ -96,9 +109,11 @@ def attempt(build: Path, kind: str, length: int, ways: list[str]) -> dict[str, A
     """Try a pack of that length in a process of its own, which is ended where it takes more memory than it may."""
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
+        write_llm(folder)
         WRITERS[kind](folder, length)
         lengths = [f"stage.pack_length={length}", f"data.max_length={length}"]
-        paths = [f"data.path={folder / 'rows.jsonl'}", f"data.image.root={run_recipe('demo')}"]
+        paths = [f"data.path={folder / 'rows.jsonl'}", f"model.llm.path={folder / 'llm'}"]
+        paths.append(f"data.image.root={run_recipe('demo')}")
         call = f"longest.step({[*COMMON, *lengths, *paths, *ways]!r}, {str(folder / 'made.json')!r})"
         path = f"import sys; sys.path.append({str(HERE)!r})"
         code = f"from vlm_tune.cli import quiet_libraries; quiet_libraries(); {path}; import longest; {call}"
