@@ -2,6 +2,7 @@
 
 COMMAND: python benchmarks/preferences.py [--seeds 0 1 2] [--stage mpo] [--set stage.lr.llm=1e-4 ...]
 TIME: the demo of each seed about 5 minutes on two idle cores, unless benchmarks/demo.py has trained it; then about 2.
+Finished runs are kept and not repeated; results of other seeds stay.
 
 A pair is a training photo's question about its food group: chosen is the right group, rejected the wrong one that the
 fine-tuned model finds likeliest. The test asks about foods that occur in no pair.
@@ -56,7 +57,9 @@ def perplexity(run: Path, pairs: Path, data: Path) -> float:
 
 
 def train(stage: str, rows: Path, runs: Path, *more: str) -> Path:
-    """Train a stage of the demo on some rows; return its run."""
+    """Train a stage of the demo on some rows, unless that has been done; return its run."""
+    if (runs / "latest" / "report.json").is_file():
+        return (runs / "latest").resolve()
     given = [f"stage={stage}", "model=demo", f"data.path={rows}", f"runs={runs}", *more]
     subprocess.run([sys.executable, "-m", "vlm_tune", *given], check=True)
     return (runs / "latest").resolve()
@@ -78,8 +81,9 @@ def measure(seed: int, stage: str, data: Path, root: Path, settings: list[str]) 
     start, runs = (root / f"demo_{seed}" / "latest").resolve(), root / f"preferences_{stage}_{seed}"
     runs.mkdir(parents=True, exist_ok=True)
     for part in ("train", "val"):
-        make_pairs(start, data / f"finetune_{part}.jsonl", runs / f"pairs_{part}.jsonl")
-        keep_chosen(runs / f"pairs_{part}.jsonl", runs / f"chosen_{part}.jsonl")
+        if not (runs / f"chosen_{part}.jsonl").is_file():
+            make_pairs(start, data / f"finetune_{part}.jsonl", runs / f"pairs_{part}.jsonl")
+            keep_chosen(runs / f"pairs_{part}.jsonl", runs / f"chosen_{part}.jsonl")
     common = [f"seed={seed}", f"stage.init_from={start}", f"data.test={data}/test.jsonl"]
     common += [f"data.image.root={data}", "trainer.num_chats=0"]
     found: dict[str, Any] = {"seed": seed, "stage": stage, "settings": settings}
@@ -111,9 +115,12 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark"))
     options = parser.parse_args()
     data = run_recipe("demo").resolve()
-    results = [measure(seed, options.stage, data, options.runs.resolve(), options.set) for seed in options.seeds]
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    for each in results:
+    kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else []
+    for seed in options.seeds:
+        found = measure(seed, options.stage, data, options.runs.resolve(), options.set)
+        kept = [each for each in kept if (each["seed"], each["stage"]) != (seed, options.stage)] + [found]
+        RESULTS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    for each in kept:
         for kind in ("pairs", "chosen"):
             scores = [each[kind][when][TASK] for when in ("test_before", "test_after")]
             print(f"seed {each['seed']}, {kind}: food group of unseen foods {scores[0]:.1%} -> {scores[1]:.1%}")
