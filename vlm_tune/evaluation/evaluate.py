@@ -99,23 +99,28 @@ def ask(
     answer may be right in part; reasoning before them twice as long as the longest expected.
     """
     if max_new_tokens is None:
-        max_new_tokens = room_for(questions, metric.is_strict, model)
+        room = room_for_answers(model, questions, metric.is_strict)
+        max_new_tokens = room + room_for_reasoning(model, questions)
     prompts = [prompt_of(test, question.sample) for question in questions]
     texts = answer_once(model, prompts, max_new_tokens)
     answered = zip(questions, texts, strict=True)
     return [metric.graded(question.answered(text)) for question, text in answered]
 
 
-def room_for(questions: list[Question], is_strict: bool, model: Model) -> int:
-    """Count the tokens that answers may have, their reasoning included."""
+def room_for_answers(model: Model, questions: list[Question], is_strict: bool) -> int:
+    """Count the tokens that answers may have, their reasoning apart."""
+    longest = _most_tokens(model, (text for question in questions for text in (question.expected, *question.answers)))
+    return longest + SPARE_TOKENS if is_strict else max(2 * longest, GRADED_TOKENS)
 
-    def longest(texts: Iterable[str]) -> int:
-        return max(len(model.tokenizer.encode(text, add_special_tokens=False)) for text in texts)
 
-    said = longest(text for question in questions for text in (question.expected, *question.answers))
-    said = said + SPARE_TOKENS if is_strict else max(2 * said, GRADED_TOKENS)
-    thought = longest(question.reasoning for question in questions)
-    return said + (2 * thought + THINK_TOKENS if thought else 0)
+def room_for_reasoning(model: Model, questions: list[Question]) -> int:
+    """Count the tokens that the reasoning before answers may have: none where no expected answer has any."""
+    longest = _most_tokens(model, (question.reasoning for question in questions))
+    return 2 * longest + THINK_TOKENS if longest else 0
+
+
+def _most_tokens(model: Model, texts: Iterable[str]) -> int:
+    return max(len(model.tokenizer.encode(text, add_special_tokens=False)) for text in texts)
 
 
 def answer_once(model: Model, prompts: list[Prompt], max_new_tokens: int) -> list[str]:

@@ -12,11 +12,13 @@ from rich.table import Table
 
 from vlm_tune.data.batch import Batch
 from vlm_tune.data.sets.dataset import Conversations
-from vlm_tune.evaluation.evaluate import ask, picture_of
+from vlm_tune.evaluation.evaluate import ask, picture_of, room_for_reasoning
 from vlm_tune.evaluation.prediction import Question
 from vlm_tune.model.build import Model
 from vlm_tune.training.callbacks.loggers import show_answers
 from vlm_tune.training.run_folder import append, drop_lines_after
+
+NUM_TOKENS = 32  # of a sample answer, its reasoning apart
 
 
 class SampleAnswers(L.Callback):
@@ -81,7 +83,8 @@ class SampleAnswers(L.Callback):
     def _ask(self, trainer: L.Trainer, step: int) -> list[str]:
         if not takes_part(trainer, self.model):
             return []
-        predictions = ask(self.model, self.test, self.questions, max_new_tokens=32)
+        room = NUM_TOKENS + room_for_reasoning(self.model, self.questions)
+        predictions = ask(self.model, self.test, self.questions, max_new_tokens=room)
         self.now, self.last_step = [prediction.answer for prediction in predictions], step
         if not trainer.is_global_zero:
             return self.now
