@@ -109,6 +109,7 @@ def test_a_longest_pack_is_on_the_line_through_two_that_are_counted():
     assert longest(lambda length: 1, 5) == MOST
 
 
+@pytest.mark.slow
 def test_longest_packs_are_those_that_are_counted(toys, tmp_path):
     save_llm(tmp_path, num_hidden_layers=4)
     config = load_config(replace(toys, llm=tmp_path).arguments("stage=finetune", "stage.pack_tiles=4"))

@@ -258,6 +258,7 @@ def test_a_bin_file_that_holds_code_is_refused(folders, tmp_path):
         load(folder)
 
 
+@pytest.mark.slow
 def test_little_memory_is_needed_beside_the_weights(tmp_path):
     # 80 million parameters, float32 on disk, bfloat16 in memory; imports are not counted
     llm = {"model_type": "internlm2", "bias": False, "num_hidden_layers": 10}
