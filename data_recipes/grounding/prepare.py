@@ -25,7 +25,6 @@ NUM_SHAPES = {"train": 1100, "val": 40, "test": 80}  # pictures of several shape
 NUM_ALONE = 700  # pictures of one shape, for training
 PHOTOS = {"train": "pretrain_train", "val": "pretrain_val", "test": "test"}  # the demo's own split, by food
 THINGS = {"train": (2, 5), "val": (2, 3), "test": (2, 3)}  # in a picture of several
-ASKED = {"train": 2, "val": None, "test": None}  # of the things of a picture, at most; a new one teaches more
 COPIES = {"train": 4, "val": 1, "test": 1}  # pictures made of one photo, each with other emoji; every second has one
 SIDE = 240  # pixels of a picture's width and height
 CELLS = 20  # of a picture's width and height: boxes end where cells do
@@ -35,7 +34,6 @@ LARGEST = (5, 6)  # cells of a thing's longer side
 SMOOTH = 4  # a shape is drawn so much larger, and made smaller
 NOISE = 6.0  # of the grounds, in grey levels
 QUALITY = 88  # as JPEG
-NAMED = "<ref-object><bbox>"  # as InternVL names what a box holds
 
 COLOURS = {
     "red": "#d62728",
@@ -99,7 +97,7 @@ def prepare(options: argparse.Namespace) -> None:
         first: list[dict[str, Any]] = []  # what is learned before places of things among others
         for name, picture, found in shapes + photos:
             picture.save(options.out / "images" / f"{name}.jpeg", quality=QUALITY)
-            asked = list(rows_of(name, found))[: ASKED[part]]
+            asked = list(rows_of(name, found))
             rows += asked
             first += [naming_row(name, found), *(asked if len(found) == 1 else [])]
         write_rows(rows, options.out / f"{part}.jsonl")
@@ -109,37 +107,22 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 def rows_of(name: str, found: Found) -> Iterator[dict[str, Any]]:
-    """Yield a row in ms-swift's layout for each thing that a picture shows, its box in pixels.
-
-    The answer is thought out with all things that are seen and their boxes, in reading order.
-    """
-    seen = sorted(found, key=lambda thing: ninth_of(thing[1]))
+    """Yield a row in ms-swift's layout for each thing that a picture shows, its box in pixels."""
     turns = [
         {"role": "user", "content": "<image>\nWhere is <ref-object>?"},
-        {"role": "assistant", "reasoning_content": "\n".join([NAMED] * len(seen)), "content": NAMED},
+        {"role": "assistant", "content": "<bbox>"},
     ]
     for number, (expression, box) in enumerate(found):
         row: dict[str, Any] = {"id": f"{name}-{number}", "messages": turns, "images": [f"images/{name}.jpeg"]}
-        names = [
-            expression,
-            *(each for each, _ in seen),
-            expression,
-        ]  # the question's, those that are seen, the answer's
-        boxes = [*(list(each) for _, each in seen), list(box)]
-        yield {**row, "objects": {"ref": names, "bbox": boxes}, "task": name.partition("-")[0]}
-
-
-def ninth_of(box: Box) -> int:
-    """Return in which ninth of the picture, counted row by row, a box lies."""
-    left, top, right, bottom = box
-    return (top + bottom) * NINTHS // (2 * SIDE) * NINTHS + (left + right) * NINTHS // (2 * SIDE)
+        yield {**row, "objects": {"ref": [expression], "bbox": [list(box)]}, "task": name.partition("-")[0]}
 
 
 def naming_row(name: str, found: Found) -> dict[str, Any]:
     """Return a row that asks what each ninth of a picture shows, and for no box."""
     shown = ["nothing"] * NINTHS**2
-    for expression, box in found:
-        shown[ninth_of(box)] = expression
+    for expression, (left, top, right, bottom) in found:
+        column, line = ((low + high) * NINTHS // (2 * SIDE) for low, high in ((left, right), (top, bottom)))
+        shown[line * NINTHS + column] = expression
     turns = [
         {"role": "user", "content": "<image>\nWhat is in each ninth, row by row?"},
         {"role": "assistant", "content": "; ".join(shown)},

@@ -101,16 +101,15 @@ def test_emoji_lie_on_photos_of_their_own_part_with_tight_boxes(demo):
             assert (is_red == boxed).all()
 
 
-def test_its_rows_are_read_as_questions_with_one_box_after_all_that_are_seen():
-    found = [("the red star", (24, 168, 96, 240)), ("the blue star", (168, 0, 228, 60))]
-    row, _ = grounding.rows_of("shapes-test-0000", found)
-    sample = write_boxes(parse_record(row, "auto", "test.jsonl:1", 0), lambda picture: (240, 240))
-    red, blue = (
-        "<ref>the red star</ref><box>[[100, 700, 400, 1000]]</box>",
-        "<ref>the blue star</ref><box>[[700, 0, 950, 250]]</box>",
+def test_its_rows_are_read_as_questions_with_one_box():
+    row, _ = grounding.rows_of(
+        "shapes-test-0000", [("the red star", (32, 24, 160, 120)), ("the blue star", (0, 0, 9, 9))]
     )
-    assert [message.text for message in sample.messages] == ["\nWhere is <ref>the red star</ref>?", red]
-    assert sample.messages[1].reasoning == f"{blue}\n{red}"
+    sample = write_boxes(parse_record(row, "auto", "test.jsonl:1", 0), lambda picture: (320, 240))
+    assert [message.text for message in sample.messages] == [
+        "\nWhere is <ref>the red star</ref>?",
+        "<box>[[100, 100, 500, 500]]</box>",
+    ]
     assert (row["task"], sample.pictures[0].path) == ("shapes", "images/shapes-test-0000.jpeg")
 
 
