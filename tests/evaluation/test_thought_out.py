@@ -12,7 +12,7 @@ from vlm_tune.model.build import build_model
 THOUGHT = "a circle is seen, and it is not blue"
 ANSWERS = {
     "beside": {"role": "assistant", "reasoning_content": THOUGHT, "content": "red"},
-    "in the text": {"role": "assistant", "content": f"<think>\n{THOUGHT}\n</think>\n\nred"},
+    "in the text": {"role": "assistant", "content": f"<think>\n{THOUGHT}\n</think>\n\nred \n"},
     "none": {"role": "assistant", "content": "red"},
 }
 

@@ -43,6 +43,11 @@ class Message:
         """Return the text of the turn, without pictures."""
         return "".join(part for part in self.parts if isinstance(part, str))
 
+    @property
+    def written(self) -> str:
+        """Return the text of the turn with the reasoning before it."""
+        return self.reasoning + self.text
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -76,4 +81,4 @@ class Sample:
     @property
     def is_located(self) -> bool:
         """Return whether the text says where something is in a picture, which must not be mirrored or cropped then."""
-        return any("<box>" in message.reasoning + message.text for message in self.turns)
+        return any("<box>" in message.written for message in self.turns)

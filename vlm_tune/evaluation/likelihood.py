@@ -60,8 +60,7 @@ def token_losses(model: Model, test: Conversations, asked: list[tuple[Question, 
 def encode_answer(test: Conversations, question: Question, answer: str) -> Example:
     """Encode a question with an answer to its last turn, whose tokens alone are supervised."""
     turns = [replace(message, supervised=False) for message in question.sample.messages]
-    thought = "" if turns[-1].reasoning else question.reasoning  # that the row has in its text
-    turns[-1] = replace(turns[-1], parts=(thought + answer,), supervised=True)
+    turns[-1] = replace(turns[-1], parts=(question.thought + answer,), supervised=True)
     sample = replace(question.sample, messages=tuple(turns))
     return test.encoder.encode(sample, test.tiling(sample))
 

@@ -24,10 +24,15 @@ class Question:
         return next(message.text for message in reversed(self.sample.messages) if message.role == "user").strip()
 
     @property
+    def thought(self) -> str:
+        """The reasoning that the expected answer's own text begins with; "" where it has none."""
+        text = self.sample.messages[-1].text.strip()
+        return text.removesuffix(conclusion(text))
+
+    @property
     def reasoning(self) -> str:
-        """What the expected answer is thought out with; "" where it is not."""
-        last = self.sample.messages[-1]
-        return last.reasoning or last.text.removesuffix(conclusion(last.text))
+        """All that the expected answer is thought out with, beside its text and in it."""
+        return self.sample.messages[-1].reasoning + self.thought
 
     def answered(self, answer: str) -> "Prediction":
         """Return the question with a model's answer, which is not scored yet."""

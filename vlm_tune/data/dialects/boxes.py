@@ -34,7 +34,7 @@ def place_names(row: Row, messages: list[Message]) -> tuple[list[Message], tuple
     if not (names or boxes or pictures):
         return messages, ()  # a text may speak of such marks
     for mark, key, given in ((NAME_MARK, "ref", names), (BOX_MARK, "bbox", boxes)):
-        found = sum((message.reasoning + message.text).count(mark) for message in messages)
+        found = sum(message.written.count(mark) for message in messages)
         if found != len(given):
             reason = f'the turns hold {counted(found, "mark")} "{mark}", but "{key}" of "objects" lists {len(given)}'
             raise row.fault(f"{reason}. Write one mark where each belongs.")

@@ -139,7 +139,7 @@ def joined(row: Row, chosen: Sample, rejected: Sample) -> Sample:
         raise row.fault("both answers of the pair are equal: there is nothing to prefer. Remove the row.")
     if len({tuple(" ".join(text.split()) for text in each) for each in texts}) == 1:
         raise row.fault("the answers of the pair differ only in white space. Remove the row, or mend them.")
-    if chosen.boxes and any(BOX_MARK in message.reasoning + message.text for message in (better, worse)):
+    if chosen.boxes and any(BOX_MARK in message.written for message in (better, worse)):
         raise row.fault(f'"{BOX_MARK}" marks in the answers of a pair are not read. Write the boxes into the text.')
     asked = tuple(replace(message, supervised=False) for message in chosen.messages[:-1])
     better, worse = (replace(message, supervised=True) for message in (better, worse))
