@@ -110,16 +110,18 @@ def test_a_longest_pack_is_on_the_line_through_two_that_are_counted():
 
 
 @pytest.mark.slow
-def test_longest_packs_are_those_that_are_counted(toys, tmp_path):
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_longest_packs_are_those_that_are_counted(toys, tmp_path, on_gpu):
     save_llm(tmp_path, num_hidden_layers=4)
     config = load_config(replace(toys, llm=tmp_path).arguments("stage=finetune", "stage.pack_tiles=4"))
-    with open_run(config, on_gpu=True) as run:
+    with open_run(config, on_gpu) as run:
         most = needs_of(run, "mlp", 20 * 1024).total
         found = dict(longest_packs(run, most, lambda needs: needs.total))
         assert found["mlp"] == pytest.approx(20 * 1024, rel=0.05)
         assert found[False] <= found["mlp"] < found[True]
-        assert needs_of(run, True, found[True]).total == pytest.approx(most, rel=0.02)
-        assert found["offload"] > 1.1 * found[True]
+        assert ("offload" in found) == on_gpu
+        assert needs_of(run, True, found[True]).total == pytest.approx(most, rel=0.02 if on_gpu else 0.05)
+        assert not on_gpu or found["offload"] > 1.1 * found[True]
 
 
 def test_a_cpu_is_offered_no_second_memory(toys):
