@@ -82,6 +82,12 @@ def test_settings_that_are_not_taken_are_not_named(given):
     assert "conf/tuned" not in describe_sources(given, load_config(given))
 
 
+def test_a_run_of_an_experiment_names_its_file_and_none_that_is_not_there():
+    given = ["experiment=grounding"]
+    *_, rest = describe_sources(given, load_config(given)).splitlines()
+    assert rest == "all others: conf/experiment/grounding.yaml, conf/model/demo.yaml, and defaults"
+
+
 # -------------------------------------------------------------------------------------------------- runs/latest
 
 

@@ -165,7 +165,7 @@ def write_config(config: Config, path: Path) -> None:
 
 
 def describe_sources(overrides: list[str], config: Config) -> str:
-    """Describe where a run's settings come from: the command line, the file of this model in this stage, the groups."""
+    """Describe where a run's settings come from: the command line, its model's and stage's own file, others."""
     names = f"{config.model.name}_{config.stage.name}"
     path, lines = CONF / "tuned" / f"{names}.yaml", []
     if overrides:
@@ -175,7 +175,10 @@ def describe_sources(overrides: list[str], config: Config) -> str:
         tuned = flatten(OmegaConf.to_container(OmegaConf.load(path)))  # type: ignore[arg-type]
         kept = [f"{key}={value}" for key, value in tuned.items() if now.get(key) == value]
         lines.append(f"settings of conf/tuned/{names}.yaml (~tuned leaves them out): {' '.join(kept)}")
-    lines.append(f"all others: conf/stage/{config.stage.name}.yaml, conf/model/{config.model.name}.yaml, and defaults")
+    experiments = [each.replace("=", "/") for each in overrides if each.startswith("experiment=")]
+    chosen = (*experiments, f"stage/{config.stage.name}", f"model/{config.model.name}")
+    files = "".join(f"conf/{each}.yaml, " for each in chosen if (CONF / f"{each}.yaml").is_file())
+    lines.append(f"all others: {files}and defaults")
     return "\n".join(lines) + "\n"
 
 
