@@ -28,7 +28,7 @@ from vlm_tune.planning.ledger import Ledger, Operation
 from vlm_tune.planning.skeleton import fake_like, give_fakes, make_skeleton
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "workspace", "gaps", "checkpoint")
-GAPS = 0.6  # of the activations: free blocks between them, whose sizes change from step to step (measured, glibc)
+GAPS = 0.5  # of the activations: free blocks between them, whose sizes change from step to step (measured, glibc)
 UNPAGED = {
     Optimizer.paged_adamw32bit: Optimizer.adamw,  # the same numbers, but in memory that may leave the GPU
     Optimizer.paged_adamw8bit: Optimizer.adamw8bit,
