@@ -88,6 +88,15 @@ def test_a_run_of_an_experiment_names_its_file_and_none_that_is_not_there():
     assert rest == "all others: conf/experiment/grounding.yaml, conf/model/demo.yaml, and defaults"
 
 
+def test_a_choice_of_ones_own_is_named_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf/stage").mkdir(parents=True)
+    (tmp_path / "conf/stage/mine.yaml").write_text("# @package _global_\nstage: {name: mine, init_from: none}\n")
+    given = ["stage=mine"]
+    *_, rest = describe_sources(given, load_config(given)).splitlines()
+    assert rest == "all others: conf/stage/mine.yaml, conf/model/demo.yaml, and defaults"
+
+
 # -------------------------------------------------------------------------------------------------- runs/latest
 
 

@@ -175,9 +175,9 @@ def describe_sources(overrides: list[str], config: Config) -> str:
         tuned = flatten(OmegaConf.to_container(OmegaConf.load(path)))  # type: ignore[arg-type]
         kept = [f"{key}={value}" for key, value in tuned.items() if now.get(key) == value]
         lines.append(f"settings of conf/tuned/{names}.yaml (~tuned leaves them out): {' '.join(kept)}")
-    experiments = [each.replace("=", "/") for each in overrides if each.startswith("experiment=")]
-    chosen = (*experiments, f"stage/{config.stage.name}", f"model/{config.model.name}")
-    files = "".join(f"conf/{each}.yaml, " for each in chosen if (CONF / f"{each}.yaml").is_file())
+    given = next((each.partition("=")[2] for each in overrides if each.startswith("experiment=")), "")
+    chosen = {"experiment": given, "stage": config.stage.name, "model": config.model.name}
+    files = "".join(f"conf/{group}/{name}.yaml, " for group, name in chosen.items() if name in options(group))
     lines.append(f"all others: {files}and defaults")
     return "\n".join(lines) + "\n"
 
