@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from vlm_tune.config.schema import Precision
 from vlm_tune.model.build import resolve_precision
-from vlm_tune.model.kernels.attention import segment_offsets
+from vlm_tune.model.kernels.attention import key_rows, segment_offsets
 
 PICTURE, TEXT = 0, 6  # training rows: three tiles, no picture (a projector that learns then sees one blank tile)
 KERNEL = "torch_attn._varlen_attn.default"
@@ -31,6 +31,7 @@ def _fake_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     yield
     segment_offsets.cache_clear()
+    key_rows.cache_clear()
 
 
 class Called(TorchDispatchMode):
@@ -103,6 +104,15 @@ def test_a_pack_in_16_bit_takes_one_kernel_a_layer_and_waits_for_nothing(toys, s
     staged = toys.staged(*settings, "trainer.precision=bf16")
     loss, counts = step_on_gpu(staged, rows, torch.bfloat16)
     assert (loss.device.type, loss.dtype, loss.requires_grad) == ("cuda", torch.float32, True)
+    assert counts[KERNEL] == len(staged.model.vlm.llm.get_decoder().layers)
+
+
+def test_a_pack_of_trees_takes_one_kernel_a_layer_too(toys):
+    staged = toys.staged("stage=finetune", "stage.share_prefix=on", "trainer.precision=bf16")
+    rows = [PICTURE, PICTURE, TEXT]
+    assert max(staged.batch(rows).parents) >= 0
+    loss, counts = step_on_gpu(staged, rows, torch.bfloat16)
+    assert loss.device.type == "cuda"
     assert counts[KERNEL] == len(staged.model.vlm.llm.get_decoder().layers)
 
 
