@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,27 +178,30 @@ def run_demo(build: Path, seed: int, runs: Path) -> dict[str, float]:
 
 
 def compare_demos(seeds: list[int], other: Path, runs: Path) -> dict[str, Any]:
-    """Train the demo of both builds in turns; return the rows of every seed, and ours as a share of the other's."""
-    rows: dict[str, list[dict[str, float]]] = {"today": [], "ours": []}
-    for seed in seeds:
-        for name, build in (("today", other), ("ours", HERE.parent)):
-            rows[name].append(run_demo(build, seed, runs / name))
-            print("demo", name, seed, rows[name][-1], flush=True)
+    """Train the demo of both builds with each seed; return all rows, and ours as a share of the other's."""
+    rows = in_turns([(seed, runs) for seed in seeds], other, run_demo)
     middle = {name: statistics.median(row["cpu"] for row in made) for name, made in rows.items()}
     return {"seeds": seeds, **rows, "time": middle["ours"] / middle["today"]}
 
 
-def in_turns(reps: int, other: Path, run: Any, *arguments: Any) -> dict[str, Any]:
-    """Run both builds in turns; return the medians of each, and ours as a share of the other's."""
-    rows: dict[str, list[dict[str, float]]] = {"today": [], "ours": []}
-    for _ in range(reps):
-        for name, build in (("today", other), ("ours", HERE.parent)):
-            rows[name].append(run(build, *arguments))
+def compare(reps: int, other: Path, run: Any, *arguments: Any) -> dict[str, Any]:
+    """Run both builds `reps` times; return the medians of each, and ours as a share of the other's."""
+    rows = in_turns([arguments] * reps, other, run)
     middle = {
         name: {key: statistics.median(row[key] for row in made) for key in made[0]} for name, made in rows.items()
     }
     shares = {key: middle["ours"][key] / middle["today"][key] for key in ("cpu", "peak_rss_mb")}
     return {"reps": reps, **middle, "time": shares["cpu"], "memory": shares["peak_rss_mb"]}
+
+
+def in_turns(runs: Sequence[tuple[Any, ...]], other: Path, run: Any) -> dict[str, list[dict[str, float]]]:
+    """Run the other build and ours with the same arguments, one after the other, for each tuple of arguments."""
+    rows: dict[str, list[dict[str, float]]] = {"today": [], "ours": []}
+    for arguments in runs:
+        for name, build in (("today", other), ("ours", HERE.parent)):
+            rows[name].append(run(build, *arguments))
+            print(name, *arguments, rows[name][-1], flush=True)
+    return rows
 
 
 def processor() -> str:
@@ -223,13 +227,13 @@ def main() -> None:
     made = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     made["processor"] = processor()
     for precision in options.packs:
-        found = in_turns(options.reps, other, run_packs, precision, options.steps)
+        found = compare(options.reps, other, run_packs, precision, options.steps)
         made.setdefault("pack8192", {})[precision] = found
         made.setdefault("pack8192_memory_vs_today", {})[precision] = found["memory"]
         made.setdefault("pack8192_time_vs_today", {})[precision] = found["time"]
     for name, size in (("w2", "2"), ("w3", "8")) if options.work is not None else ():
         work = ["--workload", name, "--bs", size, "--steps", "8"]
-        made[name] = in_turns(options.reps, other, run_work, options.work.resolve(), *work)
+        made[name] = compare(options.reps, other, run_work, options.work.resolve(), *work)
         made[f"{name}_vs_today"] = 1 / made[name]["time"]
         made[f"{name}_memory_vs_today"] = made[name]["memory"]
     if options.work is not None and options.peers is not None:

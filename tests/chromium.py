@@ -14,7 +14,10 @@ from typing import Any, Self
 
 FOUND = shutil.which("chromium") or shutil.which("google-chrome")
 WAIT = 60.0  # seconds for something to become true on a page, on a busy machine too
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe")
+FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe"),
+    *("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"),  # a camera that shows a test picture
+)
 
 
 class Chromium:

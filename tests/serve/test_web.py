@@ -85,12 +85,17 @@ def fill(page, selector, text):
     )
 
 
+def click(page, selector):
+    page.wait_for(f"!!document.querySelector({selector!r})")
+    page.see(f"document.querySelector({selector!r}).click()")
+
+
 def ask(page, question):
     fill(page, "#question textarea", question)
     page.wait_for(f"document.querySelector('#question textarea').value === {question!r}")
     time.sleep(0.3)  # the page hands a field's value on a moment after it was typed
     page.wait_for("!document.querySelector('#ask').disabled")
-    page.see("document.querySelector('#ask').click()")
+    click(page, "#ask")
 
 
 def text_of(number):
@@ -125,7 +130,7 @@ def test_a_picture_is_uploaded_asked_about_by_two_models_and_cleared(page, sides
     for width in (1280, 390):
         page.photograph(PHOTOS / f"web_{width}.png", width)
         assert page.see("document.documentElement.scrollWidth <= window.innerWidth"), f"too wide at {width} pixels"
-    page.see("document.querySelector('#clear').click()")
+    click(page, "#clear")
     page.wait_for(f"!{text_of(0)}.includes('What colour?') && !{text_of(1)}.includes('What colour?')")
     ask(page, "What colour?")  # of no picture now: nothing is remembered
     alone = Chat(sides[0].speaker.model, sides[0].speaker.config).ask("What colour?", LIMIT)
@@ -134,19 +139,45 @@ def test_a_picture_is_uploaded_asked_about_by_two_models_and_cleared(page, sides
 
 @in_a_browser
 def test_an_example_of_the_test_set_fills_the_question(page):
-    page.see("document.querySelector('tbody tr, .gallery-item').click()")
+    click(page, "tbody tr, .gallery-item")
     page.wait_for("!!document.querySelector('#picture img')")
     page.wait_for("document.querySelector('#question textarea').value === 'What shape?'")
 
 
 @in_a_browser
+def test_a_picture_is_pasted(page):
+    page.ask("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
+    page.ask("Page.bringToFront")
+    page.see(
+        "(async () => { const canvas = document.createElement('canvas'); canvas.width = canvas.height = 40;"
+        "canvas.getContext('2d').fillRect(5, 5, 20, 20);"
+        "const blob = await new Promise((done) => canvas.toBlob(done, 'image/png'));"
+        "await navigator.clipboard.write([new ClipboardItem({'image/png': blob})]); })()"
+    )
+    click(page, "#picture button[aria-label='Paste from clipboard']")
+    page.wait_for("document.querySelector('#picture img').naturalWidth === 40")
+
+
+@in_a_browser
+def test_a_picture_is_taken_by_the_camera(page):
+    click(page, "#picture button[aria-label='Capture from camera']")
+    click(page, "#picture [title='grant webcam access'] button")
+    page.wait_for("document.querySelector('#picture video').videoWidth > 0")
+    click(page, "#picture button[aria-label='capture photo']")
+    width = page.wait_for("document.querySelector('#picture img[src*=\"/file=\"]').naturalWidth")
+    assert width > 100
+    ask(page, "What is it?")
+    page.wait_for("!!document.querySelector('#side1 img')")
+
+
+@in_a_browser
 def test_stop_ends_an_answer_and_frees_the_model(page, sides):
-    page.see("document.querySelector('#settings button').click()")
+    click(page, "#settings button")
     page.wait_for("!!document.querySelector('#limit input[type=number]')")
     fill(page, "#limit input[type=number]", "1900")
     ask(page, "Hello")
     page.wait_for(f"{text_of(1)}.length > 60")
-    page.see("document.querySelector('#stop').click()")
+    click(page, "#stop")
     time.sleep(1)
     length = page.see(f"{text_of(1)}.length")
     time.sleep(1)
@@ -157,7 +188,7 @@ def test_stop_ends_an_answer_and_frees_the_model(page, sides):
 
 @in_a_browser
 def test_no_question_is_no_error_of_the_program(page):
-    page.see("document.querySelector('#ask').click()")
+    click(page, "#ask")
     page.wait_for("document.body.innerText.includes('write a question first')")
 
 
