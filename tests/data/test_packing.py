@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_tune.data.packing import WINDOW, plan_batches, plan_packs
+from vlm_tune.data.packing import WINDOW, plan_batches, plan_packs, plan_trees
+from vlm_tune.data.sizes import Index
 
 SIZES = st.lists(st.tuples(st.integers(1, 300), st.integers(0, 9)), min_size=1, max_size=150)
 BUDGET = st.tuples(st.integers(20, 400), st.integers(1, 14))
@@ -51,6 +52,19 @@ def test_a_row_that_is_named_several_times_is_packed_as_often(sizes, budget, rep
 def test_a_sample_goes_into_the_emptiest_pack_that_has_room():
     tokens, tiles = columns([(60, 1), (50, 1), (40, 1), (35, 1)])
     assert list(plan_packs(np.arange(4), tokens, tiles, (100, 9))) == [[0, 3], [1, 2]]
+
+
+@pytest.mark.parametrize(("head_tokens", "budget", "pictures"), [(20, 960, 10), (1800, 8192, 4)])
+def test_a_pack_of_trees_shows_about_half_as_many_pictures_as_one_of_rows_or_more(head_tokens, budget, pictures):
+    """36 pictures with nine rows each that have 20 tokens of their own: 24 and 4 rows would fill a pack unshared."""
+    count = 9 * 36
+    heads = np.repeat(np.arange(1, 37), 9)
+    same = {"tokens": head_tokens + 20, "supervised": 5, "tiles": 1, "content": 0, "head_tokens": head_tokens}
+    columns = {name: np.full(count, value, np.int32) for name, value in same.items()}
+    index = Index(rows=np.arange(count), head=heads.astype(np.uint64), pictures=heads.astype(np.uint64), **columns)
+    packs = plan_trees(np.arange(count), index, (budget, 99))
+    assert sorted(row for pack in packs for row in pack) == list(range(count))
+    assert np.mean([len(set(heads[pack])) for pack in packs]) >= pictures
 
 
 def test_a_pack_without_room_for_tiles_is_passed_over():
