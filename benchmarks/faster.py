@@ -154,7 +154,7 @@ def compare_questions(reps: int, other: Path, work: Path, peers: Path) -> dict[s
                 shares = ["--share", "1"] if name == "ours" else []
                 found = run_work(HERE.parent if name == "ours" else other, made, *options, *shares)
             rows[name].append(found["cpu"] / found["samples"])
-    return {"reps": reps} | {name: statistics.median(row) for name, row in rows.items()}
+    return {"processor": processor(), "reps": reps} | {name: statistics.median(row) for name, row in rows.items()}
 
 
 def run_demo(build: Path, seed: int, runs: Path) -> dict[str, float]:
@@ -181,7 +181,7 @@ def compare_demos(seeds: list[int], other: Path, runs: Path) -> dict[str, Any]:
     """Train the demo of both builds with each seed; return all rows, and ours as a share of the other's."""
     rows = in_turns([(seed, runs) for seed in seeds], other, run_demo)
     middle = {name: statistics.median(row["cpu"] for row in made) for name, made in rows.items()}
-    return {"seeds": seeds, **rows, "time": middle["ours"] / middle["today"]}
+    return {"processor": processor(), "seeds": seeds, **rows, "time": middle["ours"] / middle["today"]}
 
 
 def compare(reps: int, other: Path, run: Any, *arguments: Any) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def compare(reps: int, other: Path, run: Any, *arguments: Any) -> dict[str, Any]
         name: {key: statistics.median(row[key] for row in made) for key in made[0]} for name, made in rows.items()
     }
     shares = {key: middle["ours"][key] / middle["today"][key] for key in ("cpu", "peak_rss_mb")}
-    return {"reps": reps, **middle, "time": shares["cpu"], "memory": shares["peak_rss_mb"]}
+    return {"processor": processor(), "reps": reps, **middle, "time": shares["cpu"], "memory": shares["peak_rss_mb"]}
 
 
 def in_turns(runs: Sequence[tuple[Any, ...]], other: Path, run: Any) -> dict[str, list[dict[str, float]]]:
