@@ -232,6 +232,12 @@ PARTS = {
 }
 
 
+def test_the_readme_names_every_experiment():
+    table = text_of(README).partition("### Ready-made experiments")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`(\w+)`", table))
+    assert {path.stem for path in (ROOT / "conf/experiment").glob("*.yaml")} == named
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_both_readmes_hold_the_same_in_the_same_order(part: str) -> None:
     english, chinese = (re.findall(PARTS[part], text_of(path), re.MULTILINE) for path in (README, CHINESE))
