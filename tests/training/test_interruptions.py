@@ -62,6 +62,26 @@ def test_a_stop_during_the_start_shows_no_traceback(seconds):
         assert process.returncode in (2, 130) or (process.returncode == -signal.SIGINT and is_outside)
 
 
+WRAPPED = """
+import runpy, sys
+class Finder:
+    def find_spec(self, name, *given):
+        if name == "vlm_tune.cli":
+            raise RuntimeError("Error calling __set_name__") from {error}
+sys.meta_path.insert(0, Finder())
+runpy.run_module("vlm_tune", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(("error", "code", "is_said"), [("KeyboardInterrupt()", 130, False), ("ValueError()", 1, True)])
+def test_a_stop_is_one_too_where_an_import_wraps_it_in_another_error(error, code, is_said):
+    """Python 3.11 makes a RuntimeError of what happens while a class names its fields."""
+    ended = subprocess.run(
+        [sys.executable, "-c", WRAPPED.format(error=error)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (ended.returncode, "Traceback" in ended.stderr) == (code, is_said)
+
+
 # ------------------------------------------------------------------------------------- a checkpoint that lies
 
 
