@@ -159,6 +159,7 @@ def compare_questions(reps: int, other: Path, work: Path, peers: Path) -> dict[s
 
 def run_demo(build: Path, seed: int, runs: Path) -> dict[str, float]:
     """Train both stages of the demo; return the processor seconds of all that ran, and what the photos' test scored."""
+    runs /= "ours" if build == HERE.parent else "today"  # neither reads what the other has cached
     paths = EVERYBODY | {"PYTHONPATH": str(build), "VLM_TUNE_CACHE": str(runs / "cache")}
     prepare = "from vlm_tune.recipes.recipe import run_recipe as run; run('demo'), run('demo_llm'), run('demo_vision')"
     subprocess.run([sys.executable, "-P", "-c", prepare], check=True, env=os.environ | paths)
