@@ -175,7 +175,7 @@ def emoji_pictures(
 
 
 def places(dice: random.Random, forms: list[tuple[float, float]]) -> list[Box]:
-    """Return boxes in pixels for things of these relative widths and heights, each in a row and column of its own."""
+    """Return boxes in pixels for things of these relative widths and heights, each in a place of its own."""
     boxes: list[Box] = []
     for number, form in zip(dice.sample(range(LINES**2), len(forms)), forms, strict=True):
         longer = dice.choice(LONGER)

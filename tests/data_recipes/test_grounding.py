@@ -70,7 +70,7 @@ def test_a_picture_of_one_shape_shows_nothing_else(few):
     assert not {name for name, _, _ in alone} & {name for name, _, _ in grounding.shape_pictures("train")}
 
 
-def test_each_box_lies_in_a_row_and_column_of_its_own_and_ends_where_cells_do():
+def test_each_box_lies_in_a_place_of_its_own_and_ends_where_cells_do():
     boxes = grounding.places(random.Random(0), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.7), (1.0, 1.0)] * 4)
     assert all(edge % grounding.CELL == 0 for box in boxes for edge in box)
     assert {grounding.place(box) for box in boxes} == {(x, y) for x in (0, 250, 500, 750) for y in (0, 250, 500, 750)}

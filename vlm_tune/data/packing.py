@@ -41,8 +41,8 @@ def plan_packs(
 def plan_trees(order: npt.NDArray[np.int64], index: Index, budget: tuple[int, int]) -> list[list[int]]:
     """Plan packs as `plan_packs` does, with rows of one head together in a tree, whose head costs its size once.
 
-    A tree grows to at most TREE_GROWTH times its first row, so that a pack shows about half as many pictures as without
-    sharing, or more; trees of one picture go to packs at random.
+    A tree grows to TREE_GROWTH times its first row and to the budget at most, so that a pack shows about half as many
+    pictures as without sharing, or more; trees of one picture go to packs at random.
     """
     trees: list[list[int]] = []
     sizes: list[tuple[int, int]] = []
