@@ -1,12 +1,13 @@
 """Compare `plan` with real runs on this CPU: peak memory and seconds a step; write results/plan.json.
 
-COMMAND: python benchmarks/plan.py [--only NAME,NAME] [--reps 3]
+COMMAND: python benchmarks/plan.py [--only "NAME;NAME"] [--reps 3]
 measured_mb   the largest private memory of a few steps (Linux: VmHWM, set back when the model is loaded, less RssFile),
               less RssAnon before the model is loaded, when the libraries and the tokenizer have been there once. Pages
               of files are no part of it: of the libraries' code, and of weight files, out of which weights are copied
 measured_s    the median processor seconds of an optimizer step by one thread, which others on the machine do not
               change; reading of rows, the first two steps and the last left out, beside which a checkpoint is written
-Prediction and run are processes of their own, one after the other, `reps` times in turns; the file holds medians.
+Prediction and run are processes of their own, one after the other, `reps` times in turns; the file holds medians. With
+--only the rows of those configurations alone are written anew.
 """
 
 import argparse
@@ -143,13 +144,15 @@ def main() -> None:
         made = (measure if options.do == "measure" else predict)(options.arguments)
         print("RESULT", json.dumps(made))
         return
-    chosen = {name: given for name, given in CONFIGS.items() if not options.only or name in options.only.split(";")}
-    rows = []
-    for name, given in chosen.items():
+    chosen = options.only.split(";") if options.only else list(CONFIGS)
+    if unknown := [name for name in chosen if name not in CONFIGS]:
+        parser.error(f"no such configuration: {unknown}; choose from {list(CONFIGS)}")
+    rows = {row["config"]: row for row in json.loads(RESULTS.read_text(encoding="utf-8"))} if options.only else {}
+    for name in chosen:
         found: dict[str, list[dict[str, float]]] = {"predict": [], "measure": []}
         for _ in range(options.reps):
             for kind, made in found.items():
-                command = [sys.executable, __file__, "--do", kind, "--", *COMMON, *given]
+                command = [sys.executable, __file__, "--do", kind, "--", *COMMON, *CONFIGS[name]]
                 done = subprocess.run(
                     command, capture_output=True, text=True, check=False, env=os.environ | ENVIRONMENT
                 )
@@ -161,13 +164,12 @@ def main() -> None:
             row |= {
                 f"{label}_{key}": round(statistics.median(each[key] for each in found[kind]), 3) for key in ("mb", "s")
             }
-        rows.append(row)
+        rows[name] = row
         off = {key: row[f"predicted_{key}"] / row[f"measured_{key}"] - 1 for key in ("mb", "s")}
         memory = f"{row['predicted_mb']:7.0f} of {row['measured_mb']:7.0f} MB ({off['mb']:+.1%})"
         seconds = f"{row['predicted_s']:6.2f} of {row['measured_s']:6.2f} s ({off['s']:+.1%})"
         print(f"{name:34} {memory}   {seconds}", flush=True)
-        if not options.only:
-            RESULTS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        RESULTS.write_text(json.dumps(list(rows.values()), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
