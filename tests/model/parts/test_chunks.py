@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
 from vlm_tune.errors import ConfigError
-from vlm_tune.model.kernels.gate import join_gates
+from vlm_tune.model.kernels.elementwise import join_gates
 from vlm_tune.model.parts import chunks, layers
 from vlm_tune.model.parts.chunks import chunk_mlp
 from vlm_tune.model.parts.stage import keep_less, trained_parameters

@@ -11,7 +11,7 @@ from torch import nn
 
 from vlm_tune.config.schema import Config, LoraConfig, StageConfig, Strategy, Train
 from vlm_tune.errors import ConfigError
-from vlm_tune.model.kernels.gate import join_gates
+from vlm_tune.model.kernels.elementwise import join_gates, join_rotations
 from vlm_tune.model.kernels.kept import spare
 from vlm_tune.model.kernels.last import read_rows
 from vlm_tune.model.kernels.lora import spare_casts
@@ -62,6 +62,7 @@ def apply_stage(model: VisionLanguageModel, config: Config) -> list[PartSummary]
             parameter.data = parameter.data.float()
     join_norms(model)
     join_gates(model)
+    join_rotations(model.llm)
     read_rows(model.llm.get_decoder())
     set_aids(model, stage)
     set_modes(model, stage)
