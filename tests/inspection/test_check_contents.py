@@ -171,9 +171,14 @@ def test_nothing_is_compared_where_nothing_is_held_out(check):
 
 @pytest.mark.parametrize(("second", "others"), [("0.bmp", ", and other rows show the same pictures"), ("1.bmp", "")])
 def test_rows_that_are_put_aside_may_share_their_pictures(check, second, others):
-    found = check([row("0.bmp"), row(second, "Other?")])
-    assert f"validation no file for it: 2% of the rows are put aside{others} " in found.words + " "
+    found = check([row("0.bmp"), row(second, "Other?")], "data.val_share=0.5")
+    assert f"validation no file for it: 50% of the rows are put aside{others} " in found.words + " "
     assert ("other rows show" in found.words) == bool(others)
+
+
+def test_too_few_rows_to_put_any_aside_are_told(check):
+    found = check([row("0.bmp"), row("1.bmp")])
+    assert "validation none: no file for it, and 2% of 2 rows is less than one" in found.words
 
 
 def test_held_out_rows_that_cannot_be_read_are_told(check):

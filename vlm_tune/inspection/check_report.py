@@ -162,8 +162,13 @@ def facts(report: dict[str, Any]) -> dict[str, str]:
         told["short answers"] = answers_in_words(report["answers"])
     told |= {Path(held["path"]).name: shared_in_words(held) for held in report["shared"]}
     if settings["val_share"] and all(held["part"] != "val" for held in report["shared"]):
+        share, rows = f"{settings['val_share']:.0%}", trained["rows"]
         others = "" if images["distinct"] == images["found"] else ", and other rows show the same pictures"
-        told["validation"] = f"no file for it: {settings['val_share']:.0%} of the rows are put aside{others}"
+        told["validation"] = (
+            f"no file for it: {share} of the rows are put aside{others}"
+            if int(rows * settings["val_share"])
+            else f"none: no file for it, and {share} of {counted(rows, 'row')} is less than one"
+        )
     return told
 
 
