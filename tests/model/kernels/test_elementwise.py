@@ -72,10 +72,10 @@ def test_the_gradient_is_right_where_both_halves_have_angles_of_their_own():
     assert torch.autograd.gradcheck(lambda query, key: rotate(query, key, *angles), inputs)
 
 
-def test_transformers_itself_is_left_as_it_is():
+def test_one_attention_has_the_function_and_transformers_itself_is_left_as_it_is():
     before = modeling_llama.apply_rotary_pos_emb
     joined = make_attention(LlamaConfig, LlamaAttention, torch.float32, True)
-    assert "forward" in vars(joined)
+    assert joined.forward.__func__.__globals__["apply_rotary_pos_emb"] is rotate
     assert modeling_llama.apply_rotary_pos_emb is before
     assert LlamaAttention.forward.__globals__["apply_rotary_pos_emb"] is before
 
