@@ -25,7 +25,7 @@ from vlm_tune.data.sets.dataset import Conversations
 from vlm_tune.data.sets.index import Findings, refuse_faults, write_faults
 from vlm_tune.data.sets.micro_batches import Handed, MicroBatches
 from vlm_tune.data.sets.mixture import Mixture, is_augmented, open_data, open_sizes
-from vlm_tune.data.sets.paths import find_file, sibling
+from vlm_tune.data.sets.paths import find_file, num_put_aside, sibling
 from vlm_tune.data.sizes import Index
 from vlm_tune.data.stream import BatchStream, Cursor, MicroBatch, StreamSettings
 from vlm_tune.errors import CheckpointError, DataError, TrainingError, VlmTuneError
@@ -166,7 +166,7 @@ class DataModule(L.LightningDataModule):
     def _split(self) -> None:
         assert self.train is not None
         total = len(self.train.index)
-        num_val = min(int(total * self.config.data.val_share), self.config.trainer.max_val_rows)
+        num_val = num_put_aside(total, self.config)
         if num_val == 0:
             return
         order = np.random.default_rng(0).permutation(total)  # the split belongs to the data, not to the run's seed

@@ -16,6 +16,7 @@ from rich.text import Text
 from vlm_tune import __version__
 from vlm_tune.config.schema import Config
 from vlm_tune.data.fit import EncoderSettings
+from vlm_tune.data.sets.paths import num_put_aside
 from vlm_tune.data.text.positions import NAME
 from vlm_tune.inspection.check_alpha import alpha_fact
 from vlm_tune.inspection.check_rows import Findings
@@ -65,6 +66,7 @@ def summarise(found: Findings, config: Config, settings: EncoderSettings) -> dic
             "format": data.format,
             "alpha": data.image.alpha,
             "val_share": data.val_share if data.val == "auto" else 0.0,
+            "num_put_aside": num_put_aside(trained["rows"], config),
         },
         "version": __version__,
     }
@@ -166,7 +168,7 @@ def facts(report: dict[str, Any]) -> dict[str, str]:
         others = "" if images["distinct"] == images["found"] else ", and other rows show the same pictures"
         told["validation"] = (
             f"no file for it: {share} of the rows are put aside{others}"
-            if int(rows * settings["val_share"])
+            if settings["num_put_aside"]
             else f"none: no file for it, and {share} of {counted(rows, 'row')} is less than one"
         )
     return told

@@ -22,28 +22,26 @@ ALIKE = [(LlamaConfig, LlamaAttention), (Qwen2Config, Qwen2Attention), (Qwen3Con
 ALIKE += [(MistralConfig, MistralAttention)]
 
 
-def make_attention(config, kind, dtype, joined):
+def make_attention(config, kind, joined):
     torch.manual_seed(0)
-    attention = kind(config(**SIZES), 0).to(dtype)
+    attention = kind(config(**SIZES), 0)
     if joined:
         join_rotations(nn.Sequential(attention))
     return attention
 
 
-def outcome(attention, dtype, angles=torch.float32):
-    inputs = torch.randn(2, 7, 48, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+def outcome(attention):
+    inputs = torch.randn(2, 7, 48, generator=torch.Generator().manual_seed(1)).requires_grad_()
     positions = torch.arange(7).expand(2, 7) + 100
-    embedded = LlamaRotaryEmbedding(LlamaConfig(**SIZES))(torch.empty(0, dtype=angles), positions)
+    embedded = LlamaRotaryEmbedding(LlamaConfig(**SIZES))(torch.empty(0), positions)
     output, _ = attention(inputs, position_embeddings=embedded, attention_mask=None)
-    output.backward(torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output.dtype))
+    output.backward(torch.randn(output.shape, generator=torch.Generator().manual_seed(2)))
     return output, inputs.grad, attention.k_proj.weight.grad
 
 
 @pytest.mark.parametrize(("config", "kind"), ALIKE)
 def test_attention_and_its_gradients_equal_those_of_transformers(config, kind):
-    ours, theirs = (
-        outcome(make_attention(config, kind, torch.float32, joined), torch.float32) for joined in (True, False)
-    )
+    ours, theirs = (outcome(make_attention(config, kind, joined)) for joined in (True, False))
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
 
@@ -74,7 +72,7 @@ def test_the_gradient_is_right_where_both_halves_have_angles_of_their_own():
 
 def test_one_attention_has_the_function_and_transformers_itself_is_left_as_it_is():
     before = modeling_llama.apply_rotary_pos_emb
-    joined = make_attention(LlamaConfig, LlamaAttention, torch.float32, True)
+    joined = make_attention(LlamaConfig, LlamaAttention, True)
     assert joined.forward.__func__.__globals__["apply_rotary_pos_emb"] is rotate
     assert modeling_llama.apply_rotary_pos_emb is before
     assert LlamaAttention.forward.__globals__["apply_rotary_pos_emb"] is before

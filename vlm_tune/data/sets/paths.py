@@ -1,4 +1,4 @@
-"""Where the files of a run are: a path as it is written, a recipe's file, and the files next to it."""
+"""Where a run's files are: a path as written, a recipe's file, those next to it; and the rows held out without one."""
 
 from difflib import get_close_matches
 from pathlib import Path
@@ -35,6 +35,11 @@ def sibling(path: str, part: str) -> Path | None:
         if name != train.name and train.with_name(name).is_file():
             return train.with_name(name)
     return None
+
+
+def num_put_aside(num_rows: int, config: Config) -> int:
+    """Count the rows that are put aside for validation where there is no file for it."""
+    return min(int(num_rows * config.data.val_share), config.trainer.max_val_rows)
 
 
 def find_test(config: Config) -> Path | None:

@@ -1,7 +1,6 @@
 """What a decoder layer computes element by element, each as one function: the MLP's gate, and rotary positions."""
 
 from functools import partial
-from inspect import unwrap
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch.nn.functional import silu
 from transformers.models.llama.modeling_llama import LlamaMLP, apply_rotary_pos_emb
 
 from vlm_tune.model.kernels.kept import made_again
-from vlm_tune.model.kernels.norm import has_code_of
+from vlm_tune.model.kernels.norm import has_code_of, is_same_code
 
 ROTARY = "apply_rotary_pos_emb"  # as every modeling file of transformers names it
 
@@ -75,18 +74,12 @@ def join_rotations(model: nn.Module) -> None:
     for module in model.modules():
         forward = type(module).forward
         names = getattr(forward, "__globals__", {})  # none: the function is not one of Python
-        if "forward" not in vars(module) and ROTARY in names and _code(names[ROTARY]) == _code(apply_rotary_pos_emb):
+        if "forward" not in vars(module) and ROTARY in names and is_same_code(names[ROTARY], apply_rotary_pos_emb):
             joined = FunctionType(
                 forward.__code__, names | {ROTARY: rotate}, forward.__name__, forward.__defaults__, forward.__closure__
             )
             joined.__kwdefaults__ = forward.__kwdefaults__
             module.forward = MethodType(joined, module)
-
-
-def _code(function: Any) -> tuple[Any, ...]:
-    function = unwrap(function)
-    code = function.__code__
-    return code.co_code, code.co_names, [each for each in code.co_consts if each != function.__doc__]
 
 
 def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
@@ -111,27 +104,15 @@ class Rotation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor, None, None]:  # noqa: D102
         cos, sin = ctx.saved_tensors
-        d_query, d_key = (_turn_back(gradient, cos, sin) for gradient in gradients)
+        d_query, d_key = (_turn(gradient, cos, sin, is_back=True) for gradient in gradients)
         return d_query, d_key, None, None
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(a, b) -> (a*cos - b*sin, b*cos + a*sin), the halves of x (..., d)."""
-    first, second = _halves(x.shape[-1])
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, is_back: bool = False) -> Tensor:
+    """(a, b) -> (a*cos - b*sin, b*cos + a*sin), the halves of x (..., d); `is_back` multiplies by the transpose."""
+    first, second = (..., slice(x.shape[-1] // 2)), (..., slice(x.shape[-1] // 2, None))
     turned = x * cos
-    turned[first].addcmul_(x[second], sin[first], value=-1)
-    turned[second].addcmul_(x[first], sin[second])
+    for own, other, sign in ((first, second, -1), (second, first, 1)):
+        angles, way = (sin[other], -sign) if is_back else (sin[own], sign)
+        turned[own].addcmul_(x[other], angles, value=way)
     return turned
-
-
-def _turn_back(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The transpose of `_turn`, which is its inverse where both halves have the same angles."""
-    first, second = _halves(x.shape[-1])
-    turned = x * cos
-    turned[first].addcmul_(x[second], sin[second])
-    turned[second].addcmul_(x[first], sin[first], value=-1)
-    return turned
-
-
-def _halves(size: int) -> tuple[Any, Any]:
-    return (..., slice(size // 2)), (..., slice(size // 2, None))

@@ -25,7 +25,12 @@ def join_norms(model: nn.Module) -> None:
 
 def has_code_of(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Return whether a module's forward function is that of another kind, whatever it is called or wrapped in."""
-    ours, theirs = (getattr(unwrap(each.forward), "__code__", None) for each in (type(module), kind))
+    return is_same_code(type(module).forward, kind.forward)
+
+
+def is_same_code(one: Any, other: Any) -> bool:
+    """Return whether two functions, whatever they are called or wrapped in, are the same code."""
+    ours, theirs = (getattr(unwrap(each), "__code__", None) for each in (one, other))
     return all(getattr(ours, part, None) == getattr(theirs, part) for part in ("co_code", "co_names", "co_consts"))
 
 
