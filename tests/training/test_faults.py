@@ -1,5 +1,6 @@
 """What goes wrong in the middle of a run is named, and the steps that were done are saved: it goes on bit by bit."""
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -121,6 +122,45 @@ def test_a_killed_data_worker_loses_no_step(settings, monkeypatch):
     run = only_run(settings)
     assert [path.name for path in checkpoints(run)] == ["step_00000001.ckpt"]
     assert train(settings("resume=last", "data.workers=0", "data.val=none")) == run
+
+
+def test_a_worker_that_ends_with_batches_in_hand_is_named(toys, monkeypatch):
+    handlers = torch.utils.data._utils.signal_handling
+    monkeypatch.setattr(handlers, "_set_SIGCHLD_handler", lambda: None)
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler speaks at once, or a moment too late
+    try:
+        batches = iter(toys.staged("data.workers=1").data.train_dataloader())
+        next(batches)
+        time.sleep(1)  # the next ones are ready
+        (worker,) = multiprocessing.active_children()
+        worker.kill()
+        worker.join()
+        monkeypatch.setattr(worker, "is_alive", lambda: True)  # as long as the system clears up
+        with pytest.raises(RuntimeError, match="DataLoader worker"):
+            list(batches)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def test_our_own_error_is_told_where_one_of_a_library_replaces_it(settings, monkeypatch):
+    def replaced(*_):
+        try:
+            raise TrainingError("this is what happened")
+        finally:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    monkeypatch.setattr(VlmModule, "training_step", replaced)
+    with pytest.raises(TrainingError, match="this is what happened"):
+        train(settings())
+
+
+def test_an_error_of_the_program_in_a_worker_is_not_taken_for_its_end(settings, monkeypatch):
+    def broken(self, item):
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(MicroBatches, "__getitem__", broken)
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        train(settings("data.workers=1"))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

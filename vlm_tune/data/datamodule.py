@@ -91,7 +91,10 @@ class TimedLoader(DataLoader[Batch | VlmTuneError]):
             batch: Batch | VlmTuneError | None = next(batches, None)
         except (RuntimeError, OSError, EOFError) as error:
             if not patience.lost:
-                raise
+                if isinstance(error, RuntimeError) or str(error).startswith("Caught "):
+                    raise
+                # a batch lies in the memory of its worker, which cannot be reached any more
+                raise RuntimeError("DataLoader worker ended before a batch was fetched from it") from error
             raise TrainingError(
                 f"process {patience.lost} should read data, and has neither computed nor read for {STILL:.0f} s: it is "
                 "ended. Go on with resume=last; data.workers=0 reads in the main process"

@@ -14,9 +14,9 @@ from vlm_tune.data.pictures.anyres import Spread
 from vlm_tune.data.tiles import normalize
 from vlm_tune.model.kernels.attention import Segments
 from vlm_tune.model.kernels.exchange import of_all
-from vlm_tune.model.kernels.in_parts import is_long, loss_in_parts
 from vlm_tune.model.kernels.last import last_layer
 from vlm_tune.model.kernels.loss import supervised_loss, token_losses
+from vlm_tune.model.kernels.packs_cpu import is_long, loss_in_parts, rounded_up
 from vlm_tune.model.parts.experts import unevenness
 from vlm_tune.model.parts.projector import Projector
 from vlm_tune.model.parts.vision import VisionEncoder
@@ -143,6 +143,8 @@ class VisionLanguageModel(nn.Module):
         return self._loss(embeddings, batch)
 
     def _loss(self, embeddings: Tensor, batch: Batch) -> Tensor:
+        if not self._spreads:  # a router counts every token
+            embeddings, batch = rounded_up(embeddings, batch)
         decoded, head = self._decode(embeddings, batch), self.llm.get_output_embeddings()
         rows = self._read(decoded, batch)
         if batch.answers is None:
@@ -152,7 +154,7 @@ class VisionLanguageModel(nn.Module):
             is_token = None if batch.segments else _is_token(batch.position_ids)
             uneven = unevenness(decoded.router_logits, self.llm.config, is_token)
             return loss + self.router_loss * uneven * batch.weights.sum()  # its share of the optimizer step
-        losses = token_losses(rows, head, batch.targets).split(batch.answers)
+        losses = token_losses(rows, head, batch.targets)[: sum(batch.answers)].split(batch.answers)
         return -torch.stack([each.sum() for each in losses]).view(-1, 2)
 
     def read(self, embeddings: Tensor, batch: Batch) -> Tensor:

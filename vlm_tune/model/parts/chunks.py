@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from vlm_tune.model.kernels.in_parts import added
+from vlm_tune.model.kernels.packs_cpu import added
 
 TOKENS = 2048  # of a chunk, at most
 

@@ -7,7 +7,7 @@ import torch
 
 from vlm_tune.config.schema import Config
 from vlm_tune.data.batch import Batch
-from vlm_tune.errors import Stopped, TrainingError
+from vlm_tune.errors import Stopped, TrainingError, VlmTuneError
 from vlm_tune.model.find_batch import is_full
 from vlm_tune.training.callbacks.ranks import WatchRanks
 from vlm_tune.training.callbacks.stop import StopWhenAsked
@@ -42,15 +42,22 @@ def find(trainer: L.Trainer, kind: type) -> Any:
 
 
 def explain(error: BaseException, trainer: L.Trainer, config: Config) -> Exception | None:
-    """Return our own error for one of a library; None where it is the program's own fault."""
-    text = str(error)
+    """Return our own error for one of a library; None where it is the program's own fault.
+
+    torch raises an error whenever a data worker ends, also while one of ours is on its way: that one is returned.
+    """
+    text, before = str(error), error.__context__
+    while before is not None:
+        if isinstance(before, (VlmTuneError, Stopped)):
+            return before
+        before = before.__context__
     first = text.splitlines()[0] if text else type(error).__name__
     lost = find(trainer, WatchRanks).lost
     if lost:
         return TrainingError(f"{lost}. The other processes have ended: start all of them again with resume=last")
     if is_full(error):
         return TrainingError(out_of_memory(first, find(trainer, LastBatch).said, config))
-    if "DataLoader worker" in text:
+    if "DataLoader worker" in text and not text.startswith("Caught "):  # Caught: its own error
         asked = find(trainer, StopWhenAsked).asked
         if asked:  # the signal reached the workers too, and ended them before the step could end
             return Stopped(trainer.global_step, asked)
