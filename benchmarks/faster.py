@@ -232,8 +232,8 @@ def main() -> None:
         made.setdefault("pack8192", {})[precision] = found
         made.setdefault("pack8192_memory_vs_today", {})[precision] = found["memory"]
         made.setdefault("pack8192_time_vs_today", {})[precision] = found["time"]
-    for name, size in (("w2", "2"), ("w3", "8")) if options.work is not None else ():
-        work = ["--workload", name, "--bs", size, "--steps", "8"]
+    for name, size, steps in (("w2", "2", "16"), ("w3", "8", "32")) if options.work is not None else ():
+        work = ["--workload", name, "--bs", size, "--steps", steps]
         made[name] = compare(options.reps, other, run_work, options.work.resolve(), *work)
         made[f"{name}_vs_today"] = 1 / made[name]["time"]
         made[f"{name}_memory_vs_today"] = made[name]["memory"]

@@ -43,6 +43,7 @@ KINDS = {  # where the run starts, and what it changes
     "llava": ("llava", (f"model.tiles={PAD}", *LLAVA, ALL)),
     "llava next": ("llava next", (f"model.tiles={ANYRES}", *LLAVA)),
 }
+SLOW = {"joined, vision too", "native, rank-stabilised", "native, frozen projector", "native, other tiles"}
 HAS_BASE = {"joined", "joined, vision too", "native, other tiles", "llava next"}  # whose newline is in no module
 
 
@@ -75,7 +76,9 @@ def export(run, out, *more):
     return out
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(
+    scope="module", params=[pytest.param(kind, marks=pytest.mark.slow if kind in SLOW else ()) for kind in KINDS]
+)
 def exported(request, toys, bases, tmp_path_factory):
     start, changes = KINDS[request.param]
     root = tmp_path_factory.mktemp("exported")

@@ -314,7 +314,7 @@ def test_settings_that_do_not_fit_are_said_in_peft_s_own_words(vlms, tmp_path, r
     assert said in done.err
 
 
-@pytest.mark.parametrize("layout", ["adapter", "adapter_and_base"])
+@pytest.mark.parametrize("layout", ["adapter", pytest.param("adapter_and_base", marks=pytest.mark.slow)])
 def test_our_own_adapters_merge_into_what_the_run_exports(toys, tmp_path, run_cli, layout):
     runs = toys.arguments("stage.init_from=none", "stage.evaluate=false", "stage.max_steps=2", runs=tmp_path / "runs")
     assert run_cli("stage=finetune", *runs).code == 0

@@ -81,6 +81,9 @@ MODELS = {  # encoder, language model, rows of its table (its own tokens and Int
     "internvl3_5_38b": (VIT_6B, "Qwen3-32B", 151936, {"all": "38.4B", "vision": "5.5B", "llm": "32.8B"}),
     "internvl3_5_30b_a3b": (VIT_300M, "Qwen3-30B-A3B", 151936, {"all": "30.8B", "vision": "0.3B", "llm": "30.5B"}),
 }
+ONE_OF_EACH_KIND = {
+    *("internvl2_1b", "internvl2_2b", "internvl2_4b", "internvl2_26b", "internvl3_5_1b", "internvl3_5_30b_a3b"),
+}
 MLP = {  # LayerNorm of 4 C, Linear(4 C, D), Linear(D, D); internvl_chat's mlp1
     name: 8 * vit["hidden_size"] + (4 * vit["hidden_size"] + 1 + LLMS[llm][2] + 1) * LLMS[llm][2]
     for name, (vit, llm, _, _) in MODELS.items()
@@ -125,7 +128,9 @@ def test_parameters_are_the_published_ones(name):
     assert count(vlm.projector) == MLP[name]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ONE_OF_EACH_KIND else pytest.mark.slow) for name in MODELS]
+)
 def test_adapters_find_their_layers(name):
     vlm, model = build(name)
     stage = load_config([f"model={name}", "stage=finetune"]).stage
