@@ -122,24 +122,37 @@ def test_each_token_has_one_place_per_head_in_the_layout(lengths):
     assert real.nonzero().flatten().tolist() == sorted(layout.to_queries.tolist())
 
 
-def test_shares_that_are_computed_again_give_the_same_gradients(monkeypatch):
+@pytest.fixture(params=[True, False], ids=["AMX", "no AMX"])
+def amx(request, monkeypatch):
+    """Take the ways of a processor with and without AMX; each computes them all."""
+    monkeypatch.setattr(attention_cpu, "has_amx", lambda: request.param)
+    return request.param
+
+
+def test_shares_that_are_computed_again_give_the_same_gradients(monkeypatch, amx):
     lengths = (SHORT + 70, SHORT + 300, 20)
 
     def gradients_of(layout):
         generator = torch.Generator().manual_seed(0)
         inputs = [torch.randn(sum(lengths), heads, 16, generator=generator).requires_grad_() for heads in (4, 2, 2)]
         output = PackedProducts.apply(*inputs, layout, 0.25)
-        return torch.autograd.grad(output.square().sum(), inputs)
+        return output, *torch.autograd.grad(output.square().sum(), inputs)
 
     kept = Layout(lengths, 4, 2)
     monkeypatch.setattr(attention_cpu, "KEPT", SHORT)
     again = Layout(lengths, 4, 2)
     assert [sum(block.is_kept for block in each.blocks) for each in (kept, again)] == [len(kept.blocks), 1]
+    long = [slice(0, SHORT + 70), slice(SHORT + 70, 2 * SHORT + 370)]
+    assert (kept.whole, again.whole) == ([], long if amx else [])
     for one, other in zip(gradients_of(kept), gradients_of(again), strict=True):
-        assert torch.equal(one, other)
+        if amx:
+            torch.testing.assert_close(one, other)
+        else:
+            assert torch.equal(one, other)
 
 
-def test_vision_attention_by_products_equals_sdpa():
+@pytest.mark.usefixtures("amx")
+def test_vision_attention_equals_sdpa():
     query, key, value = (torch.randn(3, 4, 50, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
     whole = torch.nn.functional.scaled_dot_product_attention(query, key, value)
     torch.testing.assert_close(attend_all(query, key, value, 16**-0.5), whole.transpose(1, 2))

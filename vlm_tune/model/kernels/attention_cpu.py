@@ -1,9 +1,10 @@
 """Attention in 16 bit on a CPU, by matrix products over samples and blocks: faster than SDPA's kernel there.
 
-SDPA reaches a quarter of the rate of a bf16 matrix product on a CPU. Here samples of similar length are multiplied
-together, long ones in blocks of queries whose scores stay in the processor's cache, and later keys are skipped. Very
-long samples keep no scores for the backward pass. Scores are rounded to 16 bit before the softmax, as in transformers'
-eager attention. Figures: benchmarks/README.md.
+SDPA reaches a quarter of the rate of a bf16 matrix product on a CPU without AMX, and is slow backwards on any. Here
+samples of similar length are multiplied together, long ones in blocks of queries whose scores stay in the processor's
+cache, and later keys are skipped. Very long samples keep no scores for the backward pass. Scores are rounded to 16 bit
+before the softmax, as in transformers' eager attention. Where no scores are kept, a CPU with AMX computes the forward
+pass by SDPA, which takes half the time there. Figures: benchmarks/README.md.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 BLOCK = 128  # queries of a long sample whose scores exist at one time
 SHORT = 256  # tokens of a sample that is one block
@@ -36,6 +38,13 @@ class Block:
     num_queries: int
     stop: int
     is_kept: bool
+    is_whole: bool  # its stretch is attended to at once in the forward pass
+
+
+@lru_cache(maxsize=1)
+def has_amx() -> bool:
+    """Return whether this processor multiplies tiles of bf16 numbers (Intel's AMX)."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 
 
 class Layout:
@@ -48,6 +57,7 @@ class Layout:
     to_queries  (L*heads,) the place of each row; to_keys (L*kv_heads,), None where keys stand at several places
     padding     the padded places of the gathered queries
     key_places  the places of the gathered keys that are not padded
+    whole       the tokens of each stretch that is attended to at once in the forward pass
     """
 
     def __init__(self, lengths: Sequence[int], heads: int, kv_heads: int, parents: Sequence[int] | None = None) -> None:
@@ -59,6 +69,7 @@ class Layout:
             for length, keys, start, parent in zip(lengths, seen, starts, parents, strict=False)
         ]
         self.blocks: list[Block] = []
+        self.whole: list[slice] = []
         queries, keys = [], []  # rows, below 0 at padded places
         num_queries = num_keys = 0
         by_group = torch.arange(heads).view(kv_heads, -1, 1)
@@ -69,13 +80,16 @@ class Layout:
             keys.append((tokens[:, None] * kv_heads + by_head).flatten())
             seen_by = slice(num_keys, num_keys + len(keys[-1]))
             num_keys = seen_by.stop
+            is_kept = width <= KEPT
+            is_whole = not is_kept and prefix == 0 and len(group) == 1 and has_amx()
+            self.whole += [slice(group[0].start, group[0].start + width)] if is_whole else []
             for block in _blocks(prefix, width):
                 rows = tokens[:, None, None, block] * heads + by_group  # (n, kv_heads, heads/kv_heads, b)
                 queries.append(rows.flatten())
                 asked = slice(num_queries, num_queries + rows.numel())
                 num_queries = asked.stop
                 size = (len(group) * kv_heads, rows.shape[-1], block.stop)
-                self.blocks.append(Block(asked, seen_by, *size, is_kept=width <= KEPT))
+                self.blocks.append(Block(asked, seen_by, *size, is_kept, is_whole))
         self.queries, self.to_queries, self.padding = _both_ways(torch.cat(queries))
         rows = torch.cat(keys)
         self.key_places = (rows >= 0).nonzero().flatten()
@@ -154,13 +168,20 @@ class PackedProducts(torch.autograd.Function):
         made = torch.empty_like(queries)
         kept = []
         for block in layout.blocks:
+            if block.is_whole:
+                continue
             q, k, v = _of(block, queries, keys, values)
             shares = _shares(q, k, block)
             torch.bmm(shares, v, out=made[block.queries].view_as(q))
             kept += [shares] if block.is_kept else []
         ctx.save_for_backward(queries, keys, values, *kept)
         ctx.layout, ctx.scale = layout, scale
-        return made.index_select(0, layout.to_queries).view_as(query)
+        output = made.index_select(0, layout.to_queries).view_as(query)
+        for tokens in layout.whole:
+            q, k, v = (tensor[tokens].transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))  # (1, _, l, d)
+            whole = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+            output[tokens] = whole[0].transpose(0, 1)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor, Tensor, None, None]:  # noqa: D102
@@ -224,6 +245,8 @@ def _future(width: int, dtype: torch.dtype) -> Tensor:
 
 def attend_all(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Attend to every position, without a backward pass: (T, heads, P, d) -> (T, P, heads, d)."""
+    if has_amx():
+        return scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2)
     num_tiles, heads, num_patches, size = query.shape
     output = query.new_empty(num_tiles, num_patches, heads, size)
     for tile in range(num_tiles):
