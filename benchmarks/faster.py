@@ -87,18 +87,19 @@ def run_packs(build: Path, precision: str, steps: int) -> dict[str, float]:
     }
 
 
-def run_work(build: Path, work: Path, *options: str) -> dict[str, float]:
+def run_work(build: Path, work: Path, *options: str) -> dict[str, Any]:
     """Run a work of one build, in the precision that the processor has."""
     return run_trainer([sys.executable, str(build / "benchmarks" / "speed_steps.py")], work, build, *options)
 
 
-def run_trainer(command: list[str], work: Path, build: Path | None, *options: str) -> dict[str, float]:
+def run_trainer(command: list[str], work: Path, build: Path | None, *options: str) -> dict[str, Any]:
     """Run a trainer for some steps; all have the environment of `speed.py`."""
     with tempfile.NamedTemporaryFile(suffix=".json") as out:
         paths = {"BENCH_WORK": str(work), "BENCH_OUT": out.name} | ({"PYTHONPATH": str(build)} if build else {})
         precision = resolve_precision(Precision.auto).value
         subprocess.run([*command, *options, "--dtype", precision], check=True, env=os.environ | EVERYBODY | paths)
-        return medians([json.loads(Path(out.name).read_text(encoding="utf-8"))])
+        made = json.loads(Path(out.name).read_text(encoding="utf-8"))
+        return medians([made]) | {"steps": [step["cpu"] for step in made["steps"][2:]]}
 
 
 def make_questions(work: Path) -> Path:
@@ -139,11 +140,12 @@ def batched(items: list[str], size: int) -> list[tuple[str, ...]]:
 
 
 def compare_questions(reps: int, other: Path, work: Path, peers: Path) -> dict[str, Any]:
-    """Processor time a question of ours, of the other build and of the peers, in turns."""
+    """Processor time a question of ours, of the other build and of the peers, in turns; `fastest` as in `compare`."""
     made = make_questions(work)
     options = ["--workload", "w2", "--bs", "4", "--steps", "8"]
     commands = {"hf": ("trl", "hf.py"), "swift": ("swift", "swift_sft.py")}
     rows: dict[str, list[float]] = {name: [] for name in ("ours", "today", *commands)}
+    steps: dict[str, list[list[float]]] = {name: [] for name in rows}
     for _ in range(reps):
         for name in rows:
             if name in commands:
@@ -154,7 +156,10 @@ def compare_questions(reps: int, other: Path, work: Path, peers: Path) -> dict[s
                 shares = ["--share", "1"] if name == "ours" else []
                 found = run_work(HERE.parent if name == "ours" else other, made, *options, *shares)
             rows[name].append(found["cpu"] / found["samples"])
-    return {"processor": processor(), "reps": reps} | {name: statistics.median(row) for name, row in rows.items()}
+            steps[name].append([cpu / found["samples"] for cpu in found["steps"]])
+    middle = {name: statistics.median(row) for name, row in rows.items()}
+    fastest = {name: statistics.mean(map(min, zip(*made, strict=True))) for name, made in steps.items()}
+    return {"processor": processor(), "reps": reps, **middle, "fastest": fastest}
 
 
 def run_demo(build: Path, seed: int, runs: Path) -> dict[str, float]:
@@ -186,16 +191,22 @@ def compare_demos(seeds: list[int], other: Path, runs: Path) -> dict[str, Any]:
 
 
 def compare(reps: int, other: Path, run: Any, *arguments: Any) -> dict[str, Any]:
-    """Run both builds `reps` times; return the medians of each, and ours as a share of the other's."""
+    """Run both builds `reps` times; return the medians of each, and ours as a share of the other's.
+
+    `time_fastest` takes the fastest run of each step: beside others' work equal runs differ by more than two builds do.
+    """
     rows = in_turns([arguments] * reps, other, run)
+    steps = {name: [row.pop("steps") for row in made if "steps" in row] for name, made in rows.items()}
+    fastest = {name: sum(map(min, zip(*made, strict=True))) for name, made in steps.items() if made}
     middle = {
         name: {key: statistics.median(row[key] for row in made) for key in made[0]} for name, made in rows.items()
     }
     shares = {key: middle["ours"][key] / middle["today"][key] for key in ("cpu", "peak_rss_mb")}
-    return {"processor": processor(), "reps": reps, **middle, "time": shares["cpu"], "memory": shares["peak_rss_mb"]}
+    made = {"processor": processor(), "reps": reps, **middle, "time": shares["cpu"], "memory": shares["peak_rss_mb"]}
+    return made | ({"time_fastest": fastest["ours"] / fastest["today"]} if fastest else {})
 
 
-def in_turns(runs: Sequence[tuple[Any, ...]], other: Path, run: Any) -> dict[str, list[dict[str, float]]]:
+def in_turns(runs: Sequence[tuple[Any, ...]], other: Path, run: Any) -> dict[str, list[dict[str, Any]]]:
     """Run the other build and ours with the same arguments, one after the other, for each tuple of arguments."""
     rows: dict[str, list[dict[str, float]]] = {"today": [], "ours": []}
     for arguments in runs:
