@@ -15,7 +15,7 @@ import vlm_tune
 from vlm_tune.config.schema import ProjectorConfig
 from vlm_tune.evaluation.evaluate import prompt_of
 from vlm_tune.model.generate import answer
-from vlm_tune.model.kernels import attention
+from vlm_tune.model.kernels import attention, attention_cpu
 from vlm_tune.model.kernels.attention_cpu import SHORT
 from vlm_tune.model.parts.projector import Projector
 from vlm_tune.model.parts.vision import VisionEncoder
@@ -53,7 +53,12 @@ def traced(toys):
         staged.model.vlm(long)
         with pytest.MonkeyPatch.context() as patch:  # what 16 bit takes on a CPU
             patch.setattr(attention, "uses_products", lambda tensor: True)
-            staged.model.vlm(long).backward()
+            patch.setattr(attention_cpu, "KEPT", SHORT)
+            for has_amx in (True, False):
+                patch.setattr(attention_cpu, "has_amx", lambda has_amx=has_amx: has_amx)
+                attention_cpu.lay_out.cache_clear()
+                staged.model.vlm(long).backward()
+        attention_cpu.lay_out.cache_clear()
         with torch.no_grad():  # as in validation
             staged.model.vlm(staged.batch([0, 1, 6]))
         noisy.model.vlm(noisy.batch([0, 1, 6])).backward()
