@@ -1,5 +1,6 @@
 # make help lists the targets. Everything runs in .venv, which the first target that needs it sets up.
 PYTHON ?= python3
+REPS ?= 3                            # runs of each trainer, of which `make bench` takes the median
 BIN := .venv/bin
 export DS_BUILD_OPS := 0            # deepspeed compiles what it needs when it needs it
 export GOMP_SPINCOUNT := 10000       # threads wait awake for the next product, but not for long: workers need the cores
@@ -56,9 +57,9 @@ docs: .venv/installed ## write docs/configuration.md and the tree of README.md a
 	$(BIN)/python docs/write_configuration.py
 	$(BIN)/python docs/write_tree.py
 
-bench: bench-folders .venv/installed ## measure beside other trainers: PEERS=FOLDER of their bench.py, WORK=FOLDER that its setup.sh built
-	$(BIN)/python benchmarks/speed.py --peers '$(PEERS)' --work '$(WORK)'
-	$(BIN)/python benchmarks/pairs_speed.py --work '$(WORK)'
+bench: bench-folders .venv/installed ## measure beside other trainers: PEERS=FOLDER of their bench.py, WORK=FOLDER that its setup.sh built, REPS=3
+	$(BIN)/python benchmarks/speed.py --peers '$(PEERS)' --work '$(WORK)' --reps $(REPS)
+	$(BIN)/python benchmarks/pairs_speed.py --work '$(WORK)' --reps $(REPS)
 	$(BIN)/python benchmarks/growth.py
 
 bench-folders:

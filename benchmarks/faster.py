@@ -24,10 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from demo import TASKS
-from speed import medians
-
-from vlm_tune.config.schema import Precision
-from vlm_tune.model.build import resolve_precision
+from speed import counted, medians, precision, processor
 
 HERE = Path(__file__).resolve().parent
 EVERYBODY = {
@@ -43,7 +40,7 @@ QUIET = [
 ]
 
 
-def step_packs(precision: str, steps: int, out: str) -> None:
+def step_packs(dtype: str, steps: int, out: str) -> None:
     """Train a few steps on packs of 8,192 tokens of the demo; write what each took. Run with a build on PYTHONPATH."""
     from speed_steps import run_steps  # the build's own, as all that follows
 
@@ -51,7 +48,7 @@ def step_packs(precision: str, steps: int, out: str) -> None:
     from vlm_tune.data.datamodule import DataModule
     from vlm_tune.data.encode import Encoder
 
-    config = load_config([*PACK, *QUIET, f"stage.max_steps={steps}", f"trainer.precision={precision}"])
+    config = load_config([*PACK, *QUIET, f"stage.max_steps={steps}", f"trainer.precision={dtype}"])
     made: dict[str, Any] = {"steps": []}
 
     def open_rows(encoder: Encoder) -> DataModule:
@@ -70,14 +67,16 @@ def status(key: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:"))
 
 
-def run_packs(build: Path, precision: str, steps: int) -> dict[str, float]:
+def run_packs(build: Path, dtype: str, steps: int) -> dict[str, float]:
     """Run the steps of one build in a process of its own."""
     with tempfile.NamedTemporaryFile(suffix=".json") as out:
-        path = f"import sys; sys.path.append({str(HERE)!r})"
-        call = f"faster.step_packs({precision!r}, {steps}, {out.name!r})"
-        code = f"from vlm_tune.cli import quiet_libraries; quiet_libraries(); {path}; import faster; {call}"
-        paths = os.pathsep.join([str(build), str(build / "benchmarks")])
-        subprocess.run([sys.executable, "-P", "-c", code], check=True, env=os.environ | {"PYTHONPATH": paths})
+        ours, theirs = (f"sys.path.insert(0, {str(place)!r})" for place in (HERE, build / "benchmarks"))
+        call = f"faster.step_packs({dtype!r}, {steps}, {out.name!r})"
+        code = (
+            f"import sys; from vlm_tune.cli import quiet_libraries as quiet; quiet(); {ours}; import faster; {theirs}"
+        )
+        command = [sys.executable, "-P", "-c", f"{code}; {call}"]
+        subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(build)})
         made = json.loads(Path(out.name).read_text(encoding="utf-8"))
     later = made["steps"][1:]
     return {
@@ -96,10 +95,9 @@ def run_trainer(command: list[str], work: Path, build: Path | None, *options: st
     """Run a trainer for some steps; all have the environment of `speed.py`."""
     with tempfile.NamedTemporaryFile(suffix=".json") as out:
         paths = {"BENCH_WORK": str(work), "BENCH_OUT": out.name} | ({"PYTHONPATH": str(build)} if build else {})
-        precision = resolve_precision(Precision.auto).value
-        subprocess.run([*command, *options, "--dtype", precision], check=True, env=os.environ | EVERYBODY | paths)
+        subprocess.run([*command, *options, "--dtype", precision()], check=True, env=os.environ | EVERYBODY | paths)
         made = json.loads(Path(out.name).read_text(encoding="utf-8"))
-        return medians([made]) | {"steps": [step["cpu"] for step in made["steps"][2:]]}
+        return medians([made]) | {"steps": [step["cpu"] for step in counted(made)]}
 
 
 def make_questions(work: Path) -> Path:
@@ -216,13 +214,6 @@ def in_turns(runs: Sequence[tuple[Any, ...]], other: Path, run: Any) -> dict[str
     return rows
 
 
-def processor() -> str:
-    """Name the processor, as Linux does."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    name = next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    return name + (" (bf16 units)" if resolve_precision(Precision.auto) is Precision.bf16 else "")
-
-
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser()
@@ -238,11 +229,11 @@ def main() -> None:
     other = options.other.resolve()
     made = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     made["processor"] = processor()
-    for precision in options.packs:
-        found = compare(options.reps, other, run_packs, precision, options.steps)
-        made.setdefault("pack8192", {})[precision] = found
-        made.setdefault("pack8192_memory_vs_today", {})[precision] = found["memory"]
-        made.setdefault("pack8192_time_vs_today", {})[precision] = found["time"]
+    for dtype in options.packs:
+        found = compare(options.reps, other, run_packs, dtype, options.steps)
+        made.setdefault("pack8192", {})[dtype] = found
+        made.setdefault("pack8192_memory_vs_today", {})[dtype] = found["memory"]
+        made.setdefault("pack8192_time_vs_today", {})[dtype] = found["time"]
     for name, size, steps in (("w2", "2", "16"), ("w3", "8", "32")) if options.work is not None else ():
         work = ["--workload", name, "--bs", size, "--steps", steps]
         made[name] = compare(options.reps, other, run_work, options.work.resolve(), *work)

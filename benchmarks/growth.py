@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from plots import bars, lines
+from speed import processor
 from speed_steps import run_steps
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -131,7 +132,7 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(measure(json.loads(arguments.one), arguments.profile)))
         return
-    results: dict[str, dict[str, Any]] = {}
+    results: dict[str, Any] = {"processor": processor()}
     with tempfile.TemporaryDirectory() as folder:
         for name, settings in points(Path(folder)).items():
             by = "startup_s" if name == "start" else "microseconds_per_token"
@@ -158,7 +159,7 @@ def ask(overrides: list[str], *options: str) -> dict[str, Any]:
     return answer
 
 
-def draw(results: dict[str, dict[str, Any]]) -> None:
+def draw(results: dict[str, Any]) -> None:
     """Draw memory against pack length, vocabulary and tiles, and the profile."""
     figures = HERE / "figures"
     figures.mkdir(exist_ok=True)
@@ -171,8 +172,10 @@ def draw(results: dict[str, dict[str, Any]]) -> None:
         title: [(float(value), float(row["peak_rss_mb"])) for value, row in results[name].items()]
         for name, title in names.items()
     }
-    (figures / "growth.svg").write_text(lines(panels, "peak memory, MB"), encoding="utf-8")
-    (figures / "profile.svg").write_text(bars(results["step"]["demo"]["profile"]), encoding="utf-8")
+    (figures / "growth.svg").write_text(lines(panels, f"peak memory, MB ({results['processor']})"), encoding="utf-8")
+    (figures / "profile.svg").write_text(
+        bars(results["step"]["demo"]["profile"], results["processor"]), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from faster import EVERYBODY, processor
+from faster import EVERYBODY
+from speed import processor
 
 from vlm_tune.recipes.recipe import run_recipe
 

@@ -3,8 +3,9 @@
 COMMAND: python benchmarks/pairs_speed.py --work WORK [--reps 3] [--threads 2] [--trainers ours,swift,...] [--keep]
 `setup.sh WORK` of the peers (see `speed.py`) has built WORK; peers_dpo/ holds the scripts that run them. The pairs are
 those of `make_pairs`; sigmoid DPO with beta 0.1, LoRA r=16 on all linear layers of the language model and the projector
-trained, up to 6 tiles and a thumbnail, 2 pairs a step, bf16. Each run is a process of its own, in turns. On a busy
-machine one thread tells more: two wait for each other, and ours, of more and smaller products, longer.
+trained, up to 6 tiles and a thumbnail, 2 pairs a step, in the precision that this processor has. Each run is a process
+of its own, in turns. On a busy machine one thread tells more: two wait for each other, and ours, of more and smaller
+products, longer.
 
 Time is processor time a pair: of the steps after the first two, and of ours also what it does before the first step
 with all pairs (features of the pictures, log-probabilities of the reference), spread over one epoch. The peers compute
@@ -24,19 +25,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from faster import EVERYBODY, processor
-from speed import write_block
+from faster import EVERYBODY
+from speed import counted, precision, processor, write_block
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "pairs_speed.json"
 PEERS = ("swift", "llamafactory", "trl")
-STEPS = [str(HERE / "speed_steps.py"), "--workload", "pairs", "--dtype", "bf16"]
+STEPS = [str(HERE / "speed_steps.py"), "--workload", "pairs"]
 OURS = {
     "ours": ["--cache", "1"],  # as by default: a frozen encoder sees each picture once, and its features are kept
     "ours_encoding": ["--cache", "0"],  # it sees each picture for the reference, and in the step again
 }
 PACKAGES = ("torch", "transformers", "peft", "lightning")
-NUM_PAIRS, WARM = 2, 2  # pairs a step; steps that warm up
+NUM_PAIRS = 2  # pairs a step
 EPOCH = 20  # pairs in all: one of each size that the pictures have
 
 
@@ -58,7 +59,7 @@ def run(name: str, work: Path, threads: int, steps: int, out: Path) -> None:
         command = [sys.executable, *STEPS, *OURS[name]]
     else:
         command = [str(work / "venvs" / name / "bin" / "python"), str(HERE / "peers_dpo" / f"{name}_dpo.py")]
-    command += ["--bs", str(NUM_PAIRS), "--steps", str(steps)]
+    command += ["--bs", str(NUM_PAIRS), "--steps", str(steps), "--dtype", precision()]
     with tempfile.TemporaryDirectory(dir=work) as cache, out.with_suffix(".log").open("w", encoding="utf-8") as log:
         own = {"BENCH_WORK": str(work), "BENCH_OUT": str(out), "VLM_TUNE_CACHE": cache, "OMP_NUM_THREADS": str(threads)}
         subprocess.run(command, check=True, env=os.environ | EVERYBODY | own, stdout=log, stderr=log)
@@ -68,18 +69,18 @@ def run(name: str, work: Path, threads: int, steps: int, out: Path) -> None:
 
 def row_of(made: dict[str, Any]) -> dict[str, Any]:
     """Return the figures of one run, a pair; what was done ahead, with all pairs, is spread over one epoch."""
-    later, first = made["steps"][WARM:], made["steps"][0]
+    later, first = counted(made), made["steps"][0]
     pairs = NUM_PAIRS * len(later)
     step = sum(each["cpu"] for each in later) / pairs
     ahead = {key: made.get(f"{key}_cpu_s", 0.0) / EPOCH for key in ("encoding", "reference")}
-    counted = {key: sum(each[key] for each in later) / pairs for key in ("chosen", "rejected", "tiles")}
+    sizes = {key: sum(each[key] for each in later) / pairs for key in ("chosen", "rejected", "tiles")}
     known = {key: first[key] for key in ("loss", "logp_chosen", "logp_rejected") if key in first}
     known["loss"] = known["loss"][0] if isinstance(known["loss"], list) else known["loss"]
     return {
         "cpu": step + sum(ahead.values()), "cpu_step": step, "cpu_encoding_ahead": ahead["encoding"],
         "cpu_reference_ahead": ahead["reference"], "wall_step": sum(each["wall"] for each in later) / pairs,
         "peak_rss_mb": made["peak_rss_mb"], "startup_s": made["startup_s"], "trained": made["trained"],
-    } | counted | known  # fmt: skip
+    } | sizes | known  # fmt: skip
 
 
 def middle(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -118,11 +119,13 @@ def require_same_work(trainers: dict[str, dict[str, Any]]) -> None:
 def table(measured: dict[str, Any]) -> str:
     """Write the results as a table, by number of threads."""
     lines = [
+        f"{measured['processor']}, {measured['precision']}:",
+        "",
         "| threads | trainer | runs | CPU s a pair | of it ahead | tokens chosen + rejected | tiles encoded a pair | "
         "trained weights | peak MB | loss 1 | log p chosen 1 | of the best peer's time | of its memory |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for threads, found in sorted(measured.items(), reverse=True):
+    for threads, found in sorted(measured["threads"].items(), reverse=True):
         trainers = found["trainers"]
         best = best_of(trainers)
         for name, row in sorted(trainers.items(), key=lambda item: -item[1]["cpu"]):
@@ -171,11 +174,13 @@ def main() -> None:
         for name in options.trainers.split(","):
             out = runs / f"{name}.{len(list(runs.glob(f'{name}.*.json')))}.json"
             run(name, work, options.threads, options.steps, out)
-    made = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"threads": {}}
-    made |= {"processor": processor(), "pairs": EPOCH, "steps": options.steps}
+    made = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    if made.get("processor") != processor():
+        made = {"threads": {}}  # what another machine took is not beside this one's
+    made |= {"processor": processor(), "precision": precision(), "pairs": EPOCH, "steps": options.steps}
     made["threads"][str(options.threads)] = gather(runs)
     RESULTS.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-    write_block("pairs", table(made["threads"]))
+    write_block("pairs", table(made))
 
 
 if __name__ == "__main__":

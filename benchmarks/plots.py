@@ -40,14 +40,14 @@ def lines(panels: dict[str, list[tuple[float, float]]], unit: str) -> str:
     return page(len(panels) * WIDTH, HEIGHT, [text(8, 16, unit, "start"), *body])
 
 
-def bars(shares: dict[str, float]) -> str:
+def bars(shares: dict[str, float], title: str) -> str:
     """Draw shares of a whole, largest first."""
-    whole, body = sum(shares.values()), []
+    whole, body = sum(shares.values()), [text(8, 16, title, "start")]
     for row, (name, value) in enumerate(sorted(shares.items(), key=lambda item: -item[1])):
-        y = 12 + row * 28
+        y = 32 + row * 28
         body.append(f'<rect x="190" y="{y}" width="{value / whole * 380:.1f}" height="18" fill="#2a6"/>')
         body += [
             text(182, y + 14, name, "end"),
             text(196 + value / whole * 380, y + 14, f"{value / whole:.0%}", "start"),
         ]
-    return page(640, 20 + 28 * len(shares), body)
+    return page(640, 40 + 28 * len(shares), body)

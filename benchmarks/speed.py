@@ -2,11 +2,14 @@
 
 COMMAND: python benchmarks/speed.py --peers FOLDER --work WORK [--reps 3] [--models R,V,packed]
 FOLDER holds bench.py and setup.sh of the peers; `setup.sh WORK` has built WORK (environments, model, data). The run is
-in turns: every trainer once, then every trainer again. Each has the same environment, threads and rows a step.
+in turns: every trainer once, then every trainer again. Each has the same environment, threads and rows a step, in the
+precision that this processor has.
 
 Our rows: `ours` is a first epoch, with every picture encoded; `ours_later` a later one, whose features are kept. A
 ratio compares processor seconds a step with those of the best peer on that work. `packed` is w3 in packs of 1,024
 tokens beside XTuner, the one peer that packs on a CPU, and only in float32; packs differ, so tokens are compared.
+This machine's rate of products, of which the floor is made, is measured first. What other runs left in WORK for the
+same work is removed: bench.py would keep it as it is.
 """
 
 import argparse
@@ -19,16 +22,34 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vlm_tune.config.schema import Precision
+from vlm_tune.model.build import resolve_precision
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "speed.json"
 STEPS = f"{sys.executable} {HERE / 'speed_steps.py'}"
 OURS = {"ours": STEPS, "ours_later": f"{STEPS} --cache 1"}
 NAMES = {("R", "w1"): "w1", ("R", "w2"): "w2", ("R", "w3"): "w3", ("V", "w2"): "v"}
 PEERS = ("hf", "trl", "llamafactory", "swift")
+WARM = 2  # steps of a run that warm up
+
+
+def precision() -> str:
+    """The precision that this processor has units for."""
+    return resolve_precision(Precision.auto).value
+
+
+def processor() -> str:
+    """Name the processor, as Linux does."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    name = next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    return name + (" (bf16 units)" if precision() == "bf16" else "")
 
 
 def run(arguments: argparse.Namespace, model: str, work: str, trainers: str, dtypes: str, ours: dict[str, str]) -> None:
     """Run every trainer `reps` times, in turns."""
+    for left in (Path(arguments.work) / "res").glob(f"{model}.{work}.*"):
+        left.unlink()
     added = [part for name, command in ours.items() for part in ("--add", f"{name}={command}")]
     subprocess.run(
         [
@@ -41,21 +62,21 @@ def run(arguments: argparse.Namespace, model: str, work: str, trainers: str, dty
     )
 
 
-def read(work_folder: Path, model: str, work: str, dtype: str = "bf16") -> dict[str, dict[str, float]]:
+def read(work_folder: Path, model: str, work: str, dtype: str) -> dict[str, dict[str, float]]:
     """Read the runs of one work: each trainer's medians."""
     runs: dict[str, list[dict[str, Any]]] = {}
     for path in sorted((work_folder / "res").glob(f"{model}.{work}.{dtype}.*.json")):
         made = json.loads(path.read_text(encoding="utf-8"))
-        if len(made["steps"]) > 2:
+        if len(made["steps"]) > WARM:
             runs.setdefault(path.name.split(".")[3], []).append(made)
     return {name: medians(made) for name, made in runs.items()}
 
 
 def medians(runs: list[dict[str, Any]]) -> dict[str, float]:
-    """Take the median of the runs of one trainer; the first two steps of a run warm up."""
+    """Take the median of the runs of one trainer."""
     rows = []
     for made in runs:
-        steps = made["steps"][2:]
+        steps = counted(made)
         total = {key: sum(step[key] for step in steps) for key in ("wall", "cpu", "samples", "nonpad", "sup", "tiles")}
         first = made["steps"][0]["loss"]
         rows.append(
@@ -65,12 +86,20 @@ def medians(runs: list[dict[str, Any]]) -> dict[str, float]:
     return {key: statistics.median(row[key] for row in rows) for key in rows[0]} | {"runs": len(rows)}
 
 
+def counted(made: dict[str, Any]) -> list[dict[str, Any]]:
+    """The steps of a run that count."""
+    steps: list[dict[str, Any]] = made["steps"]
+    return steps[WARM:]
+
+
 def compare(rows: dict[str, dict[str, float]], floor: float) -> dict[str, Any]:
     """Ratios of one work: to the best peer, and to the floor in seconds of both threads."""
     peers = {name: row for name, row in rows.items() if name in PEERS}
     best = min(row["cpu"] for row in peers.values())
     first, later = rows["ours"], rows["ours_later"]
     return {
+        "processor": processor(),
+        "precision": precision(),
         "ratio_first_epoch": best / first["cpu"],
         "ratio_later_epochs": best / later["cpu"],
         "floor_first_epoch": first["cpu"] / 2 / floor,
@@ -81,17 +110,19 @@ def compare(rows: dict[str, dict[str, float]], floor: float) -> dict[str, Any]:
 
 
 def compare_packed(arguments: argparse.Namespace, work_folder: Path) -> dict[str, Any]:
-    """Tokens a processor second in packs: ours in both precisions, as multiples of XTuner's."""
-    run(arguments, "R", "w3p", "xtuner", "fp32,bf16", {"ours": STEPS})
+    """Tokens a processor second in packs: ours in each precision of this processor, as multiples of XTuner's."""
+    dtypes = sorted({"fp32", precision()}, reverse=True)
+    run(arguments, "R", "w3p", "xtuner", ",".join(dtypes), {"ours": STEPS})
     rows = {
         f"{name}, {dtype}": row | {"tokens_per_cpu_s": row["nonpad"] / row["cpu"]}
-        for dtype in ("fp32", "bf16")
+        for dtype in dtypes
         for name, row in read(work_folder, "R", "w3p", dtype).items()
     }
     theirs = rows["xtuner, fp32"]
+    ratios = {f"ratio_{dtype}": rows[f"ours, {dtype}"]["tokens_per_cpu_s"] for dtype in dtypes}
     return {
-        "ratio_bf16": rows["ours, bf16"]["tokens_per_cpu_s"] / theirs["tokens_per_cpu_s"],
-        "ratio_fp32": rows["ours, fp32"]["tokens_per_cpu_s"] / theirs["tokens_per_cpu_s"],
+        "processor": processor(),
+        **{name: rate / theirs["tokens_per_cpu_s"] for name, rate in ratios.items()},
         "memory_ratio": rows["ours, fp32"]["peak_rss_mb"] / theirs["peak_rss_mb"],
         "trainers": rows,
     }
@@ -100,6 +131,8 @@ def compare_packed(arguments: argparse.Namespace, work_folder: Path) -> dict[str
 def packed_table(result: dict[str, Any]) -> str:
     """Write the comparison of packs as a table."""
     lines = [
+        f"{result['processor']}:",
+        "",
         "| trainer | non-pad tokens per CPU s | CPU s a step | tokens a step | peak MB | loss 1 | times XTuner |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -118,7 +151,7 @@ def floor_seconds(peers: str, work_folder: Path, model: str, work: str, step: di
         "import sys, json; sys.argv = ['bench.py', 'table', '--work', sys.argv[1]]; import io, contextlib\n"
         f"sys.path.insert(0, {peers!r})\n"
         "with contextlib.redirect_stdout(io.StringIO()): import bench\n"
-        f"rate = json.load(open({str(work_folder / 'gemm.json')!r}))['bf16'] * 1e9\n"
+        f"rate = json.load(open({str(work_folder / 'gemm.json')!r}))[{precision()!r}] * 1e9\n"
         f"print(bench.floor_s(rate, bench.CFG[{model!r}], {work!r}, {step!r}))"
     )
     made = subprocess.run(
@@ -128,7 +161,15 @@ def floor_seconds(peers: str, work_folder: Path, model: str, work: str, step: di
 
 
 def table(results: dict[str, Any]) -> str:
-    """Write the results as a table."""
+    """Write the results as tables, one for each processor and precision."""
+    measured: dict[str, dict[str, Any]] = {}
+    for work, result in results.items():
+        measured.setdefault(f"{result['processor']}, {result['precision']}:", {})[work] = result
+    return "\n\n".join(f"{where}\n\n{table_of(found)}" for where, found in measured.items())
+
+
+def table_of(results: dict[str, Any]) -> str:
+    """Write the results of one processor."""
     lines = [
         "| work | trainer | CPU s a step | samples/s | non-pad tokens/s | supervised tokens/s | peak MB | loss 1 | "
         "times the best peer | times the floor |",
@@ -160,10 +201,11 @@ def main() -> None:
     work_folder = Path(arguments.work).resolve()
     arguments.work, arguments.peers = str(work_folder), str(Path(arguments.peers).resolve())
     results: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    subprocess.run([sys.executable, f"{arguments.peers}/bench.py", "--work", arguments.work, "gemm"], check=True)
     models = arguments.models.split(",")
     for model, work in [pair for pair in NAMES if pair[0] in models]:
-        run(arguments, model, work, arguments.trainers, "bf16", OURS)
-        rows = read(work_folder, model, work)
+        run(arguments, model, work, arguments.trainers, precision(), OURS)
+        rows = read(work_folder, model, work, precision())
         floor = floor_seconds(arguments.peers, work_folder, model, work, rows["ours"])
         results[NAMES[model, work]] = compare(rows, floor)
     if "packed" in models:

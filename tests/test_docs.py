@@ -1,6 +1,7 @@
 """What the documentation says is true of the code: commands, keys, files, error texts, links, and the notebooks."""
 
 import ast
+import importlib
 import importlib.util
 import json
 import re
@@ -169,6 +170,21 @@ def test_configuration_is_current() -> None:
     script = module_at(ROOT / "docs" / "write_configuration.py")
     expected = script.HEAD + "\n".join(script.rows(Config())) + "\n"
     assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8") == expected, "run `make docs`"
+
+
+def test_tables_of_speed_are_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    speed, pairs = (importlib.import_module(name) for name in ("speed", "pairs_speed"))
+    steps, answers = (json.loads(module.RESULTS.read_text(encoding="utf-8")) for module in (speed, pairs))
+    packed = steps.pop("w3p")
+    written = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    for block, measured in (
+        (speed.table(steps), [*steps.values()]),
+        (speed.packed_table(packed), [packed]),
+        (pairs.table(answers), [answers]),
+    ):
+        assert block in written, "a table is not what results/ holds"
+        assert all(f"{each['processor']}" in block for each in measured), "a table without its processor"
 
 
 def anchors(path: Path) -> set[str]:

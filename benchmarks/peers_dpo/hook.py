@@ -24,10 +24,11 @@ RESULT: dict[str, Any] = {"steps": []}
 
 
 def arguments() -> argparse.Namespace:
-    """Read the command line: pairs a step, steps."""
+    """Read the command line: pairs a step, steps, precision."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--bs", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), required=True)
     return parser.parse_args()
 
 

@@ -24,7 +24,8 @@ source = hook.OUT / "swift_pairs.jsonl"
 source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 settings = {
     "rlhf_type": "dpo", "beta": 0.1, "loss_type": "sigmoid", "model": hook.MODEL, "model_type": "internvl",
-    "template": "internvl_hf", "dataset": source, "torch_dtype": "bfloat16", "bf16": "true", "fp16": "false",
+    "template": "internvl_hf", "dataset": source, "fp16": "false",
+    "torch_dtype": "bfloat16" if asked.dtype == "bf16" else "float32", "bf16": str(asked.dtype == "bf16").lower(),
     "per_device_train_batch_size": asked.bs, "gradient_accumulation_steps": 1, "max_steps": asked.steps,
     "learning_rate": "1e-5", "lr_scheduler_type": "constant", "warmup_ratio": 0, "logging_steps": 1,
     "save_strategy": "no", "report_to": "none", "output_dir": hook.OUT / "swift_dpo", "dataset_shuffle": "false",

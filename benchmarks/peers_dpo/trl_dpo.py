@@ -13,6 +13,7 @@ from trl import DPOConfig, DPOTrainer  # noqa: E402
 
 LINEAR = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 asked = hook.arguments()
+is_bf16 = asked.dtype == "bf16"
 rows = Dataset.from_list(
     [
         {
@@ -27,11 +28,11 @@ rows = Dataset.from_list(
 config = DPOConfig(
     output_dir=str(hook.OUT / "trl_dpo"), per_device_train_batch_size=asked.bs, max_steps=asked.steps,
     learning_rate=1e-5, lr_scheduler_type="constant", warmup_steps=0, logging_steps=1, save_strategy="no", report_to=[],
-    use_cpu=True, bf16=True, gradient_checkpointing=False, train_sampling_strategy="sequential", max_length=None,
+    use_cpu=True, bf16=is_bf16, gradient_checkpointing=False, train_sampling_strategy="sequential", max_length=None,
     beta=0.1, loss_type=["sigmoid"], seed=42,
 )  # fmt: skip
 DPOTrainer(
-    model=AutoModelForImageTextToText.from_pretrained(hook.MODEL, dtype=torch.bfloat16),
+    model=AutoModelForImageTextToText.from_pretrained(hook.MODEL, dtype=torch.bfloat16 if is_bf16 else torch.float32),
     args=config,
     train_dataset=rows,
     processing_class=AutoProcessor.from_pretrained(hook.MODEL),
