@@ -200,6 +200,7 @@ def main() -> None:
     arguments = parser.parse_args()
     work_folder = Path(arguments.work).resolve()
     arguments.work, arguments.peers = str(work_folder), str(Path(arguments.peers).resolve())
+    require_environments(arguments)
     results: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     subprocess.run([sys.executable, f"{arguments.peers}/bench.py", "--work", arguments.work, "gemm"], check=True)
     models = arguments.models.split(",")
@@ -215,6 +216,16 @@ def main() -> None:
     write_block("speed", table(results))
     if packed is not None:
         write_block("packed", packed_table(packed))
+
+
+def require_environments(arguments: argparse.Namespace) -> None:
+    """Stop before anything is measured if a trainer's environment was not built."""
+    names = {"trl" if name == "hf" else name for name in arguments.trainers.split(",")}
+    names |= {"xtuner"} if "packed" in arguments.models.split(",") else set()
+    missing = " ".join(sorted(name for name in names if not Path(arguments.work, "venvs", name).is_dir()))
+    if missing:
+        build = f"{arguments.peers}/setup.sh {arguments.work} {missing}"
+        raise SystemExit(f"no environment for {missing}: run {build}, or leave it out of --trainers and --models")
 
 
 def write_block(name: str, text: str) -> None:
