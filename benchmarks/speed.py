@@ -19,6 +19,7 @@ import re
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,6 @@ def compare(rows: dict[str, dict[str, float]], floor: float) -> dict[str, Any]:
     best = min(row["cpu"] for row in peers.values())
     first, later = rows["ours"], rows["ours_later"]
     return {
-        "processor": processor(),
-        "precision": precision(),
         "ratio_first_epoch": best / first["cpu"],
         "ratio_later_epochs": best / later["cpu"],
         "floor_first_epoch": first["cpu"] / 2 / floor,
@@ -121,28 +120,30 @@ def compare_packed(arguments: argparse.Namespace, work_folder: Path) -> dict[str
     theirs = rows["xtuner, fp32"]
     ratios = {f"ratio_{dtype}": rows[f"ours, {dtype}"]["tokens_per_cpu_s"] for dtype in dtypes}
     return {
-        "processor": processor(),
         **{name: rate / theirs["tokens_per_cpu_s"] for name, rate in ratios.items()},
         "memory_ratio": rows["ours, fp32"]["peak_rss_mb"] / theirs["peak_rss_mb"],
         "trainers": rows,
     }
 
 
-def packed_table(result: dict[str, Any]) -> str:
-    """Write the comparison of packs as a table."""
-    lines = [
-        f"{result['processor']}:",
-        "",
-        "| trainer | non-pad tokens per CPU s | CPU s a step | tokens a step | peak MB | loss 1 | times XTuner |",
-        "|---|---|---|---|---|---|---|",
-    ]
+def packed_table(results: dict[str, Any]) -> str:
+    """Write the comparison of packs as tables, one for each processor that made it."""
+    return by_processor({where: found["w3p"] for where, found in results.items() if "w3p" in found}, rows_of_packs)
+
+
+def rows_of_packs(result: dict[str, Any]) -> list[str]:
+    """Write the comparison of packs of one processor."""
     best = result["trainers"]["xtuner, fp32"]["tokens_per_cpu_s"]
-    lines += [
-        f"| {name} | {row['tokens_per_cpu_s']:,.0f} | {row['cpu']:.2f} | {row['nonpad']:,.0f} | "
-        f"{row['peak_rss_mb']:,.0f} | {row['loss']:.5f} | {row['tokens_per_cpu_s'] / best:.2f} |"
-        for name, row in result["trainers"].items()
+    return [
+        "| trainer | runs | non-pad tokens per CPU s | CPU s a step | tokens a step | peak MB | loss 1 | "
+        "times XTuner |",
+        "|---|---|---|---|---|---|---|---|",
+        *(
+            f"| {name} | {row['runs']} | {row['tokens_per_cpu_s']:,.0f} | {row['cpu']:.2f} | {row['nonpad']:,.0f} | "
+            f"{row['peak_rss_mb']:,.0f} | {row['loss']:.5f} | {row['tokens_per_cpu_s'] / best:.2f} |"
+            for name, row in result["trainers"].items()
+        ),
     ]
-    return "\n".join(lines)
 
 
 def floor_seconds(peers: str, work_folder: Path, model: str, work: str, step: dict[str, float]) -> float:
@@ -161,19 +162,22 @@ def floor_seconds(peers: str, work_folder: Path, model: str, work: str, step: di
 
 
 def table(results: dict[str, Any]) -> str:
-    """Write the results as tables, one for each processor and precision."""
-    measured: dict[str, dict[str, Any]] = {}
-    for work, result in results.items():
-        measured.setdefault(f"{result['processor']}, {result['precision']}:", {})[work] = result
-    return "\n\n".join(f"{where}\n\n{table_of(found)}" for where, found in measured.items())
+    """Write the results as tables, one for each processor."""
+    works = {where: {work: found[work] for work in found if work != "w3p"} for where, found in results.items()}
+    return by_processor({where: found for where, found in works.items() if found}, rows_of_works)
 
 
-def table_of(results: dict[str, Any]) -> str:
+def by_processor(results: dict[str, Any], rows_of: Callable[[dict[str, Any]], list[str]]) -> str:
+    """Write a table below the name of each processor and its precision."""
+    return "\n\n".join("\n".join([f"{where}:", "", *rows_of(found)]) for where, found in results.items())
+
+
+def rows_of_works(results: dict[str, Any]) -> list[str]:
     """Write the results of one processor."""
     lines = [
-        "| work | trainer | CPU s a step | samples/s | non-pad tokens/s | supervised tokens/s | peak MB | loss 1 | "
-        "times the best peer | times the floor |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| work | trainer | runs | CPU s a step | samples/s | non-pad tokens/s | supervised tokens/s | peak MB | "
+        "loss 1 | times the best peer | times the floor |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for work, result in results.items():
         best = min(row["cpu"] for name, row in result["trainers"].items() if name in PEERS)
@@ -183,10 +187,11 @@ def table_of(results: dict[str, Any]) -> str:
                 f"{row[key] / row['wall']:,.{digits}f}" for key, digits in (("samples", 2), ("nonpad", 0), ("sup", 0))
             )
             lines.append(
-                f"| {work} | {name} | {row['cpu']:.2f} | {' | '.join(rates)} | {row['peak_rss_mb']:,.0f} | "
-                f"{row['loss']:.5f} | {best / row['cpu']:.2f} | {row['cpu'] / 2 / floor:.1f} |"
+                f"| {work} | {name} | {row['runs']} | {row['cpu']:.2f} | {' | '.join(rates)} | "
+                f"{row['peak_rss_mb']:,.0f} | {row['loss']:.5f} | {best / row['cpu']:.2f} | "
+                f"{row['cpu'] / 2 / floor:.1f} |"
             )
-    return "\n".join(lines)
+    return lines
 
 
 def main() -> None:
@@ -202,20 +207,19 @@ def main() -> None:
     arguments.work, arguments.peers = str(work_folder), str(Path(arguments.peers).resolve())
     require_environments(arguments)
     results: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    found = results.setdefault(f"{processor()}, {precision()}", {})
     subprocess.run([sys.executable, f"{arguments.peers}/bench.py", "--work", arguments.work, "gemm"], check=True)
     models = arguments.models.split(",")
     for model, work in [pair for pair in NAMES if pair[0] in models]:
         run(arguments, model, work, arguments.trainers, precision(), OURS)
         rows = read(work_folder, model, work, precision())
         floor = floor_seconds(arguments.peers, work_folder, model, work, rows["ours"])
-        results[NAMES[model, work]] = compare(rows, floor)
+        found[NAMES[model, work]] = compare(rows, floor)
     if "packed" in models:
-        results["w3p"] = compare_packed(arguments, work_folder)
+        found["w3p"] = compare_packed(arguments, work_folder)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    packed = results.pop("w3p", None)
     write_block("speed", table(results))
-    if packed is not None:
-        write_block("packed", packed_table(packed))
+    write_block("packed", packed_table(results))
 
 
 def require_environments(arguments: argparse.Namespace) -> None:
