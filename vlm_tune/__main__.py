@@ -4,8 +4,9 @@ import sys
 
 
 def is_stop(error: BaseException | None) -> bool:
-    """Return whether an error is Ctrl-C, or what Python 3.11 makes of one that comes while a class is made."""
-    return error is not None and (isinstance(error, KeyboardInterrupt) or is_stop(error.__cause__))
+    """Return whether an error is Ctrl-C, or one that it led to: while a class is made, or in a library's clean-up."""
+    came_of = error and (error.__cause__ or error.__context__)
+    return isinstance(error, KeyboardInterrupt) or (came_of is not None and is_stop(came_of))
 
 
 if __name__ == "__main__":
@@ -13,7 +14,7 @@ if __name__ == "__main__":
         from vlm_tune.cli import main
 
         sys.exit(main())
-    except (KeyboardInterrupt, RuntimeError) as error:  # during the imports; later ones are handled by `main`
+    except (KeyboardInterrupt, Exception) as error:  # during the imports; plain ones later are handled by `main`
         if not is_stop(error):
             raise
         sys.stderr.write("\nstopped.\n")
