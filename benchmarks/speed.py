@@ -73,6 +73,15 @@ def read(work_folder: Path, model: str, work: str, dtype: str) -> dict[str, dict
     return {name: medians(made) for name, made in runs.items()}
 
 
+def require_runs(rows: dict[str, dict[str, float]], names: list[str], logs: str) -> None:
+    """Stop if no run of a trainer ended well: without it the best peer would be another."""
+    missing = [name for name in names if name not in rows]
+    if missing:
+        raise SystemExit(
+            f"no run of {', '.join(missing)} ended well: read " + ", ".join(logs.format(each) for each in missing)
+        )
+
+
 def medians(runs: list[dict[str, Any]]) -> dict[str, float]:
     """Take the median of the runs of one trainer."""
     rows = []
@@ -117,6 +126,7 @@ def compare_packed(arguments: argparse.Namespace, work_folder: Path) -> dict[str
         for dtype in dtypes
         for name, row in read(work_folder, "R", "w3p", dtype).items()
     }
+    require_runs(rows, ["xtuner, fp32"], f"{work_folder}/res/R.w3p.fp32.xtuner.r0.log")
     theirs = rows["xtuner, fp32"]
     ratios = {f"ratio_{dtype}": rows[f"ours, {dtype}"]["tokens_per_cpu_s"] for dtype in dtypes}
     return {
@@ -213,6 +223,8 @@ def main() -> None:
     for model, work in [pair for pair in NAMES if pair[0] in models]:
         run(arguments, model, work, arguments.trainers, precision(), OURS)
         rows = read(work_folder, model, work, precision())
+        logs = f"{work_folder}/res/{model}.{work}.{precision()}.{{}}.r0.log"
+        require_runs(rows, [*arguments.trainers.split(","), *OURS], logs)
         floor = floor_seconds(arguments.peers, work_folder, model, work, rows["ours"])
         found[NAMES[model, work]] = compare(rows, floor)
     if "packed" in models:
