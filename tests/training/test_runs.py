@@ -1,15 +1,19 @@
 """What a run starts from and what it leaves: the earlier stage's weights, small checkpoints, whole reports."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
-from vlm_tune.config.parse import load_config
+from vlm_tune.config.parse import load_config, write_config
+from vlm_tune.config.schema import Precision
 from vlm_tune.errors import CheckpointError
+from vlm_tune.model import trained
 from vlm_tune.model.checkpoint import CHECKPOINTS, checkpoints, read_checkpoint, start_of, trained_weights
 from vlm_tune.model.parts.stage import trained_parameters
 from vlm_tune.model.trained import open_trained
+from vlm_tune.training.resume import initial_checkpoint
 from vlm_tune.training.run import train
 
 SHORT = ("stage.max_steps=3", "stage.evaluate=false", "trainer.save_every=1", "trainer.keep=2", "trainer.num_chats=0")
@@ -70,6 +74,15 @@ def test_a_start_of_another_shape_is_refused(toys, tmp_path, pretrained):
         train(load_config(toys.arguments("stage=finetune", *other, runs=tmp_path)))
 
 
+@pytest.mark.parametrize("is_there", [True, False], ids=["a run", "no run"])
+def test_a_whole_checkpoint_goes_on_from_its_earlier_run_if_there_is_one(finetuned, tmp_path, is_there):
+    if is_there:
+        shutil.copytree(finetuned, tmp_path / "before")
+        write_config(load_config(["model=internvl2_2b", "stage=finetune"]), tmp_path / "before" / "config.yaml")
+    start = initial_checkpoint(load_config(["model=internvl2_2b", "stage=mpo", f"runs='{tmp_path}'"]))
+    assert start == (checkpoints(tmp_path / "before")[-1] if is_there else None)
+
+
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_a_checkpoint_holds_what_is_trained_and_nothing_else(toys, stage, pretrained, finetuned):
     run = {"pretrain": pretrained, "finetune": finetuned}[stage]
@@ -112,6 +125,15 @@ def test_an_opened_model_answers_and_does_not_train(finetuned):
     model, _ = open_trained(str(finetuned), [])
     assert not list(trained_parameters(model.vlm))
     assert not any(module.training for module in model.vlm.modules())
+
+
+@pytest.mark.parametrize(("precision", "where"), [(None, "meta"), (Precision.fp32, "cpu")], ids=["asked", "exported"])
+def test_a_model_answers_where_it_would_train_and_is_exported_from_main_memory(
+    finetuned, monkeypatch, precision, where
+):
+    monkeypatch.setattr(trained, "device_of", lambda config: torch.device("meta"))  # in the place of a GPU
+    model, _ = open_trained(str(finetuned), [], precision)
+    assert {each.device.type for each in (*model.vlm.parameters(), *model.vlm.buffers())} == {where}
 
 
 def test_a_run_leaves_what_is_needed_to_read_and_repeat_it(finetuned):

@@ -84,6 +84,12 @@ def load_weights(model: ModelConfig, dtype: torch.dtype, quantize: Quantize) -> 
     return parts.join(vision, llm, Found.given(model), model.tiles.size, (dtype, quantize))
 
 
+def device_of(config: Config) -> torch.device:
+    """Return where a model computes: on the GPU, unless there is none or the CPU was asked for."""
+    is_gpu = torch.cuda.is_available() and config.trainer.accelerator != "cpu"
+    return torch.device("cuda" if is_gpu else "cpu")
+
+
 def resolve_precision(precision: Precision) -> Precision:
     """Choose bf16 if the hardware supports it, else float32."""
     if precision is not Precision.auto:

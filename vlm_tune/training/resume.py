@@ -197,9 +197,9 @@ def initial_checkpoint(config: Config) -> Path | None:
         return None
     if stage.init_from != "auto":
         return find_checkpoint(stage.init_from)
-    if config.model.path is not None and config.model.vision.path is None:
-        return None  # a whole checkpoint has its own trained projector
     run = find_run(Path(config.runs), str(stage.init_stage), config.model.name)
+    if run is None and config.model.path is not None and config.model.vision.path is None:
+        return None  # a whole checkpoint has its own trained projector
     if run is None:
         raise CheckpointError(
             f"stage.init_from=auto: {config.runs} holds no {stage.init_stage} run of model={config.model.name}. Run "

@@ -15,7 +15,7 @@ from vlm_tune.config.schema import Config, FeatureCaching
 from vlm_tune.console import follow, make_console, tell
 from vlm_tune.data.datamodule import DataModule
 from vlm_tune.errors import CheckpointError, Stopped
-from vlm_tune.model.build import build_model
+from vlm_tune.model.build import build_model, device_of
 from vlm_tune.model.checkpoint import CONFIG, checkpoint_name, run_config, run_of, start_of
 from vlm_tune.model.fill_cache import fill_cache, plan_cache
 from vlm_tune.model.find_batch import find_passes, regroup
@@ -115,8 +115,7 @@ def choose_packs(
         return with_packs_of(run_config(checkpoint), config)
     if (run := handed_folder()) is not None:
         return with_packs_of(read_config(run / CONFIG), config)
-    device = torch.device("cuda" if has_gpu(config) else "cpu")
-    found = regroup(config, most_of_all(find_passes(vlm, data, config, device)))
+    found = regroup(config, most_of_all(find_passes(vlm, data, config, device_of(config))))
     packs, asked = (
         f"{each.trainer.global_batch} packs of {each.stage.pack_length:,} tokens and {each.stage.pack_tiles:,} tiles"
         for each in (found, config)
@@ -158,9 +157,8 @@ def fill_ahead(config: Config, console: Console) -> None:
     console.print(f"pictures are encoded by the encoder of {source}", soft_wrap=True)
     data = DataModule(config, model.encoder, follow)
     data.setup()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wanted = replace(config, data=replace(config.data, feature_cache=FeatureCaching.on))
-    keep_features(model.vlm, data, wanted, device, console)
+    keep_features(model.vlm, data, wanted, device_of(config), console)
 
 
 def keep_features(

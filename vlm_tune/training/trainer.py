@@ -3,13 +3,12 @@
 from pathlib import Path
 
 import lightning as L
-import torch
 from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
 from vlm_tune.config.schema import Config, Precision, Strategy
 from vlm_tune.errors import ConfigError
-from vlm_tune.model.build import resolve_precision
+from vlm_tune.model.build import device_of, resolve_precision
 from vlm_tune.model.kernels.freed import keep_freed_memory
 from vlm_tune.model.ready import require_packages
 from vlm_tune.training.callbacks.checkpoints import SaveCheckpoints
@@ -96,7 +95,7 @@ def check_trainer(config: Config) -> None:
 
 def has_gpu(config: Config) -> bool:
     """Return whether a run uses a GPU."""
-    return torch.cuda.is_available() and config.trainer.accelerator != "cpu"
+    return device_of(config).type == "cuda"
 
 
 def find_loggers(config: Config, run: Path) -> list[Logger] | bool:
