@@ -13,6 +13,10 @@ class Train(Enum):
     full = "full"
 
 
+VISION_LAYERS = ["q_proj", "k_proj", "v_proj", "projection_layer", "fc1", "fc2"]
+LLM_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
 class TileRule(Enum):
     """How a picture is cut into tiles."""
 
@@ -94,10 +98,10 @@ class TilesConfig:
     """How pictures are cut."""
 
     size: int = 448  # pixels, side of a tile
-    min: int = 1
+    min: int = 1  # fewest tiles of a picture
     max: int = 12  # without the thumbnail; shared by the pictures of one sample
-    thumbnail: bool = True
-    rule: TileRule = TileRule.dynamic
+    thumbnail: bool = True  # one more tile that shows the whole picture, where there are several
+    rule: TileRule = TileRule.dynamic  # how a picture's grid is chosen (docs/data_format.md)
 
 
 @dataclass
@@ -107,7 +111,7 @@ class VisionConfig:
     path: str | None = None  # folder, hub id or recipe:NAME; null = the part inside model.path
     select_layer: int = -1  # index into the hidden states (0 = embeddings); later layers are not run
     normalize: str = "imagenet"  # imagenet | clip (InternVL) | openai_clip (LLaVA) | siglip | half
-    targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "projection_layer", "fc1", "fc2"])
+    targets: list[str] = field(default_factory=VISION_LAYERS.copy)  # linear layers that LoRA adapts
 
 
 @dataclass
@@ -120,7 +124,7 @@ class ProjectorConfig:
     bias: bool = True  # of the linear layers
     newline: bool = False  # a token at the end of each row of an any-resolution picture (LLaVA-NeXT)
     num_queries: int = 32  # of a Q-Former: tokens per tile
-    qformer_layers: int = 12
+    qformer_layers: int = 12  # of a Q-Former
     qformer_width: int = 768  # a multiple of 64, the width of its heads
 
 
@@ -128,17 +132,15 @@ class ProjectorConfig:
 class LlmConfig:
     """The language model."""
 
-    path: str | None = None
-    targets: list[str] = field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    )
+    path: str | None = None  # folder, hub id or recipe:NAME; null = the part inside model.path
+    targets: list[str] = field(default_factory=LLM_LAYERS.copy)  # linear layers that LoRA adapts
 
 
 @dataclass
 class ModelConfig:
     """Which weights, and how text and pictures reach them."""
 
-    name: str = "demo"
+    name: str = "demo"  # runs of the same name go on from one another; conf/model/NAME.yaml sets it
     path: str | None = None  # a whole checkpoint: folder or hub id; null = built from vision.path and llm.path
     template: str = "chatml"  # a name of data/text/templates.yaml
     system: str | None = None  # system prompt; null = the template's own
@@ -154,9 +156,9 @@ class ImageConfig:
     """Where pictures are, and their limits."""
 
     root: str | None = None  # folder of relative picture paths; null = the folder of the data file
-    exif: bool = False  # honour the EXIF orientation (the reference implementations ignore it)
+    exif: bool = False  # turn photos upright as their EXIF data ask, as phones' need; InternVL and LLaVA do not
     alpha: str = "drop"  # transparency: drop = the hidden colours show (as in the references); white, black, "#RRGGBB"
-    max_pixels: int = 100_000_000
+    max_pixels: int = 100_000_000  # width times height of the largest picture that is read
 
 
 @dataclass
@@ -164,9 +166,7 @@ class AugmentConfig:
     """Random changes of training pictures; all off by default."""
 
     flip: bool = False  # mirror half of the pictures, but those of rows with a <box>
-    crop: float = (
-        1.0  # smallest share of the picture's sides that a random crop keeps (not of a row with a <box>); 1 = none
-    )
+    crop: float = 1.0  # smallest share of the sides that a random crop keeps (not of a row with a <box>); 1 = none
     jpeg: bool = False  # re-encode with a random JPEG quality of 75 to 100 (InternVL's data_augment)
 
 
@@ -182,49 +182,49 @@ class DataConfig:
     format: str = "auto"  # dialect of the rows; auto = recognised from the first row
     ignore_fields: list[str] = field(default_factory=list)  # fields of rows to ignore
     reasoning_loss: bool = True  # train on an answer's reasoning_content too; false = only show it
-    on_bad_sample: BadSample = BadSample.error
-    on_too_long: TooLong = TooLong.error
+    on_bad_sample: BadSample = BadSample.error  # what becomes of a row that cannot be trained on
+    on_too_long: TooLong = TooLong.error  # what becomes of a row longer than max_length
     max_length: int = 8192  # tokens of one sample, including image tokens
     image: ImageConfig = field(default_factory=ImageConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     feature_cache: FeatureCaching = FeatureCaching.auto  # a frozen encoder then runs once per picture
-    feature_cache_gib: float = 10.0
-    workers: int = 2
+    feature_cache_gib: float = 10.0  # most that a run's cached features may take on disk
+    workers: int = 2  # processes that read and cut pictures; 0 = the main process
 
 
 @dataclass
 class TrainParts:
     """How each part is trained."""
 
-    vision: Train = Train.frozen
-    projector: Train = Train.full
-    llm: Train = Train.frozen
+    vision: Train = Train.frozen  # the vision encoder
+    projector: Train = Train.full  # the projector between both
+    llm: Train = Train.frozen  # the language model
 
 
 @dataclass
 class LearningRates:
     """The peak learning rate of each part."""
 
-    vision: float = 2e-6
-    projector: float = 1e-3
-    llm: float = 2e-4
+    vision: float = 2e-6  # of the vision encoder, where it is trained
+    projector: float = 1e-3  # of the projector
+    llm: float = 2e-4  # of the language model's weights or adapters
 
 
 @dataclass
 class WeightDecays:
     """The weight decay of each part, where it differs from the stage's; null = stage.weight_decay."""
 
-    vision: float | None = None
-    projector: float | None = None
-    llm: float | None = None
+    vision: float | None = None  # of the vision encoder
+    projector: float | None = None  # of the projector
+    llm: float | None = None  # of the language model
 
 
 @dataclass
 class Checkpointing:
     """Recompute a part's layers in the backward pass instead of keeping their activations: less memory, more time."""
 
-    vision: bool = False
-    projector: bool = False
+    vision: bool = False  # recompute its layers: less memory, more time
+    projector: bool = False  # recompute it
     llm: bool | str = False  # false | mlp (its MLPs alone, in chunks of tokens) | true | offload (true, in main memory)
 
 
@@ -232,11 +232,11 @@ class Checkpointing:
 class LoraConfig:
     """peft's adapters."""
 
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.05
-    rslora: bool = False
-    dora: bool = False
+    rank: int = 16  # inner width of an adapter
+    alpha: float = 32.0  # scale: an adapter counts alpha / rank times
+    dropout: float = 0.05  # share of an adapter's inputs that are dropped while training
+    rslora: bool = False  # scale by alpha / sqrt(rank) instead
+    dora: bool = False  # learn lengths and directions of weights apart (DoRA)
 
 
 @dataclass
@@ -259,30 +259,28 @@ class PreferenceConfig:
 class StageConfig:
     """What a stage trains, and how."""
 
-    name: str = "finetune"
+    name: str = "finetune"  # pretrain, finetune, ...: conf/stage/NAME.yaml sets it
     init_from: str = "auto"  # run folder or checkpoint to start from; auto = newest run of init_stage; none
     init_stage: str | None = None  # stage that `auto` looks for; null = start from the base weights
     train: TrainParts = field(default_factory=TrainParts)
     lr: LearningRates = field(default_factory=LearningRates)
     layer_decay: float = 1.0  # learning rate of a vision encoder layer, as a fraction of the next layer's
-    optimizer: Optimizer = Optimizer.adamw
-    beta2: float = (
-        0.999  # of AdamW's mean of squares; 0.98 forgets sooner how large a new projector's first gradients are
-    )
+    optimizer: Optimizer = Optimizer.adamw  # bitsandbytes' keep less in GPU memory
+    beta2: float = 0.999  # of AdamW's mean of squares; 0.98 forgets a new projector's first, large gradients sooner
     weight_decay: float = 0.0  # not on norms, biases and other vectors
     part_weight_decay: WeightDecays = field(default_factory=WeightDecays)
     warmup: float = 0.03  # share of the optimizer steps
     min_lr: float = 0.0  # fraction of the learning rate that remains at the end of the cosine
     clip: float = 1.0  # norm of the gradient; 0 = off
-    epochs: float = 1.0
+    epochs: float = 1.0  # passes over the rows, also parts of one
     max_steps: int = -1  # optimizer steps; -1 = from epochs
     lora: LoraConfig = field(default_factory=LoraConfig)
-    quantize: Quantize = Quantize.none
+    quantize: Quantize = Quantize.none  # the frozen language model is kept in 4 or 8 bits (QLoRA)
     gradient_checkpointing: Checkpointing = field(default_factory=Checkpointing)
     neftune: float = 0.0  # alpha of the noise on text embeddings while training (5, 10 or 15); 0 = off
     router_loss: float = 0.0  # weight of the loss that spreads tokens over experts (Qwen3: 0.001); 0 = off, as InternVL
     drop_path: float = 0.0  # probability of skipping the last layer of a trained vision encoder; lower for earlier ones
-    loss: LossWeight = LossWeight.token
+    loss: LossWeight = LossWeight.token  # weight of a token in a row of x trained ones: 1, 1/x or 1/sqrt(x)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     evaluate: bool = True  # score the test file before and after training
     packing: bool = True  # concatenate samples without padding; false = pad to the longest
@@ -295,27 +293,25 @@ class StageConfig:
 class TrainerConfig:
     """Devices, batch sizes and intervals."""
 
-    accelerator: str = "auto"
-    devices: int = 1
-    nodes: int = 1
+    accelerator: str = "auto"  # auto, gpu or cpu
+    devices: int = 1  # GPUs of a machine
+    nodes: int = 1  # machines
     sequence_parallel: int = 1  # devices that share each pack, a stretch of its tokens each: packs can be longer
-    precision: Precision = Precision.auto
+    precision: Precision = Precision.auto  # auto = bf16 where the hardware has it, else fp32 (older GPUs: fp16)
     global_batch: int = 16  # packs (samples when stage.packing=false) in one optimizer step, over all devices
     micro_batch: int = 1  # of these, in one forward pass on one device
-    find_batch: bool = (
-        False  # divide a step into the largest packs that fit: sets pack_length, pack_tiles, global_batch
-    )
+    find_batch: bool = False  # divide a step into the largest packs that fit: pack_length, pack_tiles, global_batch
     log_every: int = 1  # optimizer steps
     val_every: int | None = None  # optimizer steps, and at the end; null = a fifth of the run, at most 200
-    max_val_rows: int = 512
+    max_val_rows: int = 512  # rows of the validation file that are used
     patience: int | None = None  # validations without a lower loss, after which the run ends early; null = never
-    save_every: int | None = None  # and at the end; null as above
+    save_every: int | None = None  # optimizer steps, and at the end; null = as val_every
     save_minutes: float | None = None  # also save after this many minutes
     max_bad_steps: int = 5  # consecutive steps skipped for a loss or gradient that is not finite, before the run stops
     keep: int = 2  # newest checkpoints kept, in addition to the best
     sharded_checkpoints: bool | None = None  # a folder of one file a process; null = above 16 GiB, of several processes
-    chat_every: int | None = None  # sample answers; 0 = only before and after; null as above
-    num_chats: int = 6  # fixed questions
+    chat_every: int | None = None  # steps between sample answers; 0 = only before and after; null = as val_every
+    num_chats: int = 6  # fixed questions of the test file for the sample answers
     max_test_rows: int = 500  # scored before and after training
 
     @property
@@ -340,7 +336,7 @@ class Strategy(Enum):
 class StrategyConfig:
     """How several devices share the work."""
 
-    name: Strategy = Strategy.auto
+    name: Strategy = Strategy.auto  # how several devices share the work (docs/scaling.md)
 
 
 @dataclass
@@ -360,7 +356,7 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
-    seed: int = 0
+    seed: int = 0  # of all that is random: order, new weights, dropout, augmentation
     resume: str | None = None  # last, a run folder or a checkpoint
     resume_allow: list[str] = field(default_factory=list)  # keys that may differ from the interrupted run's
     runs: str = "runs"  # folder of the run folders

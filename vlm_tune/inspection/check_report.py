@@ -18,7 +18,7 @@ from vlm_tune.config.schema import Config
 from vlm_tune.data.fit import EncoderSettings
 from vlm_tune.data.sets.paths import num_put_aside
 from vlm_tune.data.text.positions import NAME
-from vlm_tune.inspection.check_alpha import alpha_fact
+from vlm_tune.inspection.check_pictures import alpha_fact, turned_fact
 from vlm_tune.inspection.check_rows import Findings
 from vlm_tune.words import counted
 
@@ -39,6 +39,7 @@ def summarise(found: Findings, config: Config, settings: EncoderSettings) -> dic
         "faults": dict(Counter(fault.kind for fault in found.faults).most_common()),
         "dialects": dict(found.dialects.most_common()),
         "images": {name: found.images[name] for name in ("found", "missing", "broken")} | {"distinct": int(distinct)},
+        "turned": found.images["turned"],
         "transparency": {name: found.images[name] for name in ("alpha", "decoded", "transparent")},
         "trained": {name: trained[name] for name in ("rows", "tokens", "supervised")},
         "pair_share": trained["shared"] / trained["tokens"] if trained["shared"] else None,
@@ -64,6 +65,7 @@ def summarise(found: Findings, config: Config, settings: EncoderSettings) -> dic
             "limit": settings.limit.name,
             "on_too_long": data.on_too_long.value,
             "format": data.format,
+            "exif": data.image.exif,
             "alpha": data.image.alpha,
             "val_share": data.val_share if data.val == "auto" else 0.0,
             "num_put_aside": num_put_aside(trained["rows"], config),
@@ -139,11 +141,7 @@ def facts(report: dict[str, Any]) -> dict[str, str]:
     images, trained, tokens, tiles = (report[name] for name in ("images", "trained", "tokens", "tiles"))
     settings = report["settings"]
     told = {"rows": ", ".join(f"{count:,} {name}" for name, count in report["dialects"].items()) or "none"}
-    if sum(images.values()):
-        told["images"] = ", ".join(f"{images[name]:,} {name}" for name in ("found", "missing", "broken"))
-        told["images"] += f"; {images['distinct']:,} different ones"
-    if report["transparency"]["alpha"]:
-        told["transparency"] = alpha_fact(report["transparency"], settings["alpha"])
+    told |= picture_facts(report)
     if tokens:
         told["tokens a row"] = f"{in_words(tokens)}, of {settings['limit']}"
     if tiles and tiles["max"]:
@@ -171,6 +169,19 @@ def facts(report: dict[str, Any]) -> dict[str, str]:
             if settings["num_put_aside"]
             else f"none: no file for it, and {share} of {counted(rows, 'row')} is less than one"
         )
+    return told
+
+
+def picture_facts(report: dict[str, Any]) -> dict[str, str]:
+    """Describe the pictures: how many there are, and what a setting decides of their look."""
+    images, settings, told = report["images"], report["settings"], {}
+    if sum(images.values()):
+        told["images"] = ", ".join(f"{images[name]:,} {name}" for name in ("found", "missing", "broken"))
+        told["images"] += f"; {images['distinct']:,} different ones"
+    if report["turned"]:
+        told["orientation"] = turned_fact(report["turned"], settings["exif"])
+    if report["transparency"]["alpha"]:
+        told["transparency"] = alpha_fact(report["transparency"], settings["alpha"])
     return told
 
 

@@ -22,8 +22,8 @@ from vlm_tune.data.sets.mixture import with_settings
 from vlm_tune.data.text.positions import UNLIMITED
 from vlm_tune.data.tiles import picture_tiles
 from vlm_tune.errors import DataError
-from vlm_tune.inspection.check_alpha import AlphaCount
 from vlm_tune.inspection.check_answers import Answers
+from vlm_tune.inspection.check_pictures import LookCount
 from vlm_tune.inspection.check_shared import Contents, HeldOut, Shared
 
 CHUNK = 256  # rows that a worker checks at once: their texts are tokenized together
@@ -97,7 +97,7 @@ class Findings:
 
     num_rows: int = 0
     dialects: Counter[str] = field(default_factory=Counter)
-    images: Counter[str] = field(default_factory=Counter)  # found, missing, broken; alpha, ...: each place in a row
+    images: Counter[str] = field(default_factory=Counter)  # found, missing, broken; turned, ...: each place in a row
     tiles: Counter[int] = field(default_factory=Counter)  # tiles of a row -> rows
     tokens: Counter[int] = field(default_factory=Counter)  # tokens of a row, before data.on_too_long -> rows
     by_rule: dict[str, Counter[int]] = field(default_factory=dict)  # the same under each of RULES
@@ -148,7 +148,7 @@ class RowCheck(Dataset[Findings]):
         self.markup = re.compile("|".join(map(re.escape, markup))) if markup else None
         self.tiles = {rule: replace(data.pictures.tiles, rule=rule) for rule in RULES}
         self.checked = CheckedPictures(data.reader)
-        self.alpha = AlphaCount(data.reader, len(self))
+        self.looks = LookCount(data.reader, len(self))
 
     def __len__(self) -> int:
         """Count the chunks."""
@@ -158,7 +158,7 @@ class RowCheck(Dataset[Findings]):
         """Check one chunk of rows."""
         rows = range(number * CHUNK, min((number + 1) * CHUNK, len(self.data)))
         found = Findings(num_rows=len(rows))
-        self.alpha.begin(number)
+        self.looks.begin(number)
         ids, contents = np.zeros(len(rows), np.uint64), np.zeros(len(rows), np.uint64)
         pictures: set[int] = set()
         good: list[GoodRow] = []
@@ -211,7 +211,7 @@ class RowCheck(Dataset[Findings]):
             try:
                 sizes.append(self.checked.check(picture, sample.where, sample.id))
                 found.images["found"] += 1
-                self.alpha.look(picture, found.images)
+                self.looks.look(picture, found.images)
             except DataError as error:
                 kind = add_fault(found, row, error, PICTURE_KINDS)
                 found.images[STATES.get(kind, "broken")] += 1

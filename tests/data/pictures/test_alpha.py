@@ -1,4 +1,4 @@
-"""Transparent pictures become what data.image.alpha says, in every mode that has transparency."""
+"""Transparent pictures become what data.image.alpha says, in every mode that has it; `check` counts them."""
 
 import io
 import json
@@ -233,6 +233,23 @@ def test_check_is_silent_about_opaque_pictures(tmp_path: Path, parts: list[str])
     images, told = checked(tmp_path, parts)
     assert images["alpha"] == 0
     assert "transparency" not in told
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("false", "data.image.exif=false trains them so: set it to true to train them as they are shown"),
+        ("true", "data.image.exif=true trains them upright"),
+    ],
+)
+def test_check_counts_photos_that_are_stored_turned(tmp_path: Path, parts: list[str], setting: str, said: str) -> None:
+    turned, upright = Image.Exif(), Image.Exif()
+    turned[0x0112], upright[0x0112] = 6, 1  # as a phone held upright writes it
+    plain = stamp().convert("RGB")
+    files = {"phone.jpg": encode(plain, "JPEG", exif=turned), "camera.jpg": encode(plain, "JPEG", exif=upright)}
+    write_rows(tmp_path, files | {"none.png": encode(plain)}, 2)
+    told = checked(tmp_path, parts, f"data.image.exif={setting}")[1]["orientation"]
+    assert told == f"2 pictures are stored turned or mirrored, by EXIF data. {said}"
 
 
 def test_check_decodes_no_more_than_a_few_of_a_chunk(tmp_path: Path, parts: list[str]) -> None:

@@ -28,6 +28,7 @@ from vlm_tune.errors import DataError
 
 # The end of a complete file. Other formats are decoded to find out, and so are files with something after their end.
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\x00\x00\x00\x00IEND\xae\x42\x60\x82", "GIF": b"\x00;"}
+_UPRIGHT_READERS = ("TIFF", HEIF)  # whose readers turn a picture upright, size included, whether asked to or not
 _END_BYTES = 4096  # at each end of a file
 _MAX_CHECKED = 1 << 16  # pictures that one process remembers: about 20 MB
 
@@ -125,8 +126,13 @@ class ImageReader:
 
     def has_alpha(self, picture: Picture) -> bool:
         """Return whether a file can hold transparency, by its header alone. Raise DataError."""
-        with self._naming(picture, "", None), self.open_encoded(picture) as file:
-            return find_format(file) not in OPAQUE and self._read_header(picture, file).image.has_transparency_data
+        with self._opened(picture, "", None) as header:
+            return header.format not in OPAQUE and header.image.has_transparency_data
+
+    def is_turned(self, picture: Picture) -> bool:
+        """Return whether a file's EXIF orientation says that it is stored turned or mirrored. Raise DataError."""
+        with self._opened(picture, "", None) as header:
+            return header.format not in _UPRIGHT_READERS and _read_orientation(header.image) != 1
 
     def shows_through(self, picture: Picture) -> bool:
         """Decode the picture; return whether any pixel is not opaque, so that config.alpha matters. Raise DataError."""
@@ -224,8 +230,7 @@ class ImageReader:
         name = find_format(file)
         with _damage(name):
             image = Image.open(file, formats=[name])
-            # Their readers turn TIFF and HEIF upright, size included, whether asked to or not.
-            orientation = _read_orientation(image) if self.config.exif and name not in ("TIFF", HEIF) else 1
+            orientation = _read_orientation(image) if self.config.exif and name not in _UPRIGHT_READERS else 1
         width, height = image.size if orientation < 5 else image.size[::-1]
         self._check_pixels(width, height)
         if image.mode == "F" or (image.mode == "I" and name != "PPM"):  # 16-bit PPM comes as mode I

@@ -1,7 +1,8 @@
-"""What `check` reports on transparency: how many headers announce it, and how many pictures of a sample have it.
+"""What `check` reports on pictures whose look a setting decides: those turned by their EXIF data, and transparent ones.
 
-Whether any pixel is transparent shows only when a picture is decoded, which `check` does for nothing else. So a few
-pictures are decoded, from chunks of rows spread evenly over the file; the choice does not depend on data.workers.
+Headers tell which pictures are turned, and which can be transparent. Whether any pixel is shows only when a picture is
+decoded, which `check` does for nothing else. So a few are decoded, from chunks of rows spread evenly over the file; the
+choice does not depend on data.workers.
 """
 
 from collections import Counter
@@ -15,13 +16,13 @@ from vlm_tune.words import counted
 CHUNKS, PER_CHUNK = 64, 8  # at most 512 pictures are decoded
 
 
-class AlphaCount:
+class LookCount:
     """Counts the pictures in the chunks of one file; a picture's header is read once per process."""
 
     def __init__(self, reader: ImageReader, num_chunks: int) -> None:
         self._reader = reader
         self._stride = -(-num_chunks // CHUNKS) or 1
-        self._known: dict[Picture, bool] = {}
+        self._known: dict[Picture, tuple[bool, bool]] = {}
         self._decoded: dict[Picture, bool] = {}  # of one chunk
         self._may_decode = 0
 
@@ -31,10 +32,13 @@ class AlphaCount:
         self._may_decode = 0 if chunk % self._stride else PER_CHUNK
 
     def look(self, picture: Picture, counts: Counter[str]) -> None:
-        """Add a picture that is in order to the counts `alpha`, `decoded` and `transparent`."""
-        if picture.frame is not None or not self._has_alpha(picture):
+        """Add a picture that is in order to the counts `turned`, `alpha`, `decoded` and `transparent`."""
+        if picture.frame is not None:
             return
-        counts["alpha"] += 1
+        is_turned, has_alpha = self._header(picture)
+        counts.update(turned=int(is_turned), alpha=int(has_alpha))
+        if not has_alpha:
+            return
         if picture in self._decoded or len(self._decoded) >= self._may_decode:
             return
         try:
@@ -44,14 +48,22 @@ class AlphaCount:
         self._decoded[picture] = shows
         counts.update(decoded=1, transparent=int(shows))
 
-    def _has_alpha(self, picture: Picture) -> bool:
+    def _header(self, picture: Picture) -> tuple[bool, bool]:
         if picture.content is not None:
-            return self._reader.has_alpha(picture)
+            return self._reader.is_turned(picture), self._reader.has_alpha(picture)
         if picture not in self._known:
             if len(self._known) >= 1 << 16:
                 self._known.clear()
-            self._known[picture] = self._reader.has_alpha(picture)
+            self._known[picture] = self._reader.is_turned(picture), self._reader.has_alpha(picture)
         return self._known[picture]
+
+
+def turned_fact(count: int, exif: bool) -> str:
+    """Describe how pictures are trained that are not stored as they are shown, and what to set."""
+    are = f"{counted(count, 'picture')} {'is' if count == 1 else 'are'} stored turned or mirrored, by EXIF data"
+    if exif:
+        return f"{are}. data.image.exif=true trains them upright"
+    return f"{are}. data.image.exif=false trains them so: set it to true to train them as they are shown"
 
 
 def alpha_fact(counts: dict[str, Any], alpha: str) -> str:
