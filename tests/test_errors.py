@@ -122,6 +122,14 @@ def test_all_rows_bad_and_skipped(folder, fail):
     assert "no usable rows are left" in fail("data.on_bad_sample=skip")
 
 
+def test_all_validation_rows_bad_and_skipped(folder, fail):
+    shutil.copy(folder / "train.jsonl", folder / "val.jsonl")
+    rows = (folder / "val.jsonl").read_text(encoding="utf-8").replace("red.png", "lost.png")
+    (folder / "val.jsonl").write_text(rows, encoding="utf-8")
+    message = fail("data.on_bad_sample=skip", f"data.val={folder}/val.jsonl")
+    assert "val.jsonl: no usable rows are left. Run `python -m vlm_tune check` on it, or set data.val=none" in message
+
+
 def test_runs_that_cannot_be_written(folder, fail):
     assert fail(f"runs={folder}/red.png/runs").startswith(
         f"ConfigError: runs={folder}/red.png/runs: cannot be written ("

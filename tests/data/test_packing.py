@@ -5,7 +5,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_tune.data.packing import WINDOW, plan_batches, plan_packs, plan_trees
+from vlm_tune.data.packing import (
+    HEAD_COPIES,
+    WINDOW,
+    plan_batches,
+    plan_packs,
+    plan_trees,
+    side_by_side,
+    trees_of,
+)
 from vlm_tune.data.sizes import Index
 
 SIZES = st.lists(st.tuples(st.integers(1, 300), st.integers(0, 9)), min_size=1, max_size=150)
@@ -57,14 +65,48 @@ def test_a_sample_goes_into_the_emptiest_pack_that_has_room():
 @pytest.mark.parametrize(("head_tokens", "budget", "pictures"), [(20, 960, 10), (1800, 8192, 4)])
 def test_a_pack_of_trees_shows_about_half_as_many_pictures_as_one_of_rows_or_more(head_tokens, budget, pictures):
     """36 pictures with nine rows each that have 20 tokens of their own: 24 and 4 rows would fill a pack unshared."""
-    count = 9 * 36
-    heads = np.repeat(np.arange(1, 37), 9)
-    same = {"tokens": head_tokens + 20, "supervised": 5, "tiles": 1, "content": 0, "head_tokens": head_tokens}
+    index = rows_of_pictures(36, 9, head_tokens, 20)
+    packs = plan_trees(np.arange(len(index)), index, (budget, 99))
+    assert sorted(row for pack in packs for row in pack) == list(range(len(index)))
+    assert np.mean([len(set(index.head[pack])) for pack in packs]) >= pictures
+
+
+def rows_of_pictures(num_pictures, num_rows, head_tokens, own_tokens):
+    """Index pictures with as many rows each, that share a head."""
+    count = num_pictures * num_rows
+    same = {"tokens": head_tokens + own_tokens, "supervised": 5, "tiles": 1, "content": 0, "head_tokens": head_tokens}
     columns = {name: np.full(count, value, np.int32) for name, value in same.items()}
-    index = Index(rows=np.arange(count), head=heads.astype(np.uint64), pictures=heads.astype(np.uint64), **columns)
-    packs = plan_trees(np.arange(count), index, (budget, 99))
-    assert sorted(row for pack in packs for row in pack) == list(range(count))
-    assert np.mean([len(set(heads[pack])) for pack in packs]) >= pictures
+    heads = np.random.default_rng(0).integers(1, 1 << 63, num_pictures).repeat(num_rows).astype(np.uint64)
+    return Index(rows=np.arange(count), head=heads, pictures=heads, **columns)
+
+
+@pytest.mark.parametrize(("head_tokens", "own_tokens"), [(1800, 20), (900, 40), (40, 20)])
+def test_the_rows_of_a_tree_see_a_bounded_number_of_its_heads_keys(head_tokens, own_tokens):
+    """The attention of each row keeps the keys of its head: 92 short questions about a picture would keep 92."""
+    index = rows_of_pictures(3, 120, head_tokens, own_tokens)
+    packs = plan_trees(np.arange(len(index)), index, (4096, 99))
+    assert sorted(row for pack in packs for row in pack) == list(range(len(index)))
+    for pack in packs:
+        seen_again = (len(pack) - len(trees_of(pack, index, True))) * head_tokens
+        assert seen_again <= (HEAD_COPIES + 1) * 4096
+
+
+@pytest.mark.parametrize("window", [WINDOW, 150])
+def test_the_passes_over_a_row_that_a_mixture_repeats_are_in_different_trees(window):
+    index = rows_of_pictures(40, 5, 40, 20)
+    order = np.random.default_rng(0).permutation(np.repeat(np.arange(len(index)), 3))
+    order = side_by_side(order, index.head)
+    for start in range(0, len(order), window):
+        for pack in plan_trees(order[start : start + window], index, (100, 99)):  # a tree a pack
+            assert len(set(pack)) == len(pack)
+
+
+def test_the_passes_over_a_row_that_a_mixture_repeats_are_apart():
+    index = rows_of_pictures(400, 5, 40, 20)
+    order = np.random.default_rng(0).permutation(np.repeat(np.arange(len(index)), 3))
+    places = np.argsort(side_by_side(order, index.head), kind="stable").reshape(-1, 3)
+    near = (np.diff(np.sort(places), axis=1) < 50).any(axis=1)  # of 6,000 places
+    assert near.mean() < 0.1
 
 
 def test_a_pack_without_room_for_tiles_is_passed_over():

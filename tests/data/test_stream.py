@@ -106,6 +106,17 @@ def test_devices_part_each_step_among_them(stream, num_steps):
     assert plain(batch for step in steps for batch in sorted(step, key=lambda batch: batch.place)) == whole
 
 
+def test_devices_are_dealt_packs_by_what_their_trees_need():
+    """A picture that many rows share is shown once: their pack is not the one of most tiles."""
+    heads = np.array([1, 1, 1, 1, 2, 3, 4, 5], np.uint64)
+    tokens, tiles = np.full(8, 30, np.int32), np.array([2, 2, 2, 2, 3, 3, 3, 3], np.int32)
+    zeros = np.zeros(8, np.uint64)
+    index = Index(np.arange(8), tokens, tokens // 3, tiles, zeros, heads, np.full(8, 20, np.int32), zeros)
+    shared = replace(SETTINGS, share_prefix=True, groups_per_step=2)
+    dealt = BatchStream(index, shared, rank=(0, 2))._share([[0, 1, 2, 3], [4, 5, 6]])
+    assert dealt == [1], "2 tiles and 60 tokens beside 9 tiles and 90 tokens"
+
+
 @given(streams(), st.integers(1, 8))
 @properties(100)
 def test_the_weights_of_a_step_sum_to_one(stream, num_steps):

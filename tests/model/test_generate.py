@@ -129,6 +129,14 @@ def test_dropout_is_off_while_answering(toys):
     assert answer(staged.model, [prompt], 8) == answer(staged.model, [prompt], 8)
 
 
+@pytest.mark.parametrize("stage", ["stage=finetune", "stage=finetune_full"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_answers_are_in_the_arithmetic_of_training(toys, stage, precision):
+    model = toys.staged(stage, f"trainer.precision={precision}").model
+    with answering(model):
+        assert torch.is_autocast_enabled("cpu") == (precision == "bf16")
+
+
 def test_each_module_gets_its_own_mode_back(staged, prompts):
     vlm = staged.model.vlm
     vlm.train()

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from tests.toys import Staged
 from vlm_tune.data.sets.micro_batches import MicroBatches
 from vlm_tune.data.stream import MicroBatch
 from vlm_tune.errors import ConfigError
+from vlm_tune.model.find_batch import largest_batches
 from vlm_tune.model.kernels import attention
+from vlm_tune.planning.batches import Picture, real_work
 
 WORDS = ("What is it?", "What", "Is it red?", "Is it blue? It is.", "And this?", "It is a cat.", "It is", "Yes.", "no")
 
@@ -108,6 +111,27 @@ def test_an_epoch_shares_and_forgets_no_row(staged):
     alone = sum(staged.data.train.index.tokens)
     made = sum(batch(staged, list(each.rows), True).num_tokens for each in batches)
     assert made < 0.9 * alone
+
+
+def test_a_plan_counts_what_is_shared_once(staged):
+    work = real_work(staged.config, staged.data, Picture(size=56, tokens=4))
+    groups = list(islice(staged.data.stream(), staged.data.stream().groups_per_epoch()))
+    made = [batch(staged, list(group.rows), True) for group in groups]
+    sizes = {(each.num_tokens, len(each.tiles)) for each in made}
+    assert {(each.num_tokens, len(each.tiles)) for each in (*work.largest, work.usual)} <= sizes
+    assert max(len(each.tiles) for each in work.largest) == max(tiles for _, tiles in sizes)
+    mean = np.mean([each.num_tokens for each in made]) * staged.config.trainer.global_batch
+    assert work.tokens_per_step == pytest.approx(mean)
+    assert any(each.parents is not None for each in work.largest)
+
+
+def test_the_search_for_packs_tries_the_one_whose_rows_see_most_of_their_heads(staged):
+    def seen_again(made):
+        return sum(made.segments[parent] for parent in made.parents or () if parent >= 0)
+
+    _, tried = largest_batches(staged.data, staged.config)
+    groups = islice(staged.data.stream(), staged.data.stream().groups_per_epoch())
+    assert seen_again(tried) == max(seen_again(batch(staged, list(group.rows), True)) for group in groups) > 0
 
 
 @pytest.mark.parametrize("setting", ["stage.packing=false", "stage.neftune=5", "data.augment.flip=true"])

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from vlm_tune.config.schema import Strategy
 from vlm_tune.errors import ConfigError
 from vlm_tune.model.flops import count_flops
+from vlm_tune.model.kernels import attention
 from vlm_tune.model.optim import make_optimizer
 from vlm_tune.model.parts.stage import trained_parameters
 from vlm_tune.planning.ledger import Ledger
@@ -40,6 +41,18 @@ def storages(tensors):
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory):
     return str(write_official(tmp_path_factory.mktemp("mixture"), MIXTURE))
+
+
+def test_nothing_of_a_rehearsal_is_left_to_a_real_pass(toys):
+    """What a pass keeps for the next one would be fake."""
+    staged = toys.staged("stage=finetune", "stage.share_prefix=on", "stage.lora.dropout=0")
+    batch = staged.batch(ROWS)
+    before = float(staged.model.vlm(staged.batch(ROWS)).detach())
+    rehearse(staged.config, batch, Vocabulary(len(staged.model.tokenizer), staged.model.vlm.context_id), on_gpu=False)
+    assert [
+        cached.cache_info().currsize for cached in (attention.seen, attention.segment_offsets, attention.key_rows)
+    ] == [0] * 3
+    assert float(staged.model.vlm(staged.batch(ROWS)).detach()) == before
 
 
 @pytest.fixture(scope="module", params=RUNS.values(), ids=RUNS.keys())

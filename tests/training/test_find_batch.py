@@ -19,7 +19,7 @@ from vlm_tune.model.find_batch import (
     Memory,
     fill,
     find_passes,
-    largest_batch,
+    largest_batches,
     most_passes,
     regroup,
     run_twice,
@@ -63,7 +63,7 @@ def packs_of(config):
 
 def needed(staged, passes):
     """Measure a pass, as the search does."""
-    batch = largest_batch(staged.data, regroup(staged.config, passes))
+    batch = next(largest_batches(staged.data, regroup(staged.config, passes)))
     with undisturbed(staged.model.vlm, staged.config.stage, CPU):
         return Memory(CPU).peak(lambda: run_twice(staged.model.vlm, batch, staged.config))
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from vlm_tune.config.schema import BadSample, Config, LossWeight, SharePrefix
 from vlm_tune.data.batch import Batch
 from vlm_tune.data.encode import Encoder
-from vlm_tune.data.packing import cost, shares_head, side_by_side
+from vlm_tune.data.packing import cost, fits_tree, shares_head, side_by_side
 from vlm_tune.data.progress import STILL, Follow, Patience, unseen
 from vlm_tune.data.sets.dataset import Conversations
 from vlm_tune.data.sets.index import Findings, refuse_faults, write_faults
@@ -28,7 +28,7 @@ from vlm_tune.data.sets.mixture import Mixture, is_augmented, open_data, open_si
 from vlm_tune.data.sets.paths import find_file, num_put_aside, sibling
 from vlm_tune.data.sizes import Index
 from vlm_tune.data.stream import BatchStream, Cursor, MicroBatch, StreamSettings
-from vlm_tune.errors import CheckpointError, DataError, TrainingError, VlmTuneError
+from vlm_tune.errors import CheckpointError, ConfigError, DataError, TrainingError, VlmTuneError
 
 VALIDATION_KEYS = (
     "data.val",
@@ -137,11 +137,20 @@ class DataModule(L.LightningDataModule):
         self.train = self._open(find_file(config.path))
         if len(self.train.index) == 0:
             raise DataError("no usable rows are left. Run `python -m vlm_tune check` on it", str(self.train.data.path))
+        if self.config.stage.share_prefix is SharePrefix.on and is_augmented(self.train.data):
+            raise ConfigError(
+                f"stage.share_prefix=on, but {config.path} augments pictures, each row its own: set it to auto"
+            )
         if config.val == "none":
             return
         val = sibling(config.path, "val") if config.val == "auto" else find_file(config.val, "data.val")
         if val is not None:
             self.val = self._open(val)
+            if len(self.val.index) == 0:
+                raise DataError(
+                    "no usable rows are left. Run `python -m vlm_tune check` on it, or set data.val=none",
+                    str(self.val.data.path),
+                )
             limit = min(len(self.val.index), self.config.trainer.max_val_rows)
             self.val.index = self.val.index.take(np.arange(limit))
         else:
@@ -310,14 +319,18 @@ def validation_packs(index: Index, settings: StreamSettings) -> list[MicroBatch]
     if settings.share_prefix:
         order = side_by_side(order, index.head)
     packs: list[list[int]] = [[]]
+    tree: list[int] = []  # the last one of the last pack
     tokens = tiles = 0
     for row in order.tolist():
-        is_shared = settings.share_prefix and packs[-1] and shares_head(index, row, packs[-1][-1])
-        more_tokens, more_tiles = cost(index, row, bool(is_shared))
-        if packs[-1] and (tokens + more_tokens > settings.budget[0] or tiles + more_tiles > settings.budget[1]):
+        is_shared = settings.share_prefix and bool(tree) and shares_head(index, row, tree[0])
+        more_tokens, more_tiles = cost(index, row, is_shared)
+        is_full = tokens + more_tokens > settings.budget[0] or tiles + more_tiles > settings.budget[1]
+        if packs[-1] and (is_full or (is_shared and not fits_tree(index, tree, row))):
             packs.append([])
             tokens = tiles = 0
-            more_tokens, more_tiles = cost(index, row, is_shared=False)
+            is_shared = False
+            more_tokens, more_tiles = cost(index, row, is_shared)
+        tree = [*tree, row] if is_shared else [row]
         packs[-1].append(row)
         tokens, tiles = tokens + more_tokens, tiles + more_tiles
     return [MicroBatch(tuple(pack), 0, 1.0, (0, 0, 0)) for pack in packs if pack]
@@ -326,4 +339,4 @@ def validation_packs(index: Index, settings: StreamSettings) -> list[MicroBatch]
 def share(packs: list[MicroBatch], rank: int, world: int) -> list[MicroBatch]:
     """Take every n-th pack; at the end some devices run one again, without weight, so that all run equally many."""
     missing = -len(packs) % world
-    return [*packs, *[replace(packs[0], step_weight=inf)] * missing][rank::world]
+    return [*packs, *(replace(pack, step_weight=inf) for pack in packs[:1] * missing)][rank::world]

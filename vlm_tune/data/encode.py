@@ -95,13 +95,20 @@ class Encoder:
             first = next(iter(faults.values()))
             which = "both answers" if len(faults) > 1 else f"the {next(iter(faults))} answer"
             raise type(first)(f"with {which}: {first.reason}", first.where, first.sample_id)
+        return self._alike(examples, branches, tiling)
+
+    def encode_alike(self, samples: Sequence[Sample], tiling: Tiling = no_pictures) -> list[Example]:
+        """Encode conversations about the same pictures, which get the same tiles in each. Raises what `encode` does."""
+        return self._alike([self.encode(sample, tiling) for sample in samples], samples, tiling)
+
+    def _alike(self, examples: list[Example], samples: Sequence[Sample], tiling: Tiling) -> list[Example]:
         fewest = min(example.max_tiles for example in examples)
-        if any(example.max_tiles > fewest for example in examples):  # one answer left less room for the pictures
-            limited = copy(self)
-            limited.settings = replace(self.settings, max_tiles=fewest)
-            note = next(example.note for example in examples if example.max_tiles == fewest)
-            examples = [replace(limited.encode(branch, tiling), note=note) for branch in branches]
-        return examples
+        if all(example.max_tiles == fewest for example in examples):
+            return examples
+        limited = copy(self)  # one conversation left less room for the pictures
+        limited.settings = replace(self.settings, max_tiles=fewest)
+        note = next(example.note for example in examples if example.max_tiles == fewest)
+        return [replace(limited.encode(sample, tiling), note=note) for sample in samples]
 
     def shortened(self, sample: Sample) -> Sample:
         """Return the Beginning of a row that is far too long, else the sample itself."""

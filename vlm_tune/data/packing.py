@@ -16,6 +16,8 @@ from vlm_tune.data.sizes import Index
 
 MIXING_COST = 0.02  # share of additional packs that an even mixture of lengths may cost
 TREE_GROWTH = 2  # a row of a long head has many beside it, a row of a short one few
+HEAD_COPIES = 8  # keys of heads that the rows of a tree see again, over its tokens: each row's attention keeps them
+SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd, its bits without a pattern: 2**64 over the golden ratio
 WINDOW = 2048  # samples packed together: bounds memory, and keeps the order random
 
 
@@ -41,23 +43,24 @@ def plan_packs(
 def plan_trees(order: npt.NDArray[np.int64], index: Index, budget: tuple[int, int]) -> list[list[int]]:
     """Plan packs as `plan_packs` does, with rows of one head together in a tree, whose head costs its size once.
 
-    A tree grows to TREE_GROWTH times its first row and to the budget at most, so that a pack shows about half as many
-    pictures as without sharing, or more; trees of one picture go to packs at random.
+    A tree grows to TREE_GROWTH times its first row, so that a pack shows about half as many pictures as without
+    sharing, or more; to the budget at most, and as far as HEAD_COPIES allows. A row that a mixture repeats has
+    different trees. Trees of one picture go to packs at random.
     """
     trees: list[list[int]] = []
     sizes: list[tuple[int, int]] = []
-    open_trees: dict[int, int] = {}  # head -> its tree that still has room
-    for row in order.tolist():
-        head = int(index.head[row])
-        number = open_trees.get(head) if head else None
+    open_trees: dict[int, int] = {}  # key of a head -> its tree that still has room
+    for row, key in zip(order.tolist(), head_keys(order, index.head).tolist(), strict=True):
+        number = open_trees.get(key) if index.head[row] else None
         if number is not None:
             tokens, tiles = sizes[number]
             tokens += cost(index, row, is_shared=True)[0]
-            if tokens <= min(budget[0], TREE_GROWTH * int(index.tokens[trees[number][0]])):
+            most = min(budget[0], TREE_GROWTH * int(index.tokens[trees[number][0]]))
+            if tokens <= most and fits_tree(index, trees[number], row):
                 trees[number].append(row)
                 sizes[number] = tokens, tiles
                 continue
-        open_trees[head] = len(trees)
+        open_trees[key] = len(trees)
         trees.append([row])
         sizes.append(cost(index, row, is_shared=False))
     columns = np.array(sizes, np.int32)  # (trees, 2)
@@ -78,12 +81,38 @@ def shares_head(index: Index, row: int, other: int) -> bool:
     return bool(index.head[row]) and index.head[row] == index.head[other]
 
 
+def fits_tree(index: Index, tree: Sequence[int], row: int) -> bool:
+    """Return whether HEAD_COPIES allows one more row of the same head in a tree."""
+    return len(tree) * int(index.head_tokens[row]) <= HEAD_COPIES * num_in_tree(index, [*tree, row])
+
+
+def num_in_tree(index: Index, tree: Sequence[int]) -> int:
+    """Count the tokens of a tree, whose head comes once."""
+    return int(index.tokens[list(tree)].sum()) - (len(tree) - 1) * int(index.head_tokens[tree[0]])
+
+
 def side_by_side(order: npt.NDArray[np.int64], heads: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-    """Move the rows of one head next to the first of them: (R,) -> (R,), a random order of heads then."""
-    heads = heads[order]
-    _, first, inverse = np.unique(heads, return_index=True, return_inverse=True)
-    places = np.where(heads == 0, np.arange(len(order)), first[inverse])
+    """Move the rows of one head next to the first of them: (R,) -> (R,), a random order of heads then.
+
+    Where a mixture repeats rows, that holds for their first occurrences, their second ones, and so on.
+    """
+    _, first, inverse = np.unique(head_keys(order, heads), return_index=True, return_inverse=True)
+    places = np.where(heads[order] == 0, np.arange(len(order)), first[inverse])
     return order[np.argsort(places, kind="stable")]
+
+
+def head_keys(order: npt.NDArray[np.int64], heads: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Return a key of each row's head, another one for each time that the row comes: (R,), hashes as heads are."""
+    return heads[order] + occurrences(order) * SPREAD
+
+
+def occurrences(order: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+    """Count how often each entry of an order has come before: [3, 1, 3, 3] -> [0, 0, 1, 2]."""
+    by_row = np.argsort(order, kind="stable")
+    _, starts, counts = np.unique(order[by_row], return_index=True, return_counts=True)
+    found = np.empty(len(order), np.uint64)
+    found[by_row] = np.arange(len(order)) - np.repeat(starts, counts)
+    return found
 
 
 def trees_of(rows: Sequence[int], index: Index, share_prefix: bool) -> list[list[int]]:

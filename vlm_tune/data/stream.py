@@ -14,11 +14,20 @@ from torch.utils.data import Sampler
 
 from vlm_tune.config.schema import LossWeight
 from vlm_tune.data.batch import token_weight
-from vlm_tune.data.packing import WINDOW, cost, plan_batches, plan_packs, plan_trees, side_by_side, trees_of
+from vlm_tune.data.packing import (
+    WINDOW,
+    num_in_tree,
+    plan_batches,
+    plan_packs,
+    plan_trees,
+    side_by_side,
+    trees_of,
+)
 from vlm_tune.data.sizes import Index
 
 COUNTED_WINDOWS = 50  # in an epoch of more windows, the number of groups is not counted
 SAMPLED_WINDOWS = 10  # but estimated from this many
+LOOKED_AT = 20_000  # micro-batches of an epoch in which the largest is looked for
 
 Cursor = tuple[int, int, int]  # epoch, window, group in the window
 
@@ -106,8 +115,8 @@ class BatchStream(Sampler[MicroBatch]):
         """
         order = list(range(len(groups)))
         if self.world > 1:
-            tiles, tokens = self.index.tiles, self.index.tokens
-            order.sort(key=lambda place: (-tiles[groups[place]].sum(), -tokens[groups[place]].sum()))
+            sizes = [self.size(group) for group in groups]
+            order.sort(key=lambda place: (-sizes[place][1], -sizes[place][0]))
         rounds = [order[start : start + self.world] for start in range(0, len(order), self.world)]
         return [dealt[self.world - 1 - self.rank if number % 2 else self.rank] for number, dealt in enumerate(rounds)]
 
@@ -127,12 +136,14 @@ class BatchStream(Sampler[MicroBatch]):
     def fill(self) -> float:
         """Return the share of the token budget that the packs of the first windows fill."""
         groups = [group for window in range(min(3, self._num_windows())) for group in self._plan(0, window)]
-        tokens = sum(self._num_tokens(group) for group in groups)
+        tokens = sum(self.size(group)[0] for group in groups)
         return tokens / (len(groups) * self.settings.budget[0] * self.settings.micro_batch)
 
-    def _num_tokens(self, group: list[int]) -> int:
+    def size(self, group: list[int]) -> tuple[int, int]:
+        """Count the tokens and tiles of a group: what its rows share comes once."""
         trees = trees_of(group, self.index, self.settings.share_prefix)
-        return sum(cost(self.index, row, place > 0)[0] for tree in trees for place, row in enumerate(tree))
+        tiles = self.index.tiles[[tree[0] for tree in trees]].sum()
+        return sum(num_in_tree(self.index, tree) for tree in trees), int(tiles)
 
     def _groups(self, start: Cursor) -> Iterator[tuple[list[int], int, Cursor]]:
         epoch, window, group = start

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from vlm_tune.data.batch import Batch, add_pictures, collate
 from vlm_tune.data.example import Example
+from vlm_tune.data.sample import Sample
 from vlm_tune.data.sets.dataset import Conversations
 from vlm_tune.evaluation.metrics import Metric, options_of
 from vlm_tune.evaluation.prediction import Prediction, Question
@@ -49,7 +50,7 @@ def token_losses(model: Model, test: Conversations, asked: list[tuple[Question, 
     measured: list[list[Tensor]] = []
     pack: list[tuple[Question, list[Example]]] = []
     for number, (question, answers) in enumerate(asked, 1):
-        pack.append((question, [encode_answer(test, question, answer) for answer in answers]))
+        pack.append((question, encode_answers(test, question, answers)))
         size = sum(len(example.input_ids) for _, examples in pack for example in examples)
         if size >= PACK or number == len(asked):
             measured += pack_losses(model, test, pack)
@@ -57,12 +58,17 @@ def token_losses(model: Model, test: Conversations, asked: list[tuple[Question, 
     return measured
 
 
-def encode_answer(test: Conversations, question: Question, answer: str) -> Example:
-    """Encode a question with an answer to its last turn, whose tokens alone are supervised."""
+def encode_answers(test: Conversations, question: Question, answers: list[str]) -> list[Example]:
+    """Encode a question with each of its answers, behind pictures of the same tiles."""
+    samples = [with_answer(question, answer) for answer in answers]
+    return test.encoder.encode_alike(samples, test.tiling(question.sample))
+
+
+def with_answer(question: Question, answer: str) -> Sample:
+    """Give a question an answer to its last turn, whose tokens alone are supervised."""
     turns = [replace(message, supervised=False) for message in question.sample.messages]
     turns[-1] = replace(turns[-1], parts=(question.thought + answer,), supervised=True)
-    sample = replace(question.sample, messages=tuple(turns))
-    return test.encoder.encode(sample, test.tiling(sample))
+    return replace(question.sample, messages=tuple(turns))
 
 
 def pack_losses(model: Model, test: Conversations, pack: list[tuple[Question, list[Example]]]) -> list[list[Tensor]]:

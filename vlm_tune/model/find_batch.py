@@ -1,9 +1,10 @@
 """Find the largest packs that a device can hold: forward and backward passes are tried before a run, and measured."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import islice
 from math import inf
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import torch.distributed
 from vlm_tune.config.schema import Config, Optimizer, Precision, StageConfig
 from vlm_tune.data.batch import Batch
 from vlm_tune.data.datamodule import DataModule
+from vlm_tune.data.packing import trees_of
 from vlm_tune.data.sizes import Index
-from vlm_tune.data.stream import MicroBatch
+from vlm_tune.data.stream import LOOKED_AT, BatchStream, MicroBatch
 from vlm_tune.errors import ConfigError
 from vlm_tune.model.build import DTYPES, resolve_precision
 from vlm_tune.model.fill_cache import GIB, plan_cache
@@ -62,7 +64,9 @@ def find_passes(
     is_seen = plan is None or not plan.fits
 
     def needs(passes: int) -> float:
-        batch = largest_batch(data, regroup(config, passes))
+        return max(map(need_of, largest_batches(data, regroup(config, passes))))
+
+    def need_of(batch: Batch) -> float:
         if batch.tiles is not None and plan is not None and not is_seen:
             shape = (len(batch.tiles), plan.num_patches, vlm.vision.width)
             batch.tiles, batch.features = None, torch.zeros(shape, dtype=vlm.vision.dtype)
@@ -102,13 +106,25 @@ def most_passes(config: Config, index: Index) -> int:
     return max(1, min(step.pack_length // int(index.tokens.max()), step.pack_tiles // most_tiles))
 
 
-def largest_batch(data: DataModule, config: Config) -> Batch:
-    """Join rows to a batch as large as the settings allow."""
+def largest_batches(data: DataModule, config: Config) -> Iterator[Batch]:
+    """Join rows to a batch as large as the settings allow; of shared heads, also that whose rows see most of them."""
     assert data.train is not None
-    micro_batch, stage = config.trainer.micro_batch, config.stage
-    rows = fill(data.train.index, (micro_batch * stage.pack_length, micro_batch * stage.pack_tiles))
-    settings = replace(data.settings(1), share_prefix=False)
-    return data.train.batches(settings, is_training=False)[MicroBatch(rows, 0, 1.0, (0, 0, 0))]
+    micro_batch, stage, index = config.trainer.micro_batch, config.stage, data.train.index
+    rows = fill(index, (micro_batch * stage.pack_length, micro_batch * stage.pack_tiles))
+    settings = replace(data.settings(1), micro_batch=micro_batch, budget=(stage.pack_length, stage.pack_tiles))
+    alone = data.train.batches(replace(settings, share_prefix=False), is_training=False)
+    yield alone[MicroBatch(rows, 0, 1.0, (0, 0, 0))]
+    if settings.share_prefix:
+        stream = BatchStream(index, settings)
+        groups = islice(stream, min(stream.groups_per_epoch(), LOOKED_AT))
+        most = max(groups, key=lambda group: num_seen_again(index, group.rows))
+        yield data.train.batches(settings, is_training=False)[replace(most, step_weight=1.0)]
+
+
+def num_seen_again(index: Index, rows: Sequence[int]) -> int:
+    """Count the tokens of heads that the rows of a pack see besides the first of each: their keys are kept for each."""
+    trees = trees_of(rows, index, share_prefix=True)
+    return sum((len(tree) - 1) * int(index.head_tokens[tree[0]]) for tree in trees)
 
 
 def fill(index: Index, budget: tuple[int, int]) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList
 
 from vlm_tune.data.example import Example
-from vlm_tune.model.build import Model, answer_settings
+from vlm_tune.model.build import DTYPES, Model, answer_settings, resolve_precision
 from vlm_tune.model.parts.shards import release
 
 HALF = (torch.bfloat16, torch.float16)
@@ -71,7 +71,7 @@ def answering(model: Model) -> Iterator[None]:
     vlm = model.vlm
     modes = {module: module.training for module in vlm.modules()}
     vlm.eval()
-    dtype = vlm.llm.dtype
+    dtype = DTYPES[resolve_precision(model.config.trainer.precision)]
     try:
         with torch.no_grad(), torch.autocast(vlm.device.type, dtype, enabled=dtype in HALF):
             vlm.gather()

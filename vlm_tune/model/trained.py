@@ -32,6 +32,8 @@ def open_trained(
     if dequantized:
         dequantize(model.vlm.llm)
         model.vlm.float()
+        config = replace(config, trainer=replace(config.trainer, precision=Precision.fp32))
+        model = replace(model, config=config)
     apply_stage(model.vlm, config)
     start = start_of(checkpoint)
     if start is not None:

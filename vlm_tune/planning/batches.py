@@ -10,12 +10,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from vlm_tune.config.schema import Config, FeatureCaching
 from vlm_tune.data.batch import Batch, as_pairs, collate
 from vlm_tune.data.datamodule import DataModule
+from vlm_tune.data.example import Example
+from vlm_tune.data.packing import trees_of
 from vlm_tune.data.sets.mixture import is_augmented
-from vlm_tune.data.stream import MicroBatch
+from vlm_tune.data.stream import LOOKED_AT, MicroBatch
 from vlm_tune.model.fill_cache import GIB, obstacle
 from vlm_tune.planning.skeleton import fake_like
 
-LOOKED_AT = 20_000  # micro-batches, in which the largest is looked for
 SUPERVISED = 0.25  # of the text, where there are no rows to ask
 SAMPLE = 1024  # tokens of a sample, where there are no rows to ask
 
@@ -49,10 +50,9 @@ def real_work(config: Config, data: DataModule, picture: Picture) -> Work:
     packing, batch = config.stage.packing, config.trainer.micro_batch
     tokens, tiles = np.zeros(len(groups)), np.zeros(len(groups))
     for place, group in enumerate(groups):
-        rows = list(group.rows)
-        found = index.tokens[rows]
-        tokens[place] = found.sum() if packing else found.max() * len(rows)
-        tiles[place] = index.tiles[rows].sum()
+        tokens[place], tiles[place] = stream.size(list(group.rows))
+        if not packing:
+            tokens[place] = index.tokens[list(group.rows)].max() * len(group.rows)
     supervised = np.array([index.supervised[list(group.rows)].sum() for group in groups])
     far = abs(tokens / max(1, tokens.mean()) - 1) + abs(tiles / max(1, tiles.mean()) - 1)
     chosen = {int(np.argmax(tokens + supervised)), int(np.argmax(tiles * tokens.max() + tokens))}
@@ -66,14 +66,16 @@ def real_work(config: Config, data: DataModule, picture: Picture) -> Work:
 def real_batch(data: DataModule, group: MicroBatch, packing: bool, picture: Picture) -> Batch:
     """Encode the text of a micro-batch's rows."""
     assert data.train is not None
-    trees = []
-    for entry in group.rows:
-        rows, number = data.train.data.locate(int(data.train.index.rows[entry]))
-        sample = rows.sample(number)
-        trees.append(rows.encoder.encode_all(sample, rows.tiling(sample)))
+    trees: list[list[Example]] = []
+    for tree in trees_of(group.rows, data.train.index, data.settings(1).share_prefix):
+        trees.append([])
+        for entry in tree:
+            rows, number = data.train.data.locate(int(data.train.index.rows[entry]))
+            sample = rows.sample(number)
+            trees[-1] += rows.encoder.encode_all(sample, rows.tiling(sample))
     examples = [example for tree in trees for example in tree]
     batch = collate(examples, [1.0] * len(examples), packing, [len(tree) for tree in trees])
-    if len(examples) > len(trees):
+    if len(examples) > len(group.rows):
         batch = as_pairs(batch, [example.num_supervised for example in examples], 1.0, None)
     batch.spreads = [spread for tree in trees for spread in tree[0].spreads]
     return show(batch, sum(sum(tree[0].num_tiles) for tree in trees), picture)

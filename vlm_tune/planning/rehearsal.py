@@ -81,6 +81,7 @@ def _flops(operations: Counter[Operation]) -> int:
 
 def rehearse(config: Config, batch: Batch, vocabulary: Vocabulary, on_gpu: bool) -> Needs:
     """Run the second optimizer step of a run on one batch: weights, gradients and moments are there already."""
+    attention.forget()
     batch = replace(batch)
     precision = planned_precision(config, on_gpu)
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
@@ -99,6 +100,7 @@ def rehearse(config: Config, batch: Batch, vocabulary: Vocabulary, on_gpu: bool)
         num_micro = trainer.global_batch // (trainer.groups * trainer.micro_batch)
         start = len(ledger.events)
         micro, update = run_step(ledger, vlm, optimizer, batch, Step(precision, num_micro > 1, stage.clip))
+    attention.forget()
     sizes = ledger.peak(start)
     if not on_gpu:
         sizes["gaps"] = round(GAPS * sizes.get("activations", 0))

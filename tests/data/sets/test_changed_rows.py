@@ -46,13 +46,13 @@ def start(parts, tmp_path, monkeypatch):
     return setup
 
 
-def write(path: Path, answer: str = "A cat.", shown: bytes = RED) -> Path:
+def write(path: Path, answer: str = "A cat.", shown: bytes = RED, others: bytes = RED) -> Path:
     """Write ten rows into any kind of file; `answer` and `shown` are those of the sixth."""
     answers = [answer if number == 5 else "A cat." for number in range(10)]
     rows = [
         {"id": f"row_{n}", "conversations": turns(("<image>\nWhat is it?", each))} for n, each in enumerate(answers)
     ]
-    pictures = [shown if number == 5 else RED for number in range(10)]
+    pictures = [shown if number == 5 else others for number in range(10)]
     if path.suffix == ".parquet":
         records = [row | {"image": {"bytes": each, "path": None}} for row, each in zip(rows, pictures, strict=True)]
         pa.parquet.write_table(pa.Table.from_pylist(records), path)
@@ -96,6 +96,19 @@ def test_a_picture_inside_a_row_changed_at_equal_size_is_refused(start, tmp_path
     state = start(write(tmp_path / name)).state_dict()
     with pytest.raises(CheckpointError, match=rf"{name}: rows were changed since the run was interrupted"):
         start(write(tmp_path / name, shown=BLUE)).load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", ["train.parquet", "train.tar"])
+def test_pictures_inside_rows_that_differ_in_a_few_pixels_are_never_shared(start, tmp_path, name):
+    plain, marked = (Image.new("RGB", (300, 300)) for _ in range(2))
+    marked.paste((255, 0, 0), (20, 148, 120, 151))  # 900 bytes of 270,000, between two samples of the file
+    files = [io.BytesIO(), io.BytesIO()]
+    for image, file in zip((plain, marked), files, strict=True):
+        image.save(file, "BMP")
+    data = start(write(tmp_path / name, shown=files[1].getvalue(), others=files[0].getvalue()))
+    heads = data.train.index.head.tolist()
+    assert len(set(heads)) == 2
+    assert heads.count(heads[5]) == 1
 
 
 @pytest.mark.parametrize("name", KINDS)

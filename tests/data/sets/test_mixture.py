@@ -15,7 +15,7 @@ from vlm_tune.data.datamodule import DataModule
 from vlm_tune.data.sets.meta import MetaEntry, read_meta
 from vlm_tune.data.sets.mixture import Mixture, is_augmented
 from vlm_tune.data.sizes import Index
-from vlm_tune.errors import CheckpointError, DataError
+from vlm_tune.errors import CheckpointError, ConfigError, DataError
 from vlm_tune.model.encoder import build_encoder
 
 
@@ -86,6 +86,12 @@ def id_of(part, entry):
 
 def totals(counts):
     return Counter(name.partition("_")[0] for name in counts.elements())
+
+
+def test_prefixes_are_not_shared_where_a_set_augments_its_pictures(start):
+    with pytest.raises(ConfigError, match=r"share_prefix=on, but .*meta.json augments pictures, each row its own: set"):
+        start(META, "stage.share_prefix=on")
+    assert not start(META, "stage.share_prefix=auto").settings(1).share_prefix
 
 
 # ---------------------------------------------------------------------------------------------------------- how often

@@ -211,7 +211,7 @@ class Chunks(Dataset[Measured]):
         """Hash a sample's pictures and what stands before the last one's end; 0 where there is none."""
         if not lengths.head:
             return 0
-        pictures = [each for picture in sample.pictures for each in named_picture(picture)]
+        pictures = [each for picture in sample.pictures for each in named_picture(picture, is_whole=True)]
         facts = f"{self.data.root} {lengths.num_tiles} {lengths.max_tiles} {lengths.head}"
         return hashed([facts.encode("utf-8", "surrogatepass"), *pictures])
 
@@ -239,11 +239,15 @@ def picture_files(sample: Sample, reader: ImageReader) -> int:
     return hashed(parts) if parts else 0
 
 
-def named_picture(picture: Picture) -> Iterator[bytes]:
-    """Yield what names a picture: its path, or samples of its bytes."""
+def named_picture(picture: Picture, is_whole: bool = False) -> Iterator[bytes]:
+    """Yield what names a picture: its path, or samples of its bytes, or all of them.
+
+    Samples miss a small change of an uncompressed picture: they do where two would not be taken for one another.
+    """
     yield f"picture {picture.is_frame} {picture.frame}".encode()
     yield picture.path.encode("utf-8", "surrogatepass")
-    yield from sampled(picture.content) if picture.content is not None else ()
+    if picture.content is not None:
+        yield from [picture.content] if is_whole else sampled(picture.content)
 
 
 def start_worker(number: int) -> None:

@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from vlm_tune.model.kernels import attention_cpu
 from vlm_tune.model.kernels.attention_cpu import PackedProducts, attend_all, lay_out, seen_lengths
 from vlm_tune.model.kernels.exchange import to_heads, to_tokens
 
@@ -107,14 +108,14 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int
     num_queries, num_keys = query.shape[2], key.shape[2]
     mask = None
     if num_queries < num_keys or (window is not None and num_keys > window):
-        mask = _seen(num_queries, num_keys, window, query.device)
+        mask = seen(num_queries, num_keys, window, query.device)
     return scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
     )
 
 
-@lru_cache(maxsize=64)
-def _seen(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
+@lru_cache(maxsize=4)  # of long samples each takes megabytes
+def seen(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
     """Whether the last `num_queries` of `num_keys` tokens see each of them: (num_queries, num_keys)."""
     before = num_keys - num_queries
     mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(before)
@@ -159,6 +160,12 @@ def key_rows(lengths: tuple[int, ...], parents: tuple[int, ...], device: torch.d
     starts = list(accumulate(lengths, initial=0))
     seen = [each for number, parent in enumerate(parents) for each in (parent, number) if each >= 0]
     return torch.cat([torch.arange(starts[each], starts[each + 1]) for each in seen]).to(device)
+
+
+def forget() -> None:
+    """Drop what is kept of the last packs: a pass of fake tensors must not leave them to a real one."""
+    for cached in (seen, segment_offsets, key_rows, *attention_cpu.CACHED):
+        cached.cache_clear()
 
 
 def packed_mask(

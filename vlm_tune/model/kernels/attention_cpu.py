@@ -243,6 +243,9 @@ def _future(width: int, dtype: torch.dtype) -> Tensor:
     return torch.full((width, width), float("-inf"), dtype=dtype).triu(1)
 
 
+CACHED = (lay_out, _future)
+
+
 def attend_all(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Attend to every position, without a backward pass: (T, heads, P, d) -> (T, P, heads, d)."""
     if has_amx():

@@ -5,7 +5,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from vlm_tune.config.schema import Config
+from vlm_tune.config.schema import Config, SharePrefix
 from vlm_tune.data.batch import Batch
 from vlm_tune.errors import Stopped, TrainingError, VlmTuneError
 from vlm_tune.model.find_batch import is_full
@@ -76,6 +76,7 @@ def out_of_memory(reason: str, batch: str, config: Config) -> str:
     settings |= {"trainer.micro_batch": trainer.micro_batch} if trainer.micro_batch > 1 else {}
     settings |= {"model.tiles.max": config.model.tiles.max, "data.max_length": config.data.max_length}
     lower = ", ".join(f"{key}={value}" for key, value in settings.items())
+    lower += " (stage.share_prefix=off needs less, too)" if stage.share_prefix is not SharePrefix.off else ""
     held = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_initialized() else 0
     most = f"; {held:.1f} GiB were in use at most" if held else ""
     off = [part for part, way in vars(stage.gradient_checkpointing).items() if way in (False, "mlp")]
