@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         sys.stderr.write(
             f"ConfigError: the package {error.name} is not installed. Install vlm_tune with all that it needs: "
-            "`pip install vlm_tune`, or `make install` in a checkout\n"
+            "`make install` in its checkout, or `pip install .` there\n"
         )
         return 2
     except OSError as error:

@@ -245,7 +245,7 @@ def test_a_taken_port_is_an_error(sides, served):
 
 
 def test_a_missing_package_is_named_with_its_extra():
-    with pytest.raises(ConfigError, match=r"no_such_package is not installed. Run `pip install 'vlm_tune\[serve\]'`"):
+    with pytest.raises(ConfigError, match=r"no_such_package is not installed. Run `pip install '\.\[serve\]'`"):
         require_extra("no_such_package")
 
 

@@ -9,7 +9,7 @@ from vlm_tune.training.run import train
 
 
 def needs(package):
-    reason = f"{package} is not installed (pip install 'vlm_tune[loggers]')"
+    reason = f"{package} is not installed (pip install '.[loggers]')"
     return pytest.mark.skipif(find_spec(package) is None, reason=reason)
 
 

@@ -105,7 +105,7 @@ USAGE = {
         {
             "ckpt": CKPT,
             "out": ("", "new folder for the model"),
-            "layout": ("auto", "hf, official, llava_hf, parts, gguf or adapter"),
+            "layout": ("auto", "hf, official, llava_hf, parts, gguf, adapter or adapter_and_base"),
             "dtype": ("fp32", "fp32, bf16 or fp16; of gguf f32, f16 or q8_0"),
             "base": ("trained", "of a quantized run: trained or original"),
             "max_shard_size": ("2GB", "largest file of weights"),

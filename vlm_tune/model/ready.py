@@ -135,7 +135,7 @@ def require_questions(config: Config) -> Path | None:
 def require_extra(package: str) -> None:
     """Raise ConfigError where a package of the extra `serve` is missing."""
     if find_spec(package) is None:
-        raise ConfigError(f"the package {package} is not installed. Run `pip install 'vlm_tune[serve]'`")
+        raise ConfigError(f"{package} is not installed. Run `pip install '.[serve]'` in vlm_tune's checkout")
 
 
 def require_picture(path: str, config: Config) -> Picture:

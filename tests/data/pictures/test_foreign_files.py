@@ -149,7 +149,7 @@ def test_heic_names_the_package_that_reads_it(
 
 
 def heic(image: Image.Image) -> bytes:
-    heif = pytest.importorskip("pillow_heif", reason="pillow-heif is not installed (pip install vlm_tune[heic])")
+    heif = pytest.importorskip("pillow_heif", reason="pillow-heif is not installed (pip install '.[heic]')")
     with io.BytesIO() as file:
         heif.from_pillow(image).save(file, quality=100)
         return file.getvalue()
