@@ -50,7 +50,7 @@ def test_nothing_of_a_rehearsal_is_left_to_a_real_pass(toys):
     before = float(staged.model.vlm(staged.batch(ROWS)).detach())
     rehearse(staged.config, batch, Vocabulary(len(staged.model.tokenizer), staged.model.vlm.context_id), on_gpu=False)
     assert [
-        cached.cache_info().currsize for cached in (attention.seen, attention.segment_offsets, attention.key_rows)
+        cached.cache_info().currsize for cached in (attention.kept_mask, attention.segment_offsets, attention.key_rows)
     ] == [0] * 3
     assert float(staged.model.vlm(staged.batch(ROWS)).detach()) == before
 

@@ -252,6 +252,18 @@ def test_samples_that_share_their_prefix_equal_samples_alone(packed, reference, 
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_masks_are_right_and_large_ones_are_not_kept(window):
+    """64 masks of samples of 8,000 tokens would be 4 GiB for as long as the process lives."""
+    attention.forget()
+    for num_queries, num_keys in ((3, 5), (600, 700)):
+        mask = attention.seen(num_queries, num_keys, window, torch.device("cpu"))
+        query, key = torch.arange(num_keys - num_queries, num_keys)[:, None], torch.arange(num_keys)
+        wanted = (key <= query) & (key > query - (window or num_keys))
+        assert torch.equal(mask, wanted)
+    assert attention.kept_mask.cache_info().currsize == 1
+
+
 def test_branches_do_not_see_one_another(packed):
     lengths, parents = TREES["branches of many lengths"]
     embeddings, _ = draw(lengths)

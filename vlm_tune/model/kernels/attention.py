@@ -23,6 +23,7 @@ from vlm_tune.model.kernels.attention_cpu import PackedProducts, attend_all, lay
 from vlm_tune.model.kernels.exchange import to_heads, to_tokens
 
 NAME = "packed"
+KEPT_MASK = 1 << 18  # bytes
 
 Stretches = tuple[tuple[int, ...], tuple[int, ...]]  # lengths and parents, as in Segments
 
@@ -114,9 +115,18 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int
     )
 
 
-@lru_cache(maxsize=4)  # of long samples each takes megabytes
 def seen(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
-    """Whether the last `num_queries` of `num_keys` tokens see each of them: (num_queries, num_keys)."""
+    """Whether the last `num_queries` of `num_keys` tokens see each of them: (num_queries, num_keys).
+
+    Small masks are kept for the other layers; a large one is soon made, beside its attention.
+    """
+    make = kept_mask if num_queries * num_keys <= KEPT_MASK else kept_mask.__wrapped__
+    return make(num_queries, num_keys, window, device)
+
+
+@lru_cache(maxsize=64)
+def kept_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Make a mask of `seen`."""
     before = num_keys - num_queries
     mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(before)
     return mask if window is None else mask.triu(before + 1 - window)
@@ -164,7 +174,7 @@ def key_rows(lengths: tuple[int, ...], parents: tuple[int, ...], device: torch.d
 
 def forget() -> None:
     """Drop what is kept of the last packs: a pass of fake tensors must not leave them to a real one."""
-    for cached in (seen, segment_offsets, key_rows, *attention_cpu.CACHED):
+    for cached in (kept_mask, segment_offsets, key_rows, *attention_cpu.CACHED):
         cached.cache_clear()
 
 
