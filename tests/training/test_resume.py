@@ -16,7 +16,7 @@ from processes import fork_cli
 
 from vlm_tune.config.parse import load_config
 from vlm_tune.errors import CheckpointError, ConfigError
-from vlm_tune.model.checkpoint import CHECKPOINTS, checkpoints, find_checkpoint
+from vlm_tune.model.checkpoint import CHECKPOINTS, checkpoints, find_checkpoint, read_checkpoint
 from vlm_tune.training.callbacks.checkpoints import SaveCheckpoints
 from vlm_tune.training.run import train
 from vlm_tune.training.run_folder import make_run_folder
@@ -248,6 +248,11 @@ def test_a_change_may_be_allowed_by_its_key(toys, straight, tmp_path):
     changes = ["stage.lr.llm=0.02", "resume_allow=[stage.lr.llm]"]
     train(load_config(arguments(toys, tmp_path, "resume=last", *changes)))
     assert checkpoints(run)[-1].name == "step_00000009.ckpt"
+    before, after = (read_checkpoint(each)["optimizer_states"][0]["param_groups"] for each in checkpoints(run)[-2:])
+    rates = {group["name"]: (group["lr"], group["initial_lr"]) for group in after}
+    unchanged = {group["name"]: group["initial_lr"] for group in before}
+    assert rates["llm"][1] == 0.02 != unchanged["llm"]
+    assert rates["llm"][0] / 0.02 == pytest.approx(rates["projector"][0] / unchanged["projector"])
 
 
 def test_an_allowed_change_of_what_is_trained_is_refused_all_the_same(toys, straight, tmp_path):

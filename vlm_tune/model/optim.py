@@ -70,6 +70,20 @@ def layer_shares(model: VisionLanguageModel, decay: float) -> dict[int, float]:
     return shares
 
 
+def settings_of(group: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a parameter group: learning rate, decay, name."""
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def give_settings(schedule: LambdaLR, groups: list[dict[str, Any]]) -> None:
+    """Give a restored optimizer the rates, decays and betas that the configuration names now; they may have changed."""
+    for group, wanted, factor in zip(schedule.optimizer.param_groups, groups, schedule.lr_lambdas, strict=True):
+        rate = wanted["initial_lr"]
+        group.update(settings_of(wanted) | {"lr": rate * factor(schedule.last_epoch)})
+    schedule.base_lrs = [wanted["initial_lr"] for wanted in groups]
+    schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
+
+
 def make_schedule(optimizer: torch.optim.Optimizer, stage: StageConfig, max_steps: int) -> LambdaLR:
     """Warm up linearly over a share of the steps, then follow a cosine down to `stage.min_lr` times the peak rate."""
     warmup = round(stage.warmup * max_steps)

@@ -5,6 +5,7 @@ Where Lightning starts the processes itself, the first has made the folder by th
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 
 import torch.distributed
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -13,6 +14,8 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from vlm_tune.config.schema import TrainerConfig
 from vlm_tune.errors import ConfigError
 
+TIMEOUT = timedelta(days=1)  # of a collective: one process may answer questions meanwhile. `WatchRanks` finds the dead
+
 
 def meet(trainer: TrainerConfig, has_gpu: bool) -> None:
     """Connect the processes of a run that was started from outside; Lightning's strategies use that process group.
@@ -20,6 +23,8 @@ def meet(trainer: TrainerConfig, has_gpu: bool) -> None:
     Raise ConfigError if their number differs from the configuration's.
     """
     found = next((kind() for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()), None)
+    if has_gpu:  # before the model is made: quantized weights are stored where they are loaded
+        torch.cuda.set_device(found.local_rank() if found is not None else int(os.environ.get("LOCAL_RANK", "0")))
     if found is None or torch.distributed.is_initialized():
         return
     wanted, started = trainer.devices * trainer.nodes, found.world_size()
@@ -28,11 +33,9 @@ def meet(trainer: TrainerConfig, has_gpu: bool) -> None:
             f"trainer.devices*trainer.nodes={wanted}, but {started} processes were started (torchrun --nnodes and "
             "--nproc-per-node, or srun --nodes and --ntasks-per-node): set both to the same numbers"
         )
-    if has_gpu:
-        torch.cuda.set_device(found.local_rank())
     os.environ |= {"MASTER_ADDR": found.main_address, "MASTER_PORT": str(found.main_port)}
     torch.distributed.init_process_group(
-        "nccl" if has_gpu else "gloo", rank=found.global_rank(), world_size=found.world_size()
+        "nccl" if has_gpu else "gloo", rank=found.global_rank(), world_size=found.world_size(), timeout=TIMEOUT
     )
 
 

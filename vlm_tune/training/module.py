@@ -15,7 +15,7 @@ from vlm_tune.errors import TrainingError
 from vlm_tune.model.build import DTYPES, Model, resolve_precision
 from vlm_tune.model.flops import count_flops
 from vlm_tune.model.kernels.exchange import own_group
-from vlm_tune.model.optim import make_optimizer, make_schedule
+from vlm_tune.model.optim import give_settings, make_optimizer, make_schedule, settings_of
 from vlm_tune.model.parts.shards import fully_split, held
 from vlm_tune.model.parts.stage import set_modes, trained_parameters
 from vlm_tune.model.preference.facts import FACTS
@@ -60,8 +60,9 @@ class VlmModule(L.LightningModule):
         return self.train_seconds + time.perf_counter() - self.clock
 
     def on_train_start(self) -> None:
-        """Set train or eval mode for each part."""
+        """Set train or eval mode for each part, and the settings of a resumed run's optimizer as they are now."""
         set_modes(self.vlm, self.config.stage)
+        give_settings(self.lr_schedulers(), self.group_settings)  # type: ignore[arg-type]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed dropout by the position in the stream: a resumed run then needs no generator state."""
@@ -156,6 +157,7 @@ class VlmModule(L.LightningModule):
         is_scaled = resolve_precision(self.config.trainer.precision) is Precision.fp16
         optimizer = make_optimizer(self.vlm, self.config.stage, may_fuse=not is_scaled)
         schedule = make_schedule(optimizer, self.config.stage, self.max_steps)
+        self.group_settings = [settings_of(group) for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:

@@ -19,8 +19,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from vlm_tune.config.schema import Config, Precision, Strategy
 from vlm_tune.model.build import DTYPES, resolve_precision
 from vlm_tune.model.checkpoint import SHARED
+from vlm_tune.model.optim import settings_of
 from vlm_tune.model.parts.shards import copies, on_host, whole
 from vlm_tune.model.parts.stage import trained_parameters
+from vlm_tune.training.launch import TIMEOUT
 
 ZERO = {Strategy.zero1: 1, Strategy.zero2: 2, Strategy.zero3: 3, Strategy.zero3_offload: 3}
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, besides its step count
@@ -33,7 +35,7 @@ def make_strategy(config: Config, has_gpu: bool) -> Any:
     if name is Strategy.auto and devices == 1:
         return "auto"
     if name in (Strategy.auto, Strategy.ddp):
-        return DDPStrategy(process_group_backend=backend, find_unused_parameters=False)
+        return DDPStrategy(process_group_backend=backend, timeout=TIMEOUT, find_unused_parameters=False)
     if name is Strategy.fsdp:
         return FullySharded(devices, backend)
     return Zero(config, has_gpu)
@@ -69,7 +71,9 @@ class FullySharded(WholeCheckpoints, ModelParallelStrategy):
 
     def __init__(self, devices: int, backend: str) -> None:
         sizes = {"data_parallel_size": devices, "tensor_parallel_size": 1}
-        super().__init__(**sizes, save_distributed_checkpoint=False, process_group_backend=backend)  # type: ignore[arg-type]
+        super().__init__(  # type: ignore[arg-type]
+            **sizes, save_distributed_checkpoint=False, process_group_backend=backend, timeout=TIMEOUT
+        )
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Gather AdamW's state, and keep what this process writes."""
@@ -118,7 +122,7 @@ class Zero(WholeCheckpoints, DeepSpeedStrategy):
         if not has_gpu:
             os.environ["DS_ACCELERATOR"] = "cpu"
         settings = zero_settings(config, has_gpu)
-        super().__init__(config=settings, process_group_backend=backend)
+        super().__init__(config=settings, process_group_backend=backend, timeout=TIMEOUT)
         self.parameters: list[Tensor] = []  # in the optimizer's order
 
     @property
@@ -221,11 +225,6 @@ class Zero(WholeCheckpoints, DeepSpeedStrategy):
         for number, values in saved["state"].items():
             for key in MOMENTS:
                 safe_set_full_optimizer_state(self.parameters[number], values[key].to(self.root_device), key)
-
-
-def settings_of(group: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a parameter group: learning rate, decay, name."""
-    return {key: value for key, value in group.items() if key != "params"}
 
 
 class ZeroPrecision(DeepSpeedPrecision):

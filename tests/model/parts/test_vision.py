@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 from toys import save_vision
-from transformers import InternVLVisionModel
+from transformers import AutoModel, CLIPVisionConfig, Dinov2Config, InternVLVisionModel, SiglipVisionConfig
 
 from vlm_tune.data.tiles import normalize
 from vlm_tune.errors import ConfigError
@@ -41,6 +41,29 @@ def test_later_layers_are_gone(tower):
 def test_a_layer_that_is_not_there_is_an_error(tower, layer):
     with pytest.raises(ConfigError, match=rf"model\.vision\.select_layer={layer}: the encoder has 3 layers"):
         VisionEncoder(tower, layer)
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+KINDS = {
+    "CLIP": CLIPVisionConfig(**SIZES, image_size=56, patch_size=14),
+    "DINOv2": Dinov2Config(**SIZES, image_size=56, patch_size=14),
+    "SigLIP": SiglipVisionConfig(**SIZES, image_size=56, patch_size=14),
+    "timm": "vit_tiny_patch16_224",
+}
+
+
+@pytest.mark.parametrize("layer", [-1, -2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_weight_of_a_trained_encoder_gets_a_gradient(kind, layer):
+    """Several devices would wait for the others' gradients of those that do not."""
+    config = KINDS[kind]
+    is_timm = isinstance(config, str)
+    tower = timm.create_model(config, img_size=56, patch_size=14) if is_timm else AutoModel.from_config(config)
+    vision = VisionEncoder(tower, layer)
+    vision.requires_grad_(True)
+    vision.freeze_unread()
+    vision(PIXELS).square().sum().backward()
+    assert not [name for name, each in vision.named_parameters() if each.requires_grad and each.grad is None]
 
 
 @torch.no_grad()

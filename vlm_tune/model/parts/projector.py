@@ -119,11 +119,12 @@ class Projector(nn.Module):
         probe = torch.randn(256, width, generator=torch.Generator().manual_seed(0)).to(last.weight)
         probe *= 0.4 if last is self.linear_2 else 1.0
         spread = (probe @ last.weight.T).std()
-        last.weight.mul_(embeddings.float().std() / spread)
+        wanted = float(embeddings.float().std())  # a number: a quantized model's embeddings are on the GPU already
+        last.weight.mul_(wanted / spread)
         if last.bias is not None:
             last.bias.zero_()
         if self.newline is not None:
-            self.newline.mul_(embeddings.float().std() / self.newline.std())
+            self.newline.mul_(wanted / self.newline.std())
 
 
 def arrange(tokens: Tensor, newline: Tensor, spreads: Sequence[Spread]) -> Tensor:

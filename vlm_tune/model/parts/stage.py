@@ -49,6 +49,8 @@ def apply_stage(model: VisionLanguageModel, config: Config) -> list[PartSummary]
         part, how = getattr(model, name), getattr(stage.train, name)
         if how is Train.full:
             part.requires_grad_(True)
+            if name == "vision":
+                part.freeze_unread()
         elif how is Train.lora:
             add_lora(part, stage.lora, targets[name], f"model.{name}.targets")
     if config.strategy.name in (Strategy.zero3, Strategy.zero3_offload) and has_adapters(model.llm):

@@ -56,6 +56,15 @@ class VisionEncoder(nn.Module):
         features = self.tower(**inputs).last_hidden_state
         return features if self.keeps_class else features[:, features.shape[1] - num_patches :]
 
+    def freeze_unread(self) -> None:
+        """Freeze the weights that no feature depends on: several devices would wait for their gradients."""
+        pooled: tuple[str, ...] = ("attn_pool.", "fc_norm.", "head.") if self.is_timm else ()
+        if not self.is_timm and self.tower.config.model_type == "clip_vision_model":
+            pooled = ("post_layernorm.", "vision_model.post_layernorm.")
+        for name, weight in self.tower.named_parameters():
+            if name.startswith(pooled) or name.endswith("embeddings.mask_token"):
+                weight.requires_grad_(False)
+
     @property
     def patch_size(self) -> int:
         """Pixels of a patch's side."""
