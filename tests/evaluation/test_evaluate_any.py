@@ -90,6 +90,16 @@ def test_what_does_not_go_is_said(made, tmp_path, run_cli, given, said):
     assert said.format(**places) in done.err
 
 
+def test_a_picture_that_cannot_be_read_is_said_before_anything_is_asked(made, tmp_path, run_cli, monkeypatch):
+    rows = [json.loads(line) for line in (made / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    write_jsonl(tmp_path / "test.jsonl", [*rows, rows[-1] | {"image": "lost.png"}])
+    monkeypatch.setattr("vlm_tune.evaluation.verb.ask", None)
+    asked = (f"data.test={tmp_path}/test.jsonl", f"data.image.root={made}", f"out={tmp_path}/new.jsonl")
+    done = run_cli("evaluate", f"ckpt={made}/runs/latest", *asked)
+    assert done.code == 2
+    assert "lost.png" in done.err
+
+
 def test_a_hub_id_that_a_choice_names_has_its_settings():
     from vlm_tune.model.ready import config_of
 

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from vlm_tune.data.sample import Sample
 from vlm_tune.errors import ConfigError, DataError
+from vlm_tune.evaluation.evaluate import accepted_answers, batches_of
 from vlm_tune.evaluation.metrics import METRICS, choice_of, metric_of, options_of
 from vlm_tune.evaluation.prediction import Prediction, conclusion, write_predictions
 from vlm_tune.evaluation.vqa import CONTRACTIONS, normalise
@@ -52,6 +54,12 @@ def test_vqa_accuracy_leaves_each_of_ten_people_out_in_turn(agreeing, expected):
     assert score("vqa", "Yes.", "yes", people) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("answer", ["Red", "The Eiffel Tower"])
+def test_vqa_accuracy_reads_the_answers_of_ones_own_rows_as_it_reads_the_models(answer):
+    """VQA's own are in small letters and without articles; only the model's side is normalised there."""
+    assert score("vqa", answer, answer, [answer] * 10) == 1.0
+
+
 def test_vqa_accuracy_asks_for_what_people_answered():
     with pytest.raises(DataError, match=r'the row has 1 "answers". Give those of ten people, or take another metric'):
         score("vqa", "yes", "yes", ["yes"])
@@ -66,6 +74,16 @@ def test_vqa_accuracy_asks_for_what_people_answered():
         ("a ball", "B"),
         ("The answer is (A).", "A"),
         ("Answer: B", "B"),
+        ("The answer is: B", "B"),
+        ("The correct answer is **B**.", "B"),
+        ("**Answer:** B", "B"),
+        ("b", "B"),
+        ("(b)", "B"),
+        ("答案是B", "B"),
+        ("答案：B", "B"),
+        ("我选B", "B"),
+        ("The answer is a ball", None),  # it holds "Answer", the text of C, too; "a" is no letter
+        ("a dog", None),
         ("I see a red ball here", "A"),
         ("a ball, or a red ball", None),  # it holds the text of two choices
         ("D", None),
@@ -83,6 +101,24 @@ def test_the_last_list_of_choices_counts():
 
 def test_pictures_may_be_the_choices():
     assert options_of("A. \nB. \nC. \nWhich one?") == {"A": "", "B": "", "C": ""}
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "same"),
+    [
+        ("红烧肉。", "红烧肉", True),
+        ("红烧肉！", "红烧肉", True),
+        ("cafe\u0301", "café", True),  # a letter and its accent, apart or as one
+        ("“Stop”", "Stop", True),
+        ("Yes .", "yes", True),
+        ("red?", "red", True),
+        ("3.5", "35", False),
+        ("dog", "<ref>dog</ref><box>(10,20),(30,40)</box>", False),  # boxes of another form are text
+        ("<ref>dog</ref><box>(10,20),(30,40)</box>", "<ref>dog</ref><box>(10,20),(30,40)</box>", True),
+    ],
+)
+def test_auto_compares_texts_whatever_their_punctuation_and_form(answer, expected, same):
+    assert score("auto", answer, expected) == same
 
 
 @pytest.mark.parametrize("metric", ["choice", "likelihood"])
@@ -178,3 +214,36 @@ def test_reasoning_before_an_answer_is_not_scored(metric):
 def test_a_box_in_the_reasoning_is_no_answer():
     thought = "<think>\n<box>[[0, 0, 9, 9]]</box>\n</think>\n\n"
     assert score("iou", thought + "<box>[[50, 50, 90, 90]]</box>", "<box>[[50, 50, 90, 90]]</box>") == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [
+        (None, ()),
+        ("", ()),
+        ([], ()),
+        (["red", "Red"], ("red", "Red")),
+        ([{"answer": "red"}], ("red",)),
+        ([3, "3.0"], ("3", "3.0")),
+        ('["red", "scarlet"]', ("red", "scarlet")),  # the cell of a table
+    ],
+)
+def test_accepted_answers_are_read_in_the_forms_that_rows_have(value, read):
+    sample = Sample("row", (), "test.jsonl:1")
+    assert accepted_answers(value, sample) == read
+
+
+@pytest.mark.parametrize("value", ["red", {"text": ["red"]}, [["red"]], ["red", None]])
+def test_accepted_answers_of_other_forms_are_an_error(value):
+    with pytest.raises(DataError, match=r'test.jsonl:1 \(id "row"\): "answers" is no list of texts'):
+        accepted_answers(value, Sample("row", (), "test.jsonl:1"))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "sizes"),
+    [([40] * 70, [32, 32, 6]), ([3400] * 9, [4, 4, 1]), ([20_000, 20_000], [1, 1]), ([100, 100, 9000], [2, 1])],
+)
+def test_long_questions_are_answered_in_smaller_batches(lengths, sizes):
+    batches = list(batches_of([(number, b"", 0, b"") for number in range(len(lengths))], lengths, 64))
+    assert [len(batch) for batch in batches] == sizes
+    assert [key[0] for batch in batches for key in batch] == list(range(len(lengths)))

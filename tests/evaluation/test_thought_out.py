@@ -5,7 +5,7 @@ from toys import write_jsonl
 
 from vlm_tune.config.parse import load_config
 from vlm_tune.evaluation.evaluate import THINK_TOKENS, ask, open_test, read_questions, room_for_reasoning
-from vlm_tune.evaluation.likelihood import encode_answer
+from vlm_tune.evaluation.likelihood import encode_answers
 from vlm_tune.evaluation.metrics import AUTO
 from vlm_tune.model.build import build_model
 
@@ -50,7 +50,9 @@ def test_an_answer_is_scored_by_what_follows_its_reasoning(opened, monkeypatch):
 
 def test_likelihoods_of_answers_are_behind_their_reasoning(opened):
     model, test, (beside, inside, none) = opened
-    texts = [model.tokenizer.decode(encode_answer(test, each, "blue").input_ids) for each in (beside, inside, none)]
+    texts = [
+        model.tokenizer.decode(encode_answers(test, each, ["blue"])[0].input_ids) for each in (beside, inside, none)
+    ]
     assert texts[0] == texts[1]
     assert THOUGHT in texts[0]
     assert texts[0].index(THOUGHT) < texts[0].index("</think>") < texts[0].rindex("blue")

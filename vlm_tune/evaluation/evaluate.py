@@ -2,13 +2,14 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
 from vlm_tune.config.schema import AugmentConfig, Config
+from vlm_tune.data.dialects.row import literal
 from vlm_tune.data.sample import Sample
 from vlm_tune.data.sets.dataset import Conversations, PictureSettings
 from vlm_tune.data.sets.paths import find_test
@@ -19,10 +20,13 @@ from vlm_tune.model.build import Model
 from vlm_tune.model.generate import Prompt, answer
 from vlm_tune.words import percent
 
-BATCH = 32
+BATCH, BATCH_TOKENS = 32, 1 << 14  # questions answered side by side at most, and their tokens with those of the answers
+CHUNK = 4 * BATCH  # questions sorted into batches
 SPARE_TOKENS = 4  # beyond the longest expected answer: one that is longer still is wrong anyway ...
 GRADED_TOKENS = 64  # ... but where part of it may be right
 THINK_TOKENS = 16  # of the marks of reasoning
+
+Key = tuple[int, bytes, int, bytes]  # of a prompt: its tiles, its tokens
 
 
 def open_test(config: Config, model: Model) -> Conversations | None:
@@ -61,13 +65,13 @@ def read_questions(
 
 def accepted_answers(value: object, sample: Sample) -> tuple[str, ...]:
     """Read the answers that a row accepts: texts, or VQA's objects with an "answer" each."""
-    if value is None:
+    with suppress(ValueError):  # a table holds a list as text
+        value = literal(value) if isinstance(value, str) and value.startswith("[") else value
+    if value is None or value in ("", []):
         return ()
-    texts = (
-        [each.get("answer") if isinstance(each, dict) else each for each in value]
-        if isinstance(value, list | tuple)
-        else []
-    )
+    given = value if isinstance(value, list | tuple) else []
+    texts = [each.get("answer") if isinstance(each, dict) else each for each in given]
+    texts = [str(text) if isinstance(text, int | float) else text for text in texts]
     found = tuple(text for text in texts if isinstance(text, str))
     if not found or len(found) < len(texts):
         raise DataError('"answers" is no list of texts. Write those that are accepted', sample.where, sample.id)
@@ -101,10 +105,13 @@ def ask(
     if max_new_tokens is None:
         room = room_for_answers(model, questions, metric.is_strict)
         max_new_tokens = room + room_for_reasoning(model, questions)
-    prompts = [prompt_of(test, question.sample) for question in questions]
-    texts = answer_once(model, prompts, max_new_tokens)
-    answered = zip(questions, texts, strict=True)
-    return [metric.graded(question.answered(text)) for question, text in answered]
+    predictions = []
+    for start in range(0, len(questions), CHUNK):  # the pictures of so many questions are in memory at a time
+        chunk = questions[start : start + CHUNK]
+        texts = answer_once(model, [prompt_of(test, question.sample) for question in chunk], max_new_tokens)
+        answered = zip(chunk, texts, strict=True)
+        predictions += [metric.graded(question.answered(text)) for question, text in answered]
+    return predictions
 
 
 def room_for_answers(model: Model, questions: list[Question], is_strict: bool) -> int:
@@ -129,14 +136,26 @@ def answer_once(model: Model, prompts: list[Prompt], max_new_tokens: int) -> lis
     for prompt in prompts:
         ids, tiles = prompt.example.input_ids, b"" if model.vlm.is_blind else prompt.tiles.tobytes()
         keys.append((len(prompt.tiles), hashlib.sha256(tiles).digest(), len(ids), ids.tobytes()))
-    distinct = dict(zip(keys, prompts, strict=True))
-    texts: dict[tuple[int, bytes, int, bytes], str] = {}
-    in_order = sorted(distinct)
-    for start in range(0, len(in_order), BATCH):
-        batch = in_order[start : start + BATCH]
+    distinct = dict(sorted(zip(keys, prompts, strict=True), key=lambda each: each[0]))
+    texts: dict[Key, str] = {}
+    lengths = [len(prompt.example.input_ids) for prompt in distinct.values()]
+    for batch in batches_of(list(distinct), lengths, max_new_tokens):
         answers = answer(model, [distinct[key] for key in batch], max_new_tokens)
         texts |= zip(batch, answers, strict=True)
     return [texts[key] for key in keys]
+
+
+def batches_of(keys: list[Key], lengths: list[int], max_new_tokens: int) -> Iterator[list[Key]]:
+    """Part questions into batches: BATCH of them at most, and BATCH_TOKENS when padded to the longest."""
+    start = 0
+    while start < len(keys):
+        end = start + 1
+        while end < min(len(keys), start + BATCH):
+            if (end + 1 - start) * (max(lengths[start : end + 1]) + max_new_tokens) > BATCH_TOKENS:
+                break
+            end += 1
+        yield keys[start:end]
+        start = end
 
 
 def score_table(

@@ -2,6 +2,7 @@
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,20 +18,24 @@ NEAR = 0.5  # similarity from which ANLS counts an answer
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 _BOX = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
 _OPTION = re.compile(r"^\(?([A-Z])[.):](?:\s+|$)(.*)$")
-_LETTER = re.compile(r"\W*([A-Z])(?:\W*$|[.):,])|.*\b(?i:answer|option|choice)(?: is|:)?\s*\W?([A-Z])\b", re.DOTALL)
+_LETTER = re.compile(  # "B", "(B)", "B. red"; "The answer is: **B**"; "答案是B", "选B"; "b" alone
+    r"\W*([A-Z])(?:\W*$|[.):,])|.*\b(?i:answer|option|choice)(?: is)?\W{0,6}([A-Z])\b"
+    r"|.*(?:答案|选)\W*[是为]?\W*([A-Z])(?![a-z])|\W*([a-z])\W*$",
+    re.DOTALL,
+)
 _CHINESE = re.compile("[\u3400-\u9fff]")
 
 Box = tuple[float, float, float, float]
 
 
 def fold(text: str) -> str:
-    """Drop case, outer space and closing punctuation: " Grain legumes." -> "grain legumes"."""
-    return re.sub(r"\s+", " ", text).strip().strip(".!,;:\"'").casefold()
+    """Drop case, outer space and punctuation, and forms of Unicode: " Grain legumes." -> "grain legumes"."""
+    return re.sub(r"\s+", " ", unicodedata.normalize("NFKC", text)).strip(" .!?,;:\"'。、“”‘’").casefold()
 
 
 def is_match(answer: str, expected: str) -> bool:
-    """Return whether an answer matches the expected one: as text or, where that has a `<box>`, box by box."""
-    if "<box>" not in expected:
+    """Return whether an answer matches the expected one: as text or, where that has boxes, box by box."""
+    if "<box>" not in expected or not boxes_in(expected):
         return fold(answer) == fold(expected)
     return all(share >= OVERLAP for share in overlaps(answer, expected))
 
@@ -88,7 +93,8 @@ def choice_of(answer: str, options: dict[str, str]) -> str | None:
     same = [letter for letter, text in options.items() if text and fold(text) == said]
     if len(same) == 1:
         return same[0]
-    if (match := _LETTER.match(answer.strip())) and (letter := match[1] or match[2]) in options:
+    match = _LETTER.match(answer.strip())
+    if match and (letter := next(filter(None, match.groups())).upper()) in options:
         return letter
     held = [letter for letter, text in options.items() if text and re.search(rf"\b{re.escape(fold(text))}\b", said)]
     return held[0] if len(held) == 1 else None

@@ -9,7 +9,7 @@ from vlm_tune.config.schema import DataConfig
 from vlm_tune.console import follow, tell
 from vlm_tune.data.sample import Sample
 from vlm_tune.data.sets.dataset import Conversations
-from vlm_tune.evaluation.evaluate import BATCH, ask, open_test, read_questions, score_table
+from vlm_tune.evaluation.evaluate import CHUNK, ask, open_test, read_questions, score_table
 from vlm_tune.evaluation.likelihood import weigh
 from vlm_tune.evaluation.metrics import OVERLAP, Metric
 from vlm_tune.evaluation.prediction import Prediction, Question, count_tasks, write_predictions
@@ -70,8 +70,9 @@ def examine(
     questions = read_questions(test, by=wanted.by)
     for question in questions:
         metric.graded(question.answered(question.expected))  # whether it fits all, before the first one is asked
+        test.encoder.encode_prompt(question.sample, test.tiling(question.sample, test.reader.check_picture))
     predictions: list[Prediction] = []
-    chunks = [questions[start : start + 4 * BATCH] for start in range(0, len(questions), 4 * BATCH)]
+    chunks = [questions[start : start + CHUNK] for start in range(0, len(questions), CHUNK)]
     for chunk in follow(chunks, "answering", "questions", len(questions), len):
         if metric.is_generated:
             predictions += ask(model, test, chunk, metric, wanted.max_new_tokens)

@@ -49,6 +49,8 @@ def vqa_accuracy(asked: Prediction) -> float:
         )
     if len(set(people)) > 1:
         people = [strip_marks(answer) for answer in people]
+    if any(answer != answer.lower() for answer in people):  # VQA's own are in small letters: these are a user's
+        people = [normalise(answer) for answer in people]
     said = normalise(asked.said)
     agree = [answer == said for answer in people]
     return fmean(min(1.0, (sum(agree) - own) / ENOUGH) for own in agree)

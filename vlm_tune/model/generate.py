@@ -15,6 +15,7 @@ from vlm_tune.data.example import Example
 from vlm_tune.model.build import DTYPES, Model, answer_settings, resolve_precision
 from vlm_tune.model.parts.shards import release
 
+SEEN = 32  # tiles that the encoder sees at a time: a pack holds about as many
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -181,5 +182,6 @@ def see_once(model: Model, prompts: list[Prompt]) -> Tensor | None:
     keys = [tile.tobytes() for tile in tiles]
     distinct = dict(zip(keys, tiles, strict=True))
     place = {key: number for number, key in enumerate(distinct)}
-    features = model.vlm.see(torch.from_numpy(np.stack([*distinct.values()])).to(model.vlm.device))  # (distinct, P, C)
+    shown = torch.from_numpy(np.stack([*distinct.values()])).split(SEEN)
+    features = torch.cat([model.vlm.see(each.to(model.vlm.device)) for each in shown])  # (distinct, P, C)
     return features[[place[key] for key in keys]]

@@ -64,7 +64,7 @@ def read_request(content: bytes, config: Config) -> Asked:
     known = {"model", "messages", "stream", "stream_options", "temperature", "top_p", "seed"}
     known |= {"max_tokens", "max_completion_tokens", *IGNORED, *NEUTRAL}
     for key, value in body.items():
-        if key not in known or (key in NEUTRAL and value is not None and value not in NEUTRAL[key]):
+        if value is not None and (key not in known or (key in NEUTRAL and value not in NEUTRAL[key])):
             raise Refused(f"{key}={json.dumps(value):.80} is not supported here. Leave it out")
     limit = number(body, "max_completion_tokens", number(body, "max_tokens", MOST_TOKENS, 1, 1 << 20), 1, 1 << 20)
     seed = body.get("seed")

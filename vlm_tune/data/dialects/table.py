@@ -2,7 +2,7 @@
 
 from itertools import takewhile
 
-from vlm_tune.data.dialects.row import Row, kind_of, listed, picture, row_pictures
+from vlm_tune.data.dialects.row import IMAGE_MARK, Row, kind_of, listed, picture, place_pictures, row_pictures
 from vlm_tune.data.sample import Message, Part, Picture
 
 IMAGE_FIELDS = ("image_path", "file_name", "filepath")  # beside image and images
@@ -57,7 +57,10 @@ def read_vqa(row: Row) -> list[Message]:
         options = "".join(f"\n{letter}. {choice}" for letter, choice in zip(_LETTERS, choices, strict=False))
         if choices:
             answer = _letter(row, answer, choices)
-        parts = [*_shown(pictures), question + options + (f"\n{_CHOOSE}" if choices else "")]
+        text = question + options + (f"\n{_CHOOSE}" if choices else "")
+        if IMAGE_MARK in question:  # which says where the pictures are
+            return place_pictures(row, [Message("user", (text,)), Message("assistant", (answer,), True)], pictures)
+        parts = [*_shown(pictures), text]
     return [Message("user", tuple(parts)), Message("assistant", (answer,), supervised=True)]
 
 
