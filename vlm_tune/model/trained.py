@@ -32,8 +32,8 @@ def open_trained(
     if dequantized:
         dequantize(model.vlm.llm)
         model.vlm.float()
-        config = replace(config, trainer=replace(config.trainer, precision=Precision.fp32))
-        model = replace(model, config=config)
+        plain = replace(config, trainer=replace(config.trainer, precision=Precision.fp32))
+        model = replace(model, config=plain)  # it answers in float32
     apply_stage(model.vlm, config)
     start = start_of(checkpoint)
     if start is not None:

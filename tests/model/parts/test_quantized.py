@@ -188,9 +188,12 @@ def test_a_base_that_is_none_is_an_error(quantized_run, tmp_path, run_cli):
 
 
 def test_a_dequantized_run_is_a_model_of_plain_layers(quantized_run):
+    from vlm_tune.model.generate import answering
     from vlm_tune.model.trained import open_trained
 
     model, config = open_trained(str(quantized_run), [], dequantized=True)
     assert config.trainer.precision is Precision.bf16  # the base is packed as the run packed it
+    with answering(model):
+        assert not torch.is_autocast_enabled("cpu")
     assert not packed_layers(model.vlm.llm)
     assert {weight.dtype for weight in model.vlm.parameters()} == {torch.float32}
