@@ -242,13 +242,6 @@ def test_vqa_reads_the_columns_a_to_d() -> None:
     assert spoken(parse(record, "vqa"))[0][1].startswith("[a]\nWhat?\nA. rice\nB. tofu\nAnswer")
 
 
-def test_vqa_puts_pictures_where_the_question_marks_them() -> None:
-    record = {"question": "<image>\nWhat is beside <image>?", "answer": "2", "images": ["a", "b"]}
-    assert spoken(parse(record, "vqa"))[0] == ("user", "[a]\nWhat is beside [b]?")
-    with pytest.raises(DataError, match=r'1 "<image>" mark but 2 images'):
-        parse(record | {"question": "<image>\nWhat?"}, "vqa")
-
-
 def test_vqa_without_choices_keeps_the_answer() -> None:
     record = {"question": "How many?", "answer": 2, "images": ["a", "b"]}
     assert spoken(parse(record, "vqa")) == [("user", "Image-1: [a]\nImage-2: [b]\nHow many?"), ("assistant", "2")]

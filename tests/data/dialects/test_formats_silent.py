@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from vlm_tune.data.dialects.dialects import parse_record, recognise
-from vlm_tune.data.sample import Sample
+from vlm_tune.data.sample import Picture, Sample
 from vlm_tune.errors import DataError
 
 TURNS = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
@@ -101,3 +101,12 @@ def test_all_columns_of_choices_are_read() -> None:
     with pytest.raises(DataError, match="fits no choice"):
         parse(record | {"answer": "G"}, "vqa")
     assert parse(record, "vqa").messages[-1].text == "F"
+
+
+def test_vqa_puts_pictures_where_the_question_marks_them() -> None:
+    """The mark was trained as text, and the picture put before it."""
+    record = {"question": "<image>\nWhat is beside <image>?", "answer": "2", "images": ["a", "b"]}
+    asked = parse(record, "vqa").messages[0].parts
+    assert asked == (Picture("a"), "\nWhat is beside ", Picture("b"), "?")
+    with pytest.raises(DataError, match=r'1 "<image>" mark but 2 images'):
+        parse(record | {"question": "<image>\nWhat?"}, "vqa")
