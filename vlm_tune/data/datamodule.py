@@ -319,18 +319,17 @@ def validation_packs(index: Index, settings: StreamSettings) -> list[MicroBatch]
     if settings.share_prefix:
         order = side_by_side(order, index.head)
     packs: list[list[int]] = [[]]
-    tree: list[int] = []  # the last one of the last pack
-    tokens = tiles = 0
+    tokens = tiles = in_tree = tree_tokens = 0  # of the last pack, and rows and tokens of its last tree
     for row in order.tolist():
-        is_shared = settings.share_prefix and bool(tree) and shares_head(index, row, tree[0])
+        is_shared = settings.share_prefix and bool(packs[-1]) and shares_head(index, row, packs[-1][-1])
         more_tokens, more_tiles = cost(index, row, is_shared)
         is_full = tokens + more_tokens > settings.budget[0] or tiles + more_tiles > settings.budget[1]
-        if packs[-1] and (is_full or (is_shared and not fits_tree(index, tree, row))):
+        if packs[-1] and (is_full or (is_shared and not fits_tree(index, row, in_tree, tree_tokens + more_tokens))):
             packs.append([])
             tokens = tiles = 0
             is_shared = False
             more_tokens, more_tiles = cost(index, row, is_shared)
-        tree = [*tree, row] if is_shared else [row]
+        in_tree, tree_tokens = (in_tree + 1, tree_tokens + more_tokens) if is_shared else (1, more_tokens)
         packs[-1].append(row)
         tokens, tiles = tokens + more_tokens, tiles + more_tiles
     return [MicroBatch(tuple(pack), 0, 1.0, (0, 0, 0)) for pack in packs if pack]

@@ -56,7 +56,7 @@ def plan_trees(order: npt.NDArray[np.int64], index: Index, budget: tuple[int, in
             tokens, tiles = sizes[number]
             tokens += cost(index, row, is_shared=True)[0]
             most = min(budget[0], TREE_GROWTH * int(index.tokens[trees[number][0]]))
-            if tokens <= most and fits_tree(index, trees[number], row):
+            if tokens <= most and fits_tree(index, row, len(trees[number]), tokens):
                 trees[number].append(row)
                 sizes[number] = tokens, tiles
                 continue
@@ -81,14 +81,9 @@ def shares_head(index: Index, row: int, other: int) -> bool:
     return bool(index.head[row]) and index.head[row] == index.head[other]
 
 
-def fits_tree(index: Index, tree: Sequence[int], row: int) -> bool:
-    """Return whether HEAD_COPIES allows one more row of the same head in a tree."""
-    return len(tree) * int(index.head_tokens[row]) <= HEAD_COPIES * num_in_tree(index, [*tree, row])
-
-
-def num_in_tree(index: Index, tree: Sequence[int]) -> int:
-    """Count the tokens of a tree, whose head comes once."""
-    return int(index.tokens[list(tree)].sum()) - (len(tree) - 1) * int(index.head_tokens[tree[0]])
+def fits_tree(index: Index, row: int, num_rows: int, tokens: int) -> bool:
+    """Return whether HEAD_COPIES allows a row behind `num_rows` of the same head, in a tree that then has `tokens`."""
+    return num_rows * int(index.head_tokens[row]) <= HEAD_COPIES * tokens
 
 
 def side_by_side(order: npt.NDArray[np.int64], heads: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
@@ -124,6 +119,11 @@ def trees_of(rows: Sequence[int], index: Index, share_prefix: bool) -> list[list
         else:
             trees.append([row])
     return trees
+
+
+def rows_behind(rows: Sequence[int], index: Index, share_prefix: bool) -> list[int]:
+    """List the rows of a pack that share the head of one before them, which stands once."""
+    return [row for tree in trees_of(rows, index, share_prefix) for row in tree[1:]]
 
 
 def _pack(places: list[int], tokens: Sequence[int], tiles: Sequence[int], budget: tuple[int, int]) -> list[list[int]]:

@@ -16,12 +16,11 @@ from vlm_tune.config.schema import LossWeight
 from vlm_tune.data.batch import token_weight
 from vlm_tune.data.packing import (
     WINDOW,
-    num_in_tree,
     plan_batches,
     plan_packs,
     plan_trees,
+    rows_behind,
     side_by_side,
-    trees_of,
 )
 from vlm_tune.data.sizes import Index
 
@@ -141,9 +140,9 @@ class BatchStream(Sampler[MicroBatch]):
 
     def size(self, group: list[int]) -> tuple[int, int]:
         """Count the tokens and tiles of a group: what its rows share comes once."""
-        trees = trees_of(group, self.index, self.settings.share_prefix)
-        tiles = self.index.tiles[[tree[0] for tree in trees]].sum()
-        return sum(num_in_tree(self.index, tree) for tree in trees), int(tiles)
+        index, behind = self.index, rows_behind(group, self.index, self.settings.share_prefix)
+        tokens = index.tokens[group].sum() - index.head_tokens[behind].sum()
+        return int(tokens), int(index.tiles[group].sum() - index.tiles[behind].sum())
 
     def _groups(self, start: Cursor) -> Iterator[tuple[list[int], int, Cursor]]:
         epoch, window, group = start

@@ -147,15 +147,16 @@ def answer_once(model: Model, prompts: list[Prompt], max_new_tokens: int) -> lis
 
 def batches_of(keys: list[Key], lengths: list[int], max_new_tokens: int) -> Iterator[list[Key]]:
     """Part questions into batches: BATCH of them at most, and BATCH_TOKENS when padded to the longest."""
-    start = 0
-    while start < len(keys):
-        end = start + 1
-        while end < min(len(keys), start + BATCH):
-            if (end + 1 - start) * (max(lengths[start : end + 1]) + max_new_tokens) > BATCH_TOKENS:
-                break
-            end += 1
-        yield keys[start:end]
-        start = end
+    batch: list[Key] = []
+    longest = 0
+    for key, length in zip(keys, lengths, strict=True):
+        longest = max(longest, length)
+        if len(batch) == BATCH or (batch and (len(batch) + 1) * (longest + max_new_tokens) > BATCH_TOKENS):
+            yield batch
+            batch, longest = [], length
+        batch.append(key)
+    if batch:
+        yield batch
 
 
 def score_table(

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from vlm_tune.config.schema import DataConfig
 from vlm_tune.console import follow, tell
+from vlm_tune.data.pictures.images import CheckedPictures
 from vlm_tune.data.sample import Sample
 from vlm_tune.data.sets.dataset import Conversations
 from vlm_tune.evaluation.evaluate import CHUNK, ask, open_test, read_questions, score_table
@@ -67,10 +68,10 @@ def examine(
     tell(console, model.notes)
     test = open_test(replace(config, data=data), model)
     assert test is not None, "looked at before"
-    questions = read_questions(test, by=wanted.by)
+    questions, pictures = read_questions(test, by=wanted.by), CheckedPictures(test.reader)
     for question in questions:
         metric.graded(question.answered(question.expected))  # whether it fits all, before the first one is asked
-        test.encoder.encode_prompt(question.sample, test.tiling(question.sample, test.reader.check_picture))
+        test.encoder.encode_prompt(question.sample, test.tiling(question.sample, pictures.check))
     predictions: list[Prediction] = []
     chunks = [questions[start : start + CHUNK] for start in range(0, len(questions), CHUNK)]
     for chunk in follow(chunks, "answering", "questions", len(questions), len):

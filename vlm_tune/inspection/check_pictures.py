@@ -8,7 +8,7 @@ choice does not depend on data.workers.
 from collections import Counter
 from typing import Any
 
-from vlm_tune.data.pictures.images import ImageReader
+from vlm_tune.data.pictures.images import ImageReader, Look
 from vlm_tune.data.sample import Picture
 from vlm_tune.errors import DataError
 from vlm_tune.words import counted
@@ -22,7 +22,7 @@ class LookCount:
     def __init__(self, reader: ImageReader, num_chunks: int) -> None:
         self._reader = reader
         self._stride = -(-num_chunks // CHUNKS) or 1
-        self._known: dict[Picture, tuple[bool, bool]] = {}
+        self._known: dict[Picture, Look] = {}
         self._decoded: dict[Picture, bool] = {}  # of one chunk
         self._may_decode = 0
 
@@ -35,9 +35,9 @@ class LookCount:
         """Add a picture that is in order to the counts `turned`, `alpha`, `decoded` and `transparent`."""
         if picture.frame is not None:
             return
-        is_turned, has_alpha = self._header(picture)
-        counts.update(turned=int(is_turned), alpha=int(has_alpha))
-        if not has_alpha:
+        look = self._read(picture)
+        counts.update(turned=int(look.is_turned), alpha=int(look.has_alpha))
+        if not look.has_alpha:
             return
         if picture in self._decoded or len(self._decoded) >= self._may_decode:
             return
@@ -48,13 +48,13 @@ class LookCount:
         self._decoded[picture] = shows
         counts.update(decoded=1, transparent=int(shows))
 
-    def _header(self, picture: Picture) -> tuple[bool, bool]:
+    def _read(self, picture: Picture) -> Look:
         if picture.content is not None:
-            return self._reader.is_turned(picture), self._reader.has_alpha(picture)
+            return self._reader.read_look(picture)
         if picture not in self._known:
             if len(self._known) >= 1 << 16:
                 self._known.clear()
-            self._known[picture] = self._reader.is_turned(picture), self._reader.has_alpha(picture)
+            self._known[picture] = self._reader.read_look(picture)
         return self._known[picture]
 
 

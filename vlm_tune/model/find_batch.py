@@ -15,7 +15,7 @@ import torch.distributed
 from vlm_tune.config.schema import Config, Optimizer, Precision, StageConfig
 from vlm_tune.data.batch import Batch
 from vlm_tune.data.datamodule import DataModule
-from vlm_tune.data.packing import trees_of
+from vlm_tune.data.packing import rows_behind
 from vlm_tune.data.sizes import Index
 from vlm_tune.data.stream import LOOKED_AT, BatchStream, MicroBatch
 from vlm_tune.errors import ConfigError
@@ -123,8 +123,7 @@ def largest_batches(data: DataModule, config: Config) -> Iterator[Batch]:
 
 def num_seen_again(index: Index, rows: Sequence[int]) -> int:
     """Count the tokens of heads that the rows of a pack see besides the first of each: their keys are kept for each."""
-    trees = trees_of(rows, index, share_prefix=True)
-    return sum((len(tree) - 1) * int(index.head_tokens[tree[0]]) for tree in trees)
+    return int(index.head_tokens[rows_behind(rows, index, share_prefix=True)].sum())
 
 
 def fill(index: Index, budget: tuple[int, int]) -> tuple[int, ...]:

@@ -110,7 +110,7 @@ def test_the_colour_is_seen_where_the_picture_is_transparent(name: str, alpha: s
 @pytest.mark.parametrize("name", FILES)
 def test_the_header_alone_tells_that_there_is_alpha(name: str) -> None:
     reader, picture = ImageReader(ImageConfig(), Path("/")), Picture("", content=FILES[name])
-    assert reader.has_alpha(picture)
+    assert reader.read_look(picture).has_alpha
     assert reader.shows_through(picture)
 
 
@@ -121,7 +121,7 @@ def test_the_header_alone_tells_that_there_is_alpha(name: str) -> None:
 )
 def test_a_picture_without_alpha_is_the_same_under_every_setting(content: bytes) -> None:
     reader = ImageReader(ImageConfig(), Path("/"))
-    assert not reader.has_alpha(Picture("", content=content))
+    assert not reader.read_look(Picture("", content=content)).has_alpha
     assert not reader.shows_through(Picture("", content=content))
     for alpha in COLOURS:
         np.testing.assert_array_equal(opened(content, alpha), opened(content, "drop"))
@@ -130,7 +130,7 @@ def test_a_picture_without_alpha_is_the_same_under_every_setting(content: bytes)
 def test_an_opaque_alpha_channel_changes_nothing() -> None:
     content = encode(stamp().convert("RGB").convert("RGBA"))
     reader = ImageReader(ImageConfig(), Path("/"))
-    assert reader.has_alpha(Picture("", content=content))
+    assert reader.read_look(Picture("", content=content)).has_alpha
     assert not reader.shows_through(Picture("", content=content))
     np.testing.assert_array_equal(opened(content, "white"), opened(content, "drop"))
 

@@ -44,6 +44,13 @@ _UPRIGHT = {
 }
 
 
+class Look(NamedTuple):
+    """What a header says of a picture that a setting decides on."""
+
+    has_alpha: bool  # it can hold transparency
+    is_turned: bool  # stored turned or mirrored, by its EXIF orientation
+
+
 class _Header(NamedTuple):
     """An open picture of which only the header has been read."""
 
@@ -124,15 +131,11 @@ class ImageReader:
             image = self._decode(header)
             return image if header.upright is None else image.transpose(header.upright)
 
-    def has_alpha(self, picture: Picture) -> bool:
-        """Return whether a file can hold transparency, by its header alone. Raise DataError."""
+    def read_look(self, picture: Picture) -> Look:
+        """Return what a file's header says of its look. Raise DataError."""
         with self._opened(picture, "", None) as header:
-            return header.format not in OPAQUE and header.image.has_transparency_data
-
-    def is_turned(self, picture: Picture) -> bool:
-        """Return whether a file's EXIF orientation says that it is stored turned or mirrored. Raise DataError."""
-        with self._opened(picture, "", None) as header:
-            return header.format not in _UPRIGHT_READERS and _read_orientation(header.image) != 1
+            has_alpha = header.format not in OPAQUE and header.image.has_transparency_data
+            return Look(has_alpha, header.format not in _UPRIGHT_READERS and _read_orientation(header.image) != 1)
 
     def shows_through(self, picture: Picture) -> bool:
         """Decode the picture; return whether any pixel is not opaque, so that config.alpha matters. Raise DataError."""

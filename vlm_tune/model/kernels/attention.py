@@ -18,8 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vlm_tune.model.kernels import attention_cpu
-from vlm_tune.model.kernels.attention_cpu import PackedProducts, attend_all, lay_out, seen_lengths
+from vlm_tune.model.kernels.attention_cpu import CACHED, PackedProducts, attend_all, lay_out, seen_lengths
 from vlm_tune.model.kernels.exchange import to_heads, to_tokens
 
 NAME = "packed"
@@ -174,7 +173,7 @@ def key_rows(lengths: tuple[int, ...], parents: tuple[int, ...], device: torch.d
 
 def forget() -> None:
     """Drop what is kept of the last packs: a pass of fake tensors must not leave them to a real one."""
-    for cached in (kept_mask, segment_offsets, key_rows, *attention_cpu.CACHED):
+    for cached in (kept_mask, segment_offsets, key_rows, *CACHED):
         cached.cache_clear()
 
 
