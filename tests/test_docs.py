@@ -20,6 +20,7 @@ from vlm_tune.config import parse
 from vlm_tune.config.schema import Config
 from vlm_tune.data.dialects.dialects import parse_record
 from vlm_tune.data.sample import Picture, Sample
+from vlm_tune.evaluation.metrics import fold
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -288,6 +289,11 @@ def assert_one_picture(sample: Sample) -> None:
     question, answer = sample.messages
     assert isinstance(question.parts[0], Picture)
     assert (answer.text, answer.supervised) == ("Mapo tofu.", True)
+
+
+@pytest.mark.parametrize("text", [" Grain  legumes.", "红烧肉。", "cafe\u0301", "“Stop”", "Yes .", "red?", "3.5", ""])
+def test_the_task_of_lmms_eval_compares_texts_as_evaluate_does(text: str) -> None:
+    assert module_at(ROOT / "docs" / "lmms_eval" / "own.py").fold(text) == fold(text)
 
 
 def test_recipe_of_the_docs_compiles() -> None:
