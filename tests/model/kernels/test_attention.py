@@ -151,6 +151,43 @@ def test_shares_that_are_computed_again_give_the_same_gradients(monkeypatch, amx
             assert torch.equal(one, other)
 
 
+TREES = {  # prefix and branches of each
+    "one": [(7, 3, 5)],
+    "unlike, multiplied together": [(7, 3, 5), (9, 2, 2, 2), (4, 9), (12,)],
+    "longer than a block": [(SHORT + 40, 30, 50, 1)],
+    "branches longer than a block": [(20, SHORT, SHORT + 9)],
+    "its prefix keeps no shares": [(2 * SHORT + 1, 60, 30), (5,), (3, 2, 1)],
+}
+
+
+@pytest.mark.usefixtures("amx")
+@pytest.mark.parametrize("trees", TREES.values(), ids=TREES)
+def test_a_branch_attends_as_the_row_of_its_prefix_and_itself(trees, monkeypatch):
+    monkeypatch.setattr(attention_cpu, "KEPT", SHORT)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(sum(map(sum, trees)), heads, 16, generator=generator, dtype=torch.float64).requires_grad_()
+        for heads in (4, 2, 2)
+    ]
+    rows, start, lengths, parents = [], 0, [], []
+    for prefix, *branches in trees:
+        places = torch.arange(start, start + sum((prefix, *branches))).split((prefix, *branches))
+        rows += [(places[0], prefix), *((torch.cat([places[0], own]), len(own)) for own in places[1:])]
+        parents += [-1, *[len(lengths)] * len(branches)]
+        lengths += [prefix, *branches]
+        start = int(places[-1][-1]) + 1
+    found = PackedProducts.apply(*inputs, Layout(lengths, 4, 2, parents), 0.25)
+    wanted = []
+    for row, asking in rows:
+        q, k, v = (tensor[row].transpose(0, 1) for tensor in inputs)
+        whole = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.25, enable_gqa=True)
+        wanted.append(whole.transpose(0, 1)[-asking:])
+    direction = torch.randn(found.shape, generator=generator, dtype=torch.float64)
+    sides = [[made, *torch.autograd.grad((made * direction).sum(), inputs)] for made in (found, torch.cat(wanted))]
+    for one, other in zip(*sides, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)  # sums of blocks are in float32
+
+
 @pytest.mark.usefixtures("amx")
 def test_vision_attention_equals_sdpa():
     query, key, value = (torch.randn(3, 4, 50, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(3))

@@ -10,7 +10,7 @@ pass by SDPA, which takes half the time there. Figures: benchmarks/README.md.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -26,10 +26,11 @@ TOGETHER = 2048  # and have about so many tokens in all
 
 @dataclass(frozen=True)
 class Block:
-    """The same queries of samples of similar length, and the keys that they may see.
+    """The same queries of trees of similar length, and the keys that they may see.
 
-    queries  rows of the gathered queries: (batch, heads/kv_heads, num_queries), batch = samples * kv_heads
-    keys     rows of the gathered keys: (batch, places of a sample), of which the first `stop` are seen
+    queries  rows of the gathered queries: (batch, heads/kv_heads, num_queries), batch = trees * kv_heads
+    keys     rows of the gathered keys: (batch, places of a tree), of which the first `stop` are seen
+    hidden   what is added to the scores of the last C of them: (trees or 1, 1, num_queries, C), minus infinity or 0
     """
 
     queries: slice
@@ -37,8 +38,9 @@ class Block:
     batch: int
     num_queries: int
     stop: int
+    hidden: Tensor
     is_kept: bool
-    is_whole: bool  # its stretch is attended to at once in the forward pass
+    is_whole: bool  # it belongs to a stretch that is attended to at once in the forward pass
 
 
 @lru_cache(maxsize=1)
@@ -48,67 +50,90 @@ def has_amx() -> bool:
 
 
 class Layout:
-    """Where the tokens of a pack stand when stretches of like length are side by side, head by head.
+    """Where the tokens of a pack stand when trees of like length are side by side, head by head.
 
-    The keys of a prefix stand in front of those of each stretch that shares it.
+    A tree is a sample alone, or the prefix of some samples with the rest of each behind it: one row of keys, of which
+    each token sees the earlier ones of its own stretch and of the prefix.
 
     queries     the row of (L*heads) at each place of the gathered queries; any row at a padded place
     keys        the row of (L*kv_heads) at each place of the gathered keys
-    to_queries  (L*heads,) the place of each row; to_keys (L*kv_heads,), None where keys stand at several places
+    to_queries  (L*heads,) the place of each row; to_keys (L*kv_heads,)
     padding     the padded places of the gathered queries
-    key_places  the places of the gathered keys that are not padded
     whole       the tokens of each stretch that is attended to at once in the forward pass
     """
 
     def __init__(self, lengths: Sequence[int], heads: int, kv_heads: int, parents: Sequence[int] | None = None) -> None:
-        parents = parents or [-1] * len(lengths)
-        starts = list(accumulate(lengths, initial=0))
-        seen = seen_lengths(lengths, parents)
-        samples = [
-            Stretch(keys - length, keys, start, starts[parent])
-            for length, keys, start, parent in zip(lengths, seen, starts, parents, strict=False)
-        ]
         self.blocks: list[Block] = []
         self.whole: list[slice] = []
         queries, keys = [], []  # rows, below 0 at padded places
         num_queries = num_keys = 0
         by_group = torch.arange(heads).view(kv_heads, -1, 1)
         by_head = torch.arange(kv_heads).view(-1, 1)
-        for group in _alike(sorted(samples)):
-            prefix, width = group[0].prefix, group[-1].length
-            tokens = torch.stack([stretch.tokens(width) for stretch in group])
+        for group in _alike(sorted(_trees(lengths, parents))):
+            width = group[-1].length
+            tokens = torch.stack([tree.tokens(width) for tree in group])
             keys.append((tokens[:, None] * kv_heads + by_head).flatten())
             seen_by = slice(num_keys, num_keys + len(keys[-1]))
             num_keys = seen_by.stop
-            is_kept = width <= KEPT
-            is_whole = not is_kept and prefix == 0 and len(group) == 1 and has_amx()
-            self.whole += [slice(group[0].start, group[0].start + width)] if is_whole else []
-            for block in _blocks(prefix, width):
+            # a long tree alone has blocks of its prefix, then of the rest
+            root = group[0].stretches[0] if len(group) == 1 and width > SHORT else width
+            whole = root if len(group) == 1 and root > KEPT and has_amx() else 0
+            self.whole += [slice(group[0].start, group[0].start + whole)] if whole else []
+            for block in (*_blocks(0, root), *_blocks(root, width)):
                 rows = tokens[:, None, None, block] * heads + by_group  # (n, kv_heads, heads/kv_heads, b)
                 queries.append(rows.flatten())
                 asked = slice(num_queries, num_queries + rows.numel())
                 num_queries = asked.stop
                 size = (len(group) * kv_heads, rows.shape[-1], block.stop)
-                self.blocks.append(Block(asked, seen_by, *size, is_kept, is_whole))
+                is_kept = (root if block.stop <= root else width) <= KEPT
+                self.blocks.append(Block(asked, seen_by, *size, _hidden(group, block), is_kept, block.stop <= whole))
         self.queries, self.to_queries, self.padding = _both_ways(torch.cat(queries))
-        rows = torch.cat(keys)
-        self.key_places = (rows >= 0).nonzero().flatten()
-        self.keys, self.to_keys = rows.clamp(min=0), None if max(parents) >= 0 else _both_ways(rows)[1]
+        self.keys, self.to_keys, _ = _both_ways(torch.cat(keys))
 
 
-class Stretch(NamedTuple):
-    """A stretch of a pack: how many keys its prefix has, how many it sees in all, and where both begin."""
+class Tree(NamedTuple):
+    """Stretches of a pack, one behind the other: a sample, or a prefix and the rest of each sample that begins so."""
 
-    prefix: int
+    is_shared: bool
     length: int
     start: int
-    prefix_start: int
+    stretches: tuple[int, ...]  # their lengths
 
     def tokens(self, width: int) -> Tensor:
         """The token at each of `width` places, below 0 at padded ones."""
         places = torch.arange(width)
-        own = torch.where(places < self.length, places + (self.start - self.prefix), -1)
-        return torch.where(places < self.prefix, places + self.prefix_start, own)
+        return torch.where(places < self.length, places + self.start, -1)
+
+    def stretch_of(self, width: int) -> Tensor:
+        """Number the stretch of each of `width` places; padded ones belong to the last."""
+        ends = torch.tensor(self.stretches).cumsum(0)
+        return torch.bucketize(torch.arange(width), ends, right=True).clamp(max=len(ends) - 1)
+
+
+def _trees(lengths: Sequence[int], parents: Sequence[int] | None) -> list[Tree]:
+    """Find the trees of a pack: each stretch without a parent begins one, and its branches follow it."""
+    parents = parents or [-1] * len(lengths)
+    starts = list(accumulate(lengths, initial=0))
+    roots = [number for number, parent in enumerate(parents) if parent < 0]
+    trees = []
+    for root, after in pairwise([*roots, len(lengths)]):
+        assert all(parent == root for parent in parents[root + 1 : after]), "branches follow their prefix"
+        stretches = tuple(lengths[root:after])
+        trees.append(Tree(after - root > 1, sum(stretches), starts[root], stretches))
+    return trees
+
+
+def _hidden(group: list[Tree], block: slice) -> Tensor:
+    """What hides the last keys of a block, from the first that any of its queries does not see: see `Block`."""
+    shared = [tree.stretches[0] for tree in group if tree.is_shared]
+    if block.stop <= min(shared, default=block.stop):
+        return _future(block.stop - block.start)
+    places = torch.arange(block.stop)
+    queries, keys = places[block], places[min(*shared, block.start) :]
+    stretches = torch.stack([tree.stretch_of(block.stop) for tree in group])
+    asks, asked = stretches[:, queries, None], stretches[:, None, keys]
+    is_seen = (keys <= queries[:, None]) & ((asked == asks) | (asked == 0))
+    return torch.zeros(is_seen.shape, dtype=torch.bfloat16).masked_fill_(~is_seen, float("-inf")).unsqueeze(1)
 
 
 def seen_lengths(lengths: Sequence[int], parents: Sequence[int]) -> list[int]:
@@ -130,32 +155,31 @@ def _both_ways(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return rows.clamp(min=0), inverse, (rows < 0).nonzero().flatten()
 
 
-def _alike(samples: list[Stretch]) -> list[list[Stretch]]:
-    """Part stretches, sorted by prefix and length, into groups of one length of prefix and like length."""
-    groups: list[list[Stretch]] = []
-    for sample in samples:
+def _alike(trees: list[Tree]) -> list[list[Tree]]:
+    """Part trees, sorted by kind and length, into groups of one kind and like length."""
+    groups: list[list[Tree]] = []
+    for tree in trees:
         first = groups[-1][0] if groups else None
         if (
             first is None
-            or sample.prefix != first.prefix
-            or sample.length > WASTE * first.length
-            or sample.length * (len(groups[-1]) + 1) > TOGETHER
+            or tree.is_shared != first.is_shared
+            or tree.length > WASTE * first.length
+            or tree.length * (len(groups[-1]) + 1) > TOGETHER
         ):
             groups.append([])
-        groups[-1].append(sample)
+        groups[-1].append(tree)
     return groups
 
 
-def _blocks(prefix: int, width: int) -> list[slice]:
-    if width - prefix <= SHORT:
-        return [slice(prefix, width)]
-    return [slice(start, min(start + BLOCK, width)) for start in range(prefix, width, BLOCK)]
+def _blocks(start: int, stop: int) -> list[slice]:
+    size = stop - start if stop - start <= SHORT else BLOCK
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size or 1)]
 
 
 class PackedProducts(torch.autograd.Function):
     """Attend causally within each stretch of a pack: query (L, heads, d), key and value (L, kv_heads, d) -> as query.
 
-    A stretch with a prefix sees that first. Padding comes last, so causality hides it; its own gradient is zero.
+    A stretch with a prefix sees that too. Padding comes last, so causality hides it; its own gradient is zero.
     """
 
     @staticmethod
@@ -207,18 +231,11 @@ class PackedProducts(torch.autograd.Function):
             torch.bmm(d_scores, k, out=d_queries[block.queries].view_as(q))
             d_k += d_scores.transpose(1, 2) @ q
         d_query = d_queries.index_select(0, layout.to_queries).mul_(ctx.scale).view_as(gradients[0])
-        d_key, d_value = (_back(tensor, layout, keys.dtype) for tensor in (d_keys, d_values))
         shape = (len(d_query), -1, size)
-        return d_query, d_key.view(shape), d_value.view(shape), None, None
-
-
-def _back(d_gathered: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
-    """Bring the gradient of gathered keys back to their rows; one that several stretches see is the sum."""
-    if layout.to_keys is not None:
-        return d_gathered.to(dtype).index_select(0, layout.to_keys)
-    rows = layout.keys[layout.key_places]
-    summed = d_gathered.new_zeros(int(rows.max()) + 1, d_gathered.shape[1])
-    return summed.index_add_(0, rows, d_gathered[layout.key_places]).to(dtype)
+        d_key, d_value = (
+            tensor.to(keys.dtype).index_select(0, layout.to_keys).view(shape) for tensor in (d_keys, d_values)
+        )
+        return d_query, d_key, d_value, None, None
 
 
 def _of(block: Block, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -231,16 +248,15 @@ def _of(block: Block, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Te
 def _shares(q: Tensor, k: Tensor, block: Block) -> Tensor:
     """Softmax of the scores of a block: (batch, heads/kv_heads * b, stop)."""
     scores = q @ k.transpose(1, 2)
-    width = block.num_queries
-    last = scores.view(block.batch, -1, width, block.stop)[..., block.stop - width :]
-    last.add_(_future(width, scores.dtype))  # several times as fast as filling by a mask
+    last = scores.view(len(block.hidden), -1, block.num_queries, block.stop)[..., -block.hidden.shape[-1] :]
+    last.add_(block.hidden)  # several times as fast as filling by a mask
     return scores.softmax(-1)
 
 
 @lru_cache(maxsize=256)
-def _future(width: int, dtype: torch.dtype) -> Tensor:
-    """Minus infinity at the keys that come after each query: (W, W)."""
-    return torch.full((width, width), float("-inf"), dtype=dtype).triu(1)
+def _future(width: int) -> Tensor:
+    """Minus infinity at the keys that come after each query: (1, 1, W, W)."""
+    return torch.full((1, 1, width, width), float("-inf"), dtype=torch.bfloat16).triu(1)
 
 
 CACHED = (lay_out, _future)
