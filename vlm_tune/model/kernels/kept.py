@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+FEW = 2048  # tokens of a call on a CPU: what they keep is little, and to make it again takes a twentieth of a step
+
 Saved = tuple[Tensor, int]  # a tensor, and how often it had been written when it was kept
 
 
@@ -50,7 +52,7 @@ _known: ContextVar[list[Again] | None] = ContextVar("known", default=None)  # of
 
 
 def spare(layer: nn.Module) -> None:
-    """Let a layer keep nothing that `made_again` named. Not to be joined with `recompute`, which keeps less."""
+    """Let a layer keep nothing that `made_again` named, but of FEW tokens. Not to be joined with `recompute`."""
     layer.forward = partial(_spared, layer, layer.forward)  # type: ignore[method-assign]
 
 
@@ -66,8 +68,10 @@ def made_again(made: Tensor, make: Callable[..., Tensor], *inputs: Tensor) -> Te
 
 
 def _spared(layer: nn.Module, forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+    hidden: Tensor = inputs[0] if inputs else options["hidden_states"]  # (B, L, D)
+    is_short = hidden.device.type == "cpu" and hidden.shape[:-1].numel() <= FEW
     # ZeRO-3 (ds_id) empties a layer's weights after its call: nothing can be made again from them
-    if not torch.is_grad_enabled() or any(hasattr(weight, "ds_id") for weight in layer.parameters()):
+    if is_short or not torch.is_grad_enabled() or any(hasattr(weight, "ds_id") for weight in layer.parameters()):
         return forward(*inputs, **options)
     token = _known.set([])
     try:
