@@ -134,11 +134,11 @@ def test_an_input_that_was_written_into_is_an_error():
         output.sum().backward()
 
 
-@pytest.mark.parametrize(("few", "num_made"), [(4, 1), (3, 2)])
-def test_few_tokens_on_a_cpu_keep_what_they_did(few, num_made, monkeypatch):
+@pytest.mark.parametrize(("few", "always", "num_made"), [(4, False, 1), (3, False, 2), (4, True, 2)])
+def test_few_tokens_on_a_cpu_keep_what_they_did_unless_asked(few, always, num_made, monkeypatch):
     monkeypatch.setattr("vlm_tune.model.kernels.kept.FEW", few)
     layer = Twice()
-    spare(layer)
+    spare(layer, always)
     sum(output.sum() for output in layer(torch.randn(4, 3))).backward()
     assert layer.num_made == num_made
 

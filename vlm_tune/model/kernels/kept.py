@@ -51,9 +51,9 @@ class Again:
 _known: ContextVar[list[Again] | None] = ContextVar("known", default=None)  # of the layer that runs
 
 
-def spare(layer: nn.Module) -> None:
-    """Let a layer keep nothing that `made_again` named, but of FEW tokens. Not to be joined with `recompute`."""
-    layer.forward = partial(_spared, layer, layer.forward)  # type: ignore[method-assign]
+def spare(layer: nn.Module, always: bool = False) -> None:
+    """Let a layer keep nothing that `made_again` named, of FEW tokens too if `always`. Not for a recomputed layer."""
+    layer.forward = partial(_spared, layer, layer.forward, always)  # type: ignore[method-assign]
 
 
 def made_again(made: Tensor, make: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -67,9 +67,9 @@ def made_again(made: Tensor, make: Callable[..., Tensor], *inputs: Tensor) -> Te
     return made
 
 
-def _spared(layer: nn.Module, forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+def _spared(layer: nn.Module, forward: Callable[..., Any], always: bool, *inputs: Any, **options: Any) -> Any:
     hidden: Tensor = inputs[0] if inputs else options["hidden_states"]  # (B, L, D)
-    is_short = hidden.device.type == "cpu" and hidden.shape[:-1].numel() <= FEW
+    is_short = not always and hidden.device.type == "cpu" and hidden.shape[:-1].numel() <= FEW
     # ZeRO-3 (ds_id) empties a layer's weights after its call: nothing can be made again from them
     if is_short or not torch.is_grad_enabled() or any(hasattr(weight, "ds_id") for weight in layer.parameters()):
         return forward(*inputs, **options)

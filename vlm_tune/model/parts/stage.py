@@ -153,7 +153,7 @@ def keep_less(decoder: nn.Module, way: bool | str) -> None:
             kind = type(layer).__name__
             raise ConfigError(f"stage.gradient_checkpointing.llm=mlp: {kind} has no `mlp`; set it to true")
         if way in (False, "mlp"):
-            spare(layer)
+            spare(layer, always=way == "mlp")
         else:
             recompute(layer, way == "offload")
 
