@@ -66,8 +66,9 @@ def trained(toys, arguments, tmp_path_factory):
         folder, gradients = tmp_path_factory.mktemp("run"), Gradients()
         (folder / "checkpoints").mkdir()
         trainer = make_trainer(staged.config, 1, folder, [gradients], make_console())
-        trainer.fit(VlmModule(staged.model, staged.config, 1), datamodule=staged.data)
-        return float(trainer.callback_metrics["train/loss"]), gradients.found
+        module = VlmModule(staged.model, staged.config, 1)
+        trainer.fit(module, datamodule=staged.data)
+        return module.numbers["train/loss"], gradients.found
 
     return run
 

@@ -2,9 +2,11 @@
 
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 
 from vlm_tune.config.parse import load_config
+from vlm_tune.pages.recorded import read_metrics
 from vlm_tune.training.run import train
 
 
@@ -30,8 +32,13 @@ def logged(toys, tmp_path, monkeypatch):
 def test_tensorboard(logged):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(logged("default") / "tensorboard"))
+    run = logged("default")
+    events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
+    for name in ("train/loss", "lr/llm", "val/loss"):
+        written = [(row["step"], row[name]) for row in read_metrics(run / "metrics.csv") if name in row]
+        shown = [(event.step, event.value) for event in events.Scalars(name)]
+        assert len(written) >= 2 and np.array(shown) == pytest.approx(np.array(written)), name
     assert {"train/loss", "val/loss", "grad/llm", "speed/memory_mb"} <= set(events.Tags()["scalars"])
     assert events.Tags()["images"] == ["sample answers/0", "sample answers/1"]
     assert "sample answers/0/text_summary" in events.Tags()["tensors"]

@@ -139,12 +139,14 @@ def normalize(tiles: "torch.Tensor", name: str, dtype: "torch.dtype") -> "torch.
     """Turn tiles (T, H, W, 3), uint8, into encoder input (T, 3, H, W) of `dtype`, on the device where they are.
 
     (pixel / 255 - mean) / std in float32, in the order of torchvision's ToTensor and Normalize, so the result equals
-    theirs bit for bit. Raise ConfigError for an unknown name.
+    theirs bit for bit. Colours stay side by side in memory (channels last), as in the tiles: convolutions read that
+    faster. Raise ConfigError for an unknown name.
     """
     mean, std = find_normalization(name)
-    pixels = tiles.permute(0, 3, 1, 2).contiguous().float().div_(255)  # (T, 3, H, W)
-    pixels.sub_(pixels.new_tensor(mean).view(3, 1, 1)).div_(pixels.new_tensor(std).view(3, 1, 1))
-    return pixels.to(dtype)
+    pixels = tiles.flatten(2).float().div_(255)  # (T, H, W*3): a row of pixels at a time is several times as fast
+    width = tiles.shape[2]
+    pixels.sub_(pixels.new_tensor(mean).repeat(width)).div_(pixels.new_tensor(std).repeat(width))
+    return pixels.to(dtype).view(tiles.shape).permute(0, 3, 1, 2)
 
 
 def find_normalization(name: str) -> Normalization:

@@ -40,6 +40,7 @@ class VlmModule(L.LightningModule):
         self.step_facts = torch.zeros(0)  # FACTS of its pairs so far, shares of their mean
         self.delta = RunningMean()  # of the rewards of all steps so far
         self.step_ids: list[str] = []
+        self.numbers: dict[str, float] = {}  # of the last step and the last validation, by the columns of metrics.csv
         self.is_in_step = False  # between the micro-batches of one
         self.train_seconds = 0.0  # wall time of the run so far, without interruptions
 
@@ -91,7 +92,8 @@ class VlmModule(L.LightningModule):
         self.num_flops += self.flops.of(batch) if self.flops else 0.0
         self.is_in_step = self._continues(batch_idx + 1)
         if not self.is_in_step:
-            self._log_rates()
+            groups = self.optimizers().param_groups  # type: ignore[union-attr]
+            self.numbers |= {f"lr/{group['name']}": group["lr"] for group in groups}
             # callbacks save before this module's own hook at the batch's end would run, so the cursor moves here
             self.trainer.datamodule.cursor = batch.cursor  # type: ignore[attr-defined]
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
@@ -110,18 +112,14 @@ class VlmModule(L.LightningModule):
         return (losses * batch.weights).sum(), (facts * batch.weights).sum(1)  # no product: autocast would round it
 
     def note_pairs(self, facts: list[float], is_skipped: bool) -> None:
-        """Log the means of a step's pairs over all devices, and move delta on."""
+        """Note the means of a step's pairs over all devices, and move delta on."""
         known = dict(zip(FACTS, facts, strict=True))
-        self.log_dict({f"pairs/{name}": value for name, value in known.items()} | {"pairs/delta": self.delta.value})
+        self.numbers |= {f"pairs/{name}": value for name, value in known.items()} | {"pairs/delta": self.delta.value}
         if not is_skipped:
             self.delta.add((known["reward_chosen"] + known["reward_rejected"]) / 2)
 
     def _continues(self, batch_idx: int) -> bool:
         return batch_idx % self.trainer.accumulate_grad_batches != 0
-
-    def _log_rates(self) -> None:
-        for group in self.optimizers().param_groups:  # type: ignore[union-attr]
-            self.log(f"lr/{group['name']}", group["lr"])
 
     def require_finite_weights(self) -> None:
         """Raise TrainingError if a trained weight is not finite: no step can repair that."""
@@ -145,11 +143,10 @@ class VlmModule(L.LightningModule):
         self.val_sums += torch.cat([torch.stack([loss, batch.weights.sum()]), facts])
 
     def on_validation_epoch_end(self) -> None:
-        """Log the mean loss of all validation tokens, or pairs, over all devices."""
+        """Note the mean loss of all validation tokens, or pairs, over all devices."""
         total, weight, *facts = self.trainer.strategy.reduce(self.val_sums, reduce_op="sum")
-        self.log("val/loss", total / weight, prog_bar=True, rank_zero_only=True)
-        for name, value in zip(FACTS, facts, strict=False):
-            self.log(f"val/{name}", value / weight, rank_zero_only=True)
+        means = (torch.stack([total, *facts]) / weight).tolist()
+        self.numbers |= {f"val/{name}": mean for name, mean in zip(("loss", *FACTS), means, strict=False)}
         set_modes(self.vlm, self.config.stage)
 
     def configure_optimizers(self) -> Any:

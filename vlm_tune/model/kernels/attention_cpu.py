@@ -241,7 +241,8 @@ class PackedProducts(torch.autograd.Function):
 def _of(block: Block, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Take a block's queries (batch, heads/kv_heads * b, d) and the keys and values that it sees (batch, stop, d)."""
     size = queries.shape[-1]
-    k, v = (tensor[block.keys].view(block.batch, -1, size)[:, : block.stop] for tensor in (keys, values))
+    seen = (tensor[block.keys].view(block.batch, -1, size)[:, : block.stop] for tensor in (keys, values))
+    k, v = (tensor.contiguous() for tensor in seen)  # bmm would copy each of them for each product, and turned: slower
     return queries[block.queries].view(block.batch, -1, size), k, v
 
 

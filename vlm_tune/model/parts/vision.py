@@ -90,7 +90,7 @@ def patchify(pixels: Tensor, patch: int) -> dict[str, Tensor]:
     """
     num_tiles, _, height, width = pixels.shape
     rows, columns = height // patch, width // patch
-    grid = pixels.view(num_tiles, 3, rows, patch, columns, patch)
+    grid = pixels.reshape(num_tiles, 3, rows, patch, columns, patch)
     patches = grid.permute(0, 2, 4, 3, 5, 1).reshape(num_tiles, rows * columns, -1)  # (T, P, _)
     shapes = torch.tensor([[rows, columns]] * num_tiles, device=pixels.device)
     mask = torch.ones(num_tiles, rows * columns, dtype=torch.int32, device=pixels.device)

@@ -133,12 +133,10 @@ class SaveCheckpoints(L.Callback):
         self.writer.finish()
         self._tell(f"the state after step {step} is saved")
 
-    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
         """Save the weights with the lowest validation loss as best.ckpt."""
-        if trainer.sanity_checking or "val/loss" not in trainer.callback_metrics:
-            return
         self.validated_step = trainer.global_step
-        loss = float(trainer.callback_metrics["val/loss"])
+        loss = module.numbers["val/loss"]
         if loss < self.best:
             self.best, self.best_step = loss, trainer.global_step
             self._save(trainer, BEST)

@@ -1,13 +1,13 @@
-"""metrics.csv: one row per logged step. A resumed run continues the file from its checkpoint's step."""
+"""The numbers of a run, in metrics.csv and in its loggers: one row per logged step. A resumed run continues the file from its checkpoint's step."""
 
 import csv
 import io
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
@@ -20,7 +20,10 @@ from vlm_tune.training.run_folder import append
 
 
 class MetricsFile(L.Callback):
-    """Append the logged values to RUN/metrics.csv."""
+    """Append the module's numbers to RUN/metrics.csv, and hand them to the loggers.
+
+    Lightning's own way, `self.log`, takes a hundred times as long: ten milliseconds of each step.
+    """
 
     def __init__(self, run: Path, log_every: int, console: Console) -> None:
         self.console = console
@@ -48,18 +51,20 @@ class MetricsFile(L.Callback):
         is_whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if is_whole_step and step % self.log_every == 0:
             place: dict[str, float] = {"max_steps": trainer.max_steps}
-            self._write(trainer, [name for name in self.columns if not name.startswith("val/")], place)
+            self._write(trainer, module, [name for name in self.columns if not name.startswith("val/")], place)
 
     def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
         """Write the validation loss in a row of its own."""
-        if not trainer.sanity_checking:
-            self._write(trainer, [name for name in self.columns if name.startswith("val/")], {})
+        self._write(trainer, module, [name for name in self.columns if name.startswith("val/")], {})
 
-    def _write(self, trainer: L.Trainer, names: list[str], place: dict[str, float]) -> None:
+    def _write(self, trainer: L.Trainer, module: Any, names: list[str], place: dict[str, float]) -> None:
         if not trainer.is_global_zero:
             return
-        seen = trainer.callback_metrics
-        values = {name: float(seen[name]) for name in names if name in seen and torch.isfinite(seen[name])}
+        known = {name: module.numbers[name] for name in names if name in module.numbers}
+        for logger in trainer.loggers:
+            logger.log_metrics(known, trainer.global_step)
+            logger.save()
+        values = {name: value for name, value in known.items() if math.isfinite(value)}
         said_before = bool(self.pending)
         self.pending.append({"step": trainer.global_step, **values, **place})
         lines = io.StringIO(newline="")

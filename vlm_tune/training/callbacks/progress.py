@@ -41,7 +41,7 @@ class ProgressLine(L.Callback):
             self.bar.start()
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]
-        """Update the line after each optimizer step, and log the speed."""
+        """Update the line after each optimizer step, and note the speed."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         seconds = time.perf_counter() - self.started
@@ -59,8 +59,8 @@ class ProgressLine(L.Callback):
         speed |= {"speed/memory_mb": memory_mb(module.device), "speed/seconds": module.seconds_so_far()}
         speed |= {"speed/tflops": tflops} if tflops else {}
         speed |= {"speed/mfu": tflops / self.peak} if tflops and self.peak else {}
-        module.log_dict(speed, rank_zero_only=True)
-        loss = float(trainer.callback_metrics.get("train/loss", float("nan")))
+        module.numbers |= speed
+        loss = module.numbers["train/loss"]
         rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
         used = f"  MFU {speed['speed/mfu']:.0%}" if "speed/mfu" in speed else ""
         return f"loss {loss:.4f}  lr {rate:.1e}  {tokens:,.0f} tokens/s  {samples:.1f} samples/s{used}"

@@ -65,7 +65,7 @@ class WatchSteps(L.Callback):
             self.cursor = trainer.datamodule.cursor  # type: ignore[attr-defined]
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: torch.optim.Optimizer) -> None:
-        """Collect from all ranks how the step went; log its loss; drop its gradients if they are not finite."""
+        """Collect from all ranks how the step went; note its loss; drop its gradients if they are not finite."""
         if module.is_in_step:  # DeepSpeed calls this for each micro-batch
             return
         is_due = trainer.is_global_zero and time.monotonic() - self.saved_at >= self.save_seconds
@@ -91,16 +91,16 @@ class WatchSteps(L.Callback):
         else:
             self.in_row = 0
             self._compare(trainer, module, loss)
-        module.log("train/loss", loss, prog_bar=True)
+        module.numbers["train/loss"] = loss
         if pairs:
             module.note_pairs(pairs, is_skipped)
-        module.log_dict({"imbalance/tokens": imbalance(tokens_of), "imbalance/tiles": imbalance(tiles_of)})
-        module.log("skipped", float(self.skipped))
+        module.numbers |= {"imbalance/tokens": imbalance(tokens_of), "imbalance/tiles": imbalance(tiles_of)}
+        module.numbers["skipped"] = float(self.skipped)
         is_logged = (trainer.global_step + 1) % module.config.trainer.log_every == 0
         if is_logged and not isinstance(trainer.strategy, Zero) and not is_scaled(trainer, module):
             copies = 1 if module.vlm.is_split else trainer.world_size  # ranks that hold the same gradients
             norms = {f"grad/{part}": math.sqrt(each / copies) for part, each in zip(PARTS, squares, strict=True)}
-            module.log_dict({name: norm for name, norm in norms.items() if norm})  # 0: frozen
+            module.numbers |= {name: norm for name, norm in norms.items() if norm}  # 0: frozen
 
     def _skip(self, trainer: L.Trainer, module: Any, loss: float, is_gradient_bad: bool) -> None:
         module.require_finite_weights()
