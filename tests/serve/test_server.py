@@ -8,8 +8,10 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from vlm_tune.config.parse import load_config
+from vlm_tune.data.tiles import count_tiles
 from vlm_tune.errors import ConfigError
 from vlm_tune.serve.chat import Chat
 from vlm_tune.serve.speaker import Speaker
@@ -89,6 +91,21 @@ def test_a_whole_answer_counts_its_tokens(served, client):
     assert done.choices[0].message.content == chat_answer(served, path, QUESTIONS[0])
     assert done.choices[0].finish_reason == ("length" if done.usage.completion_tokens == LIMIT else "stop")
     assert done.usage.total_tokens == done.usage.prompt_tokens + done.usage.completion_tokens > 20
+
+
+def test_low_detail_shows_one_tile(served, client):
+    tiles = served.config.model.tiles
+    counts = {path: count_tiles(*Image.open(path).size, tiles) for path in served.pictures}
+    wide = max(counts, key=lambda path: counts[path])
+    assert counts[wide] > 1
+
+    def num_tokens(detail):
+        messages = asked(wide, QUESTIONS[0])
+        messages[0]["content"][0]["image_url"]["detail"] = detail
+        return client.chat.completions.create(model="toy", messages=messages, max_tokens=1).usage.prompt_tokens
+
+    more = (counts[wide] - 1) * served.model.encoder.settings.tokens_per_tile
+    assert num_tokens("high") == num_tokens("auto") == num_tokens("low") + more
 
 
 def test_a_conversation_goes_on_under_its_system_text(served, client):

@@ -13,7 +13,7 @@ class Picture:
     path: str  # as written in the row, relative to data.image.root; "" if `content` holds the file
     content: bytes | None = None  # the encoded file itself (base64, parquet and tar rows)
     size: tuple[int, int] | None = None  # (width, height) that the row declares
-    is_frame: bool = False  # a frame of a video: always one tile
+    is_frame: bool = False  # a frame of a video, or a picture shown in low detail: always one tile
     frame: int | None = None  # its index in the video file `path`; None if `path` is a picture
 
 

@@ -102,9 +102,9 @@ class Chat:
     def prompt(self, sample: Sample) -> Prompt:
         """Encode a conversation up to its last question."""
         images = [self._reader(picture).open_picture(picture, "chat", None) for picture in sample.pictures]
-        sizes, stills = [image.size for image in images], [False] * len(images)
-        example = self.model.encoder.encode_prompt(sample, Tiling(sizes, stills, self.tiles))
-        limits = tile_limits(stills, self.tiles, example.max_tiles)
+        sizes, is_frame = [image.size for image in images], [picture.is_frame for picture in sample.pictures]
+        example = self.model.encoder.encode_prompt(sample, Tiling(sizes, is_frame, self.tiles))
+        limits = tile_limits(is_frame, self.tiles, example.max_tiles)
         size = self.tiles.size
         made = [np.zeros((0, size, size, 3), dtype=np.uint8)]
         for image, limit in zip(images, limits, strict=True):

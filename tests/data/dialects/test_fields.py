@@ -10,7 +10,7 @@ import yaml
 from vlm_tune.config.parse import load_config
 from vlm_tune.data.dialects.dialects import DIALECTS, parse_record, recognise
 from vlm_tune.data.dialects.fields import known_fields, turn_fields
-from vlm_tune.data.sample import Sample
+from vlm_tune.data.sample import Picture, Sample
 from vlm_tune.errors import DataError
 
 TABLE = yaml.safe_load(
@@ -147,7 +147,8 @@ def test_a_turn_written_twice_is_refused(turn: dict[str, Any]) -> None:
         ({"type": "text", "text": "x", "mood": "sad"}, '"mood" is not read in turn 1, part 2'),
         ({"type": "image", "image": "a.jpg", "max_pixels": 9}, '"max_pixels" is not read in turn 1, part 2'),
         ({"type": "image", "image": "a.jpg", "text": "x"}, '"text" is not read in turn 1, part 2'),
-        ({"type": "image_url", "image_url": {"url": "a", "detail": "low"}}, '"detail" is not read in turn 1, part 2'),
+        ({"type": "image_url", "image_url": {"url": "a", "detail": "fine"}}, '"detail" is not read in turn 1, part 2'),
+        ({"type": "image", "image": "a.jpg", "detail": "low"}, '"detail" is not read in turn 1, part 2'),
     ],
 )
 def test_a_field_of_a_part_is_known_or_refused(part: dict[str, Any], reason: str) -> None:
@@ -156,9 +157,11 @@ def test_a_field_of_a_part_is_known_or_refused(part: dict[str, Any], reason: str
         parse({"messages": [{"role": "user", "content": content}, MESSAGES[1]]})
 
 
-def test_a_detail_that_asks_for_nothing_is_harmless() -> None:
-    part = {"type": "image_url", "image_url": {"url": "a.jpg", "detail": "auto"}, "text": None}
-    assert parse({"messages": [{"role": "user", "content": [part]}, MESSAGES[1]]}).pictures[0].path == "a.jpg"
+@pytest.mark.parametrize("detail", ["auto", "high", "low", None])
+def test_only_low_detail_makes_a_picture_one_tile(detail: str | None) -> None:
+    part = {"type": "image_url", "image_url": {"url": "a.jpg", "detail": detail}, "text": None}
+    (found,) = parse({"messages": [{"role": "user", "content": [part]}, MESSAGES[1]]}).pictures
+    assert found == Picture("a.jpg", is_frame=detail == "low")
 
 
 @pytest.mark.parametrize("dialect", ["llava", "sharegpt", "openai", "xtuner", "msagent"])

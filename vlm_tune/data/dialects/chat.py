@@ -212,6 +212,7 @@ _SOURCES = ("image_url", "image", "path", "url", "base64")
 _TEXT_PART = frozenset(("type", "text"))
 _IMAGE_PART = frozenset(("type", *_SOURCES))
 _SOURCE = frozenset(("url", "path", "bytes"))
+_DETAILS = ("auto", "high", "low")
 
 
 def read_openai(row: Row) -> list[Message]:
@@ -262,15 +263,20 @@ def _content_parts(
 
 
 def _image_part(row: Row, part: Mapping[str, object], name: str, waiting: list[Picture]) -> Picture:
-    """Read {"type": "image_url", "image_url": {"url": ...}}, or "image" in any of the forms of transformers."""
+    """Read {"type": "image_url", "image_url": {"url": ...}}, or "image" in any of the forms of transformers.
+
+    A picture of low "detail" is one tile; every other has the tiles that the model's settings give it.
+    """
     sources = [part[key] for key in _SOURCES if part.get(key) is not None]
     if len(sources) > 1:
         raise row.fault(f"{name}: more than one source. Keep one.")
     if sources:
         source = sources[0]
-        if isinstance(source, dict):
-            check_part(row, {**source, "detail": None} if source.get("detail") == "auto" else source, name, _SOURCE)
-        return picture(row, source["url"] if isinstance(source, dict) and "url" in source else source, name)
+        if not isinstance(source, dict):
+            return picture(row, source, name)
+        detail = source.get("detail")
+        check_part(row, {**source, "detail": None} if detail in _DETAILS else source, name, _SOURCE)
+        return replace(picture(row, source.get("url", source), name), is_frame=detail == "low")
     if not waiting:
         raise row.fault(f'{name}: an image without a source. Give it a "url" or a "path", or list it in "images".')
     return waiting.pop(0)
