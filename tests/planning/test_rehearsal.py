@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from vlm_tune.config.schema import Strategy
 from vlm_tune.errors import ConfigError
 from vlm_tune.model.flops import count_flops
-from vlm_tune.model.kernels import attention
+from vlm_tune.model.kernels import attention, kept
 from vlm_tune.model.optim import make_optimizer
 from vlm_tune.model.parts.stage import trained_parameters
 from vlm_tune.planning.ledger import Ledger
@@ -94,6 +94,19 @@ def test_the_peak_is_that_of_the_real_step(both):
     needs, dtype, real = both[0], both[1]["dtype"], sum(both[2].values())
     found = needs.total - needs.sizes["gaps"] - needs.sizes["checkpoint"]
     assert found == real if dtype is None else abs(found / real - 1) < 0.02  # a CPU's 16-bit kernels choose by values
+
+
+def test_a_gpu_makes_again_what_a_cpu_keeps_of_a_short_pack(toys, monkeypatch):
+    staged = toys.staged("stage=finetune")
+    vocabulary = Vocabulary(len(staged.model.tokenizer), staged.model.vlm.context_id)
+
+    def held(on_gpu):
+        return rehearse(staged.config, staged.batch(ROWS), vocabulary, on_gpu=on_gpu).sizes["activations"]
+
+    short = held(True), held(False)
+    monkeypatch.setattr(kept, "FEW", 0)
+    assert held(True) == short[0]
+    assert held(False) < short[1]
 
 
 def test_a_plan_counts_the_products_of_the_experts_that_a_token_takes(toys, mixture):

@@ -18,7 +18,7 @@ from vlm_tune.config.checks import SPLITS_WEIGHTS
 from vlm_tune.config.schema import Config, Optimizer, Precision, Strategy
 from vlm_tune.data.batch import Batch, cut
 from vlm_tune.model.build import DTYPES, resolve_precision
-from vlm_tune.model.kernels import attention, exchange, loss, packs_cpu
+from vlm_tune.model.kernels import attention, exchange, kept, loss, packs_cpu
 from vlm_tune.model.optim import make_optimizer
 from vlm_tune.model.parts import layers
 from vlm_tune.model.parts.stage import PartSummary, apply_stage, trained_parameters
@@ -221,6 +221,7 @@ def as_on_gpu() -> Iterator[None]:
         patch.object(attention, "uses_products", lambda tensor: False),
         patch.object(attention, "has_kernel", lambda tensor: tensor.dtype in (torch.bfloat16, torch.float16)),
         patch.object(loss, "CACHE", 2**40),
+        patch.object(kept, "FEW", 0),
         patch.object(packs_cpu, "LONGEST", 2**40),
         patch.object(packs_cpu, "uses_onednn", lambda tensor: False),
         patch.object(layers, "put_away", lambda tensor: (tensor.shape, tensor.dtype)),  # no memory of the GPU

@@ -1,5 +1,7 @@
 """A spared layer keeps less, and has the outputs and gradients that it has otherwise."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from alive import Alive
@@ -13,6 +15,7 @@ from vlm_tune.model.kernels.elementwise import join_gates
 from vlm_tune.model.kernels.kept import made_again, spare
 from vlm_tune.model.kernels.lora import spare_casts
 from vlm_tune.model.kernels.norm import join_norms
+from vlm_tune.model.parts.stage import keep_less
 
 WIDTH, INNER, HEADS, KV_HEADS, RANK = 48, 160, 6, 2, 4
 CONFIG = LlamaConfig(
@@ -139,6 +142,16 @@ def test_few_tokens_on_a_cpu_keep_what_they_did_unless_asked(few, always, num_ma
     monkeypatch.setattr("vlm_tune.model.kernels.kept.FEW", few)
     layer = Twice()
     spare(layer, always)
+    sum(output.sum() for output in layer(torch.randn(4, 3))).backward()
+    assert layer.num_made == num_made
+
+
+@pytest.mark.parametrize(("way", "num_made"), [(False, 1), ("mlp", 2)])
+def test_a_stage_that_asks_for_less_memory_spares_few_tokens_too(way, num_made, monkeypatch):
+    monkeypatch.setattr("vlm_tune.model.kernels.kept.FEW", 4)
+    layer = Twice()
+    layer.mlp = nn.Linear(3, 3)
+    keep_less(SimpleNamespace(layers=[layer]), way)
     sum(output.sum() for output in layer(torch.randn(4, 3))).backward()
     assert layer.num_made == num_made
 
