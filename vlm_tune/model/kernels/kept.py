@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-FEW = 2048  # tokens of a call on a CPU that keep all: to make it again takes a twentieth of a step
+FEW = 2304  # tokens of a call on a CPU that keep all, as a part of a pack: to make it again takes a twentieth of a step
 
 Saved = tuple[Tensor, int]  # a tensor, and how often it had been written when it was kept
 

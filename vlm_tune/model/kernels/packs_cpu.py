@@ -21,7 +21,7 @@ from vlm_tune.data.batch import Batch
 
 STEPS = 32  # sizes between a power of two and the next one: at most 1/32 is added
 LEAST = 32  # the smallest step, between sizes below 2,048
-LONGEST = 4096  # tokens of a part, give or take a sample (a tree of samples)
+LONGEST = 2048  # tokens of a part, give or take a sample (a tree of samples)
 
 
 def rounded_up(embeddings: Tensor, batch: Batch) -> tuple[Tensor, Batch]:
