@@ -7,6 +7,7 @@ import pytest
 
 from vlm_tune.config.parse import load_config
 from vlm_tune.pages.recorded import read_metrics
+from vlm_tune.training.callbacks.metrics import Curves
 from vlm_tune.training.run import train
 
 
@@ -43,6 +44,17 @@ def test_tensorboard(logged):
     assert {"train/loss", "val/loss", "grad/llm", "speed/memory_mb"} <= set(events.Tags()["scalars"])
     assert events.Tags()["images"] == ["sample answers/0", "sample answers/1"]
     assert "sample answers/0/text_summary" in events.Tags()["tensors"]
+
+
+def test_a_logger_that_fails_takes_no_row_from_the_file(logged, tmp_path, monkeypatch):
+    def fail(*values):
+        raise ConnectionError("the server has gone")
+
+    monkeypatch.setattr(Curves, "log_metrics", fail)
+    with pytest.raises(ConnectionError, match="the server has gone"):
+        logged("default")
+    (metrics,) = (tmp_path / "runs").glob("*/metrics.csv")
+    assert [row["step"] for row in read_metrics(metrics)] == [1]
 
 
 @needs("wandb")

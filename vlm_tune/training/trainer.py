@@ -54,7 +54,6 @@ def make_trainer(
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         logger=find_loggers(config, run),
-        log_every_n_steps=trainer.log_every,
         callbacks=[
             ProgressLine(trainer.log_every, console),
             MetricsFile(run, trainer.log_every, console),

@@ -64,12 +64,15 @@ class MetricsFile(L.Callback):
         if not trainer.is_global_zero:
             return
         known = {name: module.numbers[name] for name in names if name in module.numbers}
-        for logger in trainer.loggers:
+        finite = {name: value for name, value in known.items() if math.isfinite(value)}
+        self._append({"step": trainer.global_step, **finite, **place})
+        for logger in trainer.loggers:  # last: a server that has gone takes no row from the file
             logger.log_metrics(known, trainer.global_step)
             logger.save()
-        values = {name: value for name, value in known.items() if math.isfinite(value)}
+
+    def _append(self, row: dict[str, float]) -> None:
         said_before = bool(self.pending)
-        self.pending.append({"step": trainer.global_step, **values, **place})
+        self.pending.append(row)
         lines = io.StringIO(newline="")
         csv.DictWriter(lines, self.columns).writerows(self.pending)
         try:

@@ -40,7 +40,7 @@ class StopEarly(L.Callback):
         """Ask all ranks, which know the same losses, to stop when patience is out."""
         step = trainer.global_step
         num_steps = int(trainer.val_check_batch or 1) // trainer.accumulate_grad_batches
-        if self.patience is None or trainer.sanity_checking or step >= trainer.max_steps or step % num_steps:
+        if self.patience is None or step >= trainer.max_steps or step % num_steps:
             return
         if (step - self.saves.best_step) // num_steps < self.patience:
             return
